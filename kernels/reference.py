@@ -1,0 +1,224 @@
+"""Every operation in plain PyTorch: the specification, and what runs where no kernel can.
+
+Rows of several guidance branches lie one behind the other in one tensor ("packed"); a *group* is a
+run of rows that attend as one sequence. Sums, exponentials and rotations are done in float32 at
+least (float64 inputs stay float64), results are rounded once to the input's dtype.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Rows of queries that share one mask in `attention_prefill`: bounds the mask at this many rows.
+_PREFILL_BLOCK = 256
+# Largest score matrix of the plain softmax, in elements.
+_PLAIN_SCORES = 1 << 26
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype to accumulate in: float32, or float64 for float64 inputs."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def rms_norm(
+    x: Tensor,  # [rows, hidden]
+    weight: Tensor,  # [hidden]
+    eps: float,
+) -> Tensor:  # [rows, hidden]
+    """`x / sqrt(mean(x^2) + eps) * weight` over the last axis (Zhang & Sennrich, 2019)."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=_wide(x.dtype))
+    return (x * torch.rsqrt(norm * norm / x.shape[-1] + eps)).to(x.dtype) * weight
+
+
+def add_rms_norm(
+    residual: Tensor,  # [rows, hidden], updated in place
+    x: Tensor,  # [rows, hidden]
+    weight: Tensor,  # [hidden]
+    eps: float,
+) -> Tensor:  # [rows, hidden]
+    """`residual += x`, and the RMSNorm of the sum."""
+    residual.add_(x)
+    return rms_norm(residual, weight, eps)
+
+
+def rope_(
+    qkv: Tensor,  # [rows, (heads + 2 * kv_heads) * head_dim], q and k rotated in place
+    cos: Tensor,  # [rows, head_dim / 2], float32
+    sin: Tensor,  # [rows, head_dim / 2], float32
+    heads: int,
+    kv_heads: int,
+) -> None:
+    """Rotary position embedding, rotate-half layout (Su et al., 2021), on a fused QKV product.
+
+    `(a, b) -> (a cos - b sin, b cos + a sin)` with a, b the two halves of each head.
+    """
+    head_dim = qkv.shape[1] // (heads + 2 * kv_heads)
+    half = head_dim // 2
+    rotated = qkv.unflatten(1, (-1, head_dim))[:, : heads + kv_heads]
+    a, b = rotated[..., :half], rotated[..., half:]
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    new_a = torch.addcmul(a * cos, b, sin, value=-1)
+    b.copy_(torch.addcmul(b * cos, a, sin))
+    a.copy_(new_a)
+
+
+def rope_cache_(
+    qkv: Tensor,  # [rows, (heads + 2 * kv_heads) * head_dim], q and k rotated in place
+    cos: Tensor,  # [rows, head_dim / 2], float32
+    sin: Tensor,  # [rows, head_dim / 2], float32
+    heads: int,
+    kv_heads: int,
+    k_cache: Tensor,  # [cache rows, kv_heads, head_dim], written at `cache_rows`
+    v_cache: Tensor,  # [cache rows, kv_heads, head_dim], written at `cache_rows`
+    cache_rows: Tensor,  # [rows], int64, distinct
+) -> None:
+    """`rope_`, and the rotated keys and the values of every row written to the condition cache."""
+    rope_(qkv, cos, sin, heads, kv_heads)
+    by_head = qkv.unflatten(1, (heads + 2 * kv_heads, -1))
+    k_cache.index_copy_(0, cache_rows, by_head[:, heads : heads + kv_heads])
+    v_cache.index_copy_(0, cache_rows, by_head[:, heads + kv_heads :])
+
+
+def _by_head(x: Tensor, groups: int) -> Tensor:
+    """[rows, heads, head_dim] to a [groups, heads / groups, rows, head_dim] view.
+
+    Query head h reads key head h // groups, so the query heads that share a key head become a
+    batch axis along which keys and values need no copy.
+    """
+    return x.unflatten(1, (-1, groups)).permute(2, 1, 0, 3)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax attention of [batch, heads, rows, head_dim] views, and its log-sum-exp (float32 up).
+
+    The log-sum-exp lets two key segments be joined without laying them side by side.
+    """
+    if q.shape[2] and k.shape[2]:
+        if q.device.type == "cpu":
+            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)[:2]
+        if q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16):
+            return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[:2]
+    wide = _wide(q.dtype)
+    out = torch.empty_like(q)
+    lse = torch.empty(q.shape[:3], dtype=wide, device=q.device)
+    block = max(1, _PLAIN_SCORES // max(1, q.shape[0] * q.shape[1] * k.shape[2]))
+    for start in range(0, q.shape[2], block):
+        rows = slice(start, start + block)
+        scores = (q[:, :, rows].to(wide) @ k.transpose(2, 3).to(wide)) * q.shape[3] ** -0.5
+        lse[:, :, rows] = torch.logsumexp(scores, dim=-1)
+        out[:, :, rows] = (torch.softmax(scores, dim=-1) @ v.to(wide)).to(q.dtype)
+    return out, lse
+
+
+def attention_step(
+    q: Tensor,  # [rows, heads, head_dim]
+    k: Tensor,  # [rows, kv_heads, head_dim]
+    v: Tensor,  # [rows, kv_heads, head_dim]
+    k_cache: Tensor,  # [cache rows, kv_heads, head_dim], one layer of the condition cache
+    v_cache: Tensor,  # [cache rows, kv_heads, head_dim]
+    cu_rows: Tensor,  # [groups + 1], int32: group g has rows cu_rows[g] to cu_rows[g + 1]
+    cache_start: Tensor,  # [groups], int32: its first cache row
+    cache_len: Tensor,  # [groups], int32: how many cache rows it sees, may be 0
+    max_rows: int,  # rows of the longest group
+) -> Tensor:  # [rows, heads, head_dim], contiguous
+    """Attention of a denoising step: every row sees its group's cache rows and all its group's rows.
+
+    `softmax(q [K_cache, K]^T / sqrt(head_dim)) [V_cache, V]`, the two key segments joined by their
+    log-sum-exp (Milakov & Gimelshein, 2018): no concatenation, no mask. Several groups may read
+    the same cache rows.
+    """
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    share = q.shape[1] // k.shape[1]
+    wide = _wide(q.dtype)
+    groups = zip(pairwise(cu_rows.tolist()), cache_start.tolist(), cache_len.tolist())
+    for (start, stop), first, length in groups:
+        rows, cached = slice(start, stop), slice(first, first + length)
+        queries = _by_head(q[rows], share)
+        views = [_by_head(t, 1).expand(share, -1, -1, -1) for t in (k[rows], v[rows])]
+        joined, own_lse = _attend(queries, *views)
+        if length:
+            views = [_by_head(t[cached], 1).expand(share, -1, -1, -1) for t in (k_cache, v_cache)]
+            cache_out, cache_lse = _attend(queries, *views)
+            share_of_cache = torch.sigmoid(cache_lse - own_lse).unsqueeze(-1)
+            joined = torch.lerp(joined.to(wide), cache_out.to(wide), share_of_cache)
+        _by_head(out[rows], share).copy_(joined)
+    return out
+
+
+def attention_prefill(
+    q: Tensor,  # [rows, heads, head_dim]
+    k: Tensor,  # [rows, kv_heads, head_dim]
+    v: Tensor,  # [rows, kv_heads, head_dim]
+    cu_rows: Tensor,  # [groups + 1], int32
+    kv_end: Tensor,  # [rows], int32, counted from the first row of the row's group
+    max_rows: int,  # rows of the longest group
+) -> Tensor:  # [rows, heads, head_dim], contiguous
+    """Attention over the condition: a row sees its group's rows 0 to kv_end, and itself.
+
+    For a text token kv_end is its own place + 1 (causal); for a token of an input image the end of
+    that image; for a time token the end of the condition, so that time tokens, which stand behind
+    the condition, do not see one another.
+    """
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    share = q.shape[1] // k.shape[1]
+    ends = kv_end.tolist()
+    for start, stop in pairwise(cu_rows.tolist()):
+        for block_start in range(start, stop, _PREFILL_BLOCK):
+            block_stop = min(block_start + _PREFILL_BLOCK, stop)
+            rows = slice(block_start, block_stop)
+            outside = [
+                i - start + 1 for i in range(block_start, block_stop) if ends[i] <= i - start
+            ]
+            seen = max(ends[rows] + outside)
+            mask = None
+            if min(ends[rows]) < seen:
+                places = torch.arange(seen, device=q.device)
+                own = torch.arange(block_start - start, block_stop - start, device=q.device)
+                mask = (places < kv_end[rows, None]) | (places == own[:, None])
+            keys = slice(start, start + seen)
+            views = [_by_head(t[keys], 1).expand(share, -1, -1, -1) for t in (k, v)]
+            _by_head(out[rows], share).copy_(
+                F.scaled_dot_product_attention(_by_head(q[rows], share), *views, attn_mask=mask)
+            )
+    return out
+
+
+def swiglu(
+    gate_up: Tensor,  # [rows, 2 * intermediate], gate first
+) -> Tensor:  # [rows, intermediate]
+    """`silu(gate) * up` (Shazeer, 2020) on the fused gate-up product."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def modulate(
+    x: Tensor,  # [rows, hidden]
+    shift: Tensor,  # [hidden]
+    scale: Tensor,  # [hidden]
+    eps: float,
+) -> Tensor:  # [rows, hidden]
+    """LayerNorm without weights, then `x * (1 + scale) + shift` (adaLN; Peebles & Xie, 2022)."""
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale)
+
+
+def guidance_step_(
+    latents: Tensor,  # [images, channels, height, width], float32, updated in place
+    prediction: Tensor,  # [groups, tokens, patch * patch * channels], (row, column, channel)
+    coefficient: Tensor,  # [groups], float32: what each branch's velocity counts
+    cu_groups: Tensor,  # [images + 1], int32: image i has groups cu_groups[i] to cu_groups[i + 1]
+    dt: Tensor,  # [], float32: length of the Euler step
+    patch: int,
+) -> None:
+    """Guidance, unpatchify and the Euler step: `latents += dt * sum_g coefficient_g v_g`."""
+    channels, height, width = latents.shape[1:]
+    for image, (start, stop) in enumerate(pairwise(cu_groups.tolist())):
+        weights = coefficient[start:stop].to(latents.dtype)
+        branches = prediction[start:stop].to(latents.dtype)
+        velocity = (weights[:, None, None] * branches).sum(0)
+        velocity = velocity.view(height // patch, width // patch, patch, patch, channels)
+        velocity = velocity.permute(4, 0, 2, 1, 3).reshape(channels, height, width)
+        latents[image] += dt * velocity

@@ -1,0 +1,1 @@
+"""omnigen_fast: the OmniGen image generation model, fast and exact."""
