@@ -125,7 +125,7 @@ def attention_step(
     cache_len: Tensor,  # [groups], int32: how many cache rows it sees, may be 0
     max_rows: int,  # rows of the longest group
 ) -> Tensor:  # [rows, heads, head_dim], contiguous
-    """Attention of a denoising step: every row sees its group's cache rows and all its group's rows.
+    """Attention of a denoising step: every row sees its group's cache rows and its own group.
 
     `softmax(q [K_cache, K]^T / sqrt(head_dim)) [V_cache, V]`, the two key segments joined by their
     log-sum-exp (Milakov & Gimelshein, 2018): no concatenation, no mask. Several groups may read
