@@ -76,13 +76,14 @@ class Compiled:
     """What the machine code of a case says."""
 
     registers: int
-    stack: int  # bytes of local memory: spills
+    spills: int  # bytes of local memory
     shared: int  # bytes
     warps: int
     occupancy: float  # resident warps over the most that fit
     hmma: int
     hgmma: int
-    wide_loads: int  # 16 bytes a thread
+    wide_loads: int  # of 16 bytes a thread
+    narrow_loads: int  # of less than 4 bytes a thread
     async_copies: int
     config: str
 
@@ -242,13 +243,14 @@ def _read(compiled, case: Case, options: dict, constants: dict) -> Compiled:
     warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
     return Compiled(
         registers=registers,
-        stack=max(stack, local, count(r"\b(?:LDL|STL)\b")),
+        spills=max(stack, local, count(r"\b(?:LDL|STL)\b")),
         shared=shared,
         warps=warps,
         occupancy=_occupancy(LIMITS[case.capability], registers, warps, shared),
         hmma=count(r"\bHMMA\b"),
         hgmma=count(r"\bHGMMA\b"),
         wide_loads=count(r"\bLDG\.E[.\w]*\.128\b|\bLDGSTS\.E[.\w]*\.128\b"),
+        narrow_loads=count(r"\bLDG\.E[.\w]*\.[US](?:8|16)\b"),
         async_copies=count(r"\bLDGSTS\b|\bUTMALDG\b"),
         config=" ".join([*blocks, *(f"{name}={value}" for name, value in options.items())]),
     )
