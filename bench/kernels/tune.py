@@ -1,0 +1,145 @@
+"""Measures launch configurations on this machine's GPU and rewrites its part of the table.
+
+    python bench/kernels/tune.py [--kernel attention_step [--head-dim 96]] [--dry-run]
+
+Every candidate must give the reference's result before it is timed; the fastest of each kernel
+takes the place of the one in `kernels/launch.py`, if it beats that by more than the noise between
+two measurements of the same configuration. Entries of other generations are left as they are, and
+so are the float32 attention's, which are for checks. Run `pytest tests/kernels` afterwards: what
+compiles for this GPU must also pass its limits there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from itertools import product
+from pathlib import Path
+from unittest import mock
+
+import torch
+import workload
+from omnigen_fast.kernels import launch
+from omnigen_fast.kernels.launch import Launch
+
+HEAD_DIMS = (64, 96, 128)
+_BEGIN, _END = "# table: begin\n", "# table: end\n"
+
+
+def candidates(kernel: str) -> Iterator[Launch]:
+    """Configurations worth a try."""
+    if kernel.startswith("attention"):
+        for block_m, block_n, num_warps, num_stages in product(
+            (64, 128, 256), (32, 64, 128), (4, 8), (2, 3, 4)
+        ):
+            if 16 <= block_m // num_warps <= 32:  # rows of the accumulator that a warp holds
+                yield Launch(num_warps, num_stages, block_m, block_n)
+    elif kernel == "guidance_step_":
+        for num_warps, block in product((1, 2, 4), (32, 64, 128)):
+            yield Launch(num_warps, block=block)
+    elif kernel in ("swiglu", "rope_", "rope_cache_"):
+        for num_warps, block in product((2, 4, 8), (512, 1024, 2048, 4096)):
+            yield Launch(num_warps, block=block)
+    else:
+        for num_warps in (2, 4, 8, 16):
+            yield Launch(num_warps)
+
+
+def size_of(head_dim: int) -> workload.Size:
+    """The full size with heads of another width, hidden size and work about the same."""
+    heads = workload.FULL.hidden // head_dim
+    return replace(workload.FULL, heads=heads, hidden=heads * head_dim)
+
+
+def measure(case: workload.Case, chosen: Launch, device: torch.device) -> float | None:
+    """Seconds of a configuration; None where it asks for more than the GPU has."""
+    from triton.runtime.errors import OutOfResources, PTXASError
+
+    with mock.patch.object(launch, "choose", return_value=chosen):
+        try:
+            workload.check(case, workload.KERNELS)
+        except (OutOfResources, PTXASError):
+            return None
+        case.reset()
+        return workload.seconds(case.contenders[workload.KERNELS], device)
+
+
+def tune(kernel: str, head_dim: int, now: Launch, device: torch.device) -> Launch:
+    """The fastest configuration of a kernel, or the one it has."""
+    case = workload.build(kernel, device, size_of(head_dim) if head_dim else None)
+    first, again = (measure(case, now, device) for _ in range(2))
+    label = f"{kernel}{f', head_dim {head_dim}' if head_dim else ''}"
+    best, best_seconds = now, float("inf")
+    if first is not None and again is not None:
+        best_seconds = min(first, again) - abs(first - again)
+        print(f"{label}: {now} {first * 1e6:.1f} us, again {again * 1e6:.1f} us")
+    for candidate in candidates(kernel):
+        if candidate == now:
+            continue
+        took = measure(case, candidate, device)
+        if took is not None and took < best_seconds:
+            best, best_seconds = candidate, took
+            print(f"{label}: {candidate} {took * 1e6:.1f} us")
+    return best
+
+
+def written(chosen: Launch) -> str:
+    """A configuration as the table has it: what differs from the defaults, by name."""
+    parts = [
+        f"{field.name}={getattr(chosen, field.name)}"
+        for field in fields(Launch)
+        if field.name == "num_warps" or getattr(chosen, field.name) != field.default
+    ]
+    return f"Launch({', '.join(parts)})"
+
+
+def rewritten(text: str, table: dict[int, dict[str, Launch]]) -> str:
+    """The text of `launch.py` with another table."""
+    before, _, rest = text.partition(_BEGIN)
+    _, _, after = rest.partition(_END)
+    lines = ["TABLE: dict[int, dict[str, Launch]] = {"]
+    for capability, entries in table.items():
+        lines.append(f"    {capability}: {{")
+        lines += [f'        "{key}": {written(chosen)},' for key, chosen in entries.items()]
+        lines.append("    },")
+    lines.append("}\n")
+    return before + _BEGIN + "\n".join(lines) + _END + after
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--kernel", choices=sorted(workload.CASES), help="this one only")
+    parser.add_argument("--head-dim", type=int, choices=HEAD_DIMS, help="this one only")
+    parser.add_argument("--dry-run", action="store_true", help="print, do not write")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
+        print("tune.py needs an NVIDIA GPU of compute capability 8.0 or later", file=sys.stderr)
+        return 2
+    device = torch.device("cuda", torch.cuda.current_device())
+    capability = launch.capability_of(device.index)
+    known = max(one for one in launch.TABLE if one <= max(capability, min(launch.TABLE)))
+    entries = dict(launch.TABLE.get(capability, launch.TABLE[known]))
+    print(f"{torch.cuda.get_device_name(device)}, compute capability {capability / 10}")
+    for key, now in list(entries.items()):
+        kernel, _, rest = key.partition("/")
+        head_dim, bits = map(int, rest.split("/")) if rest else (0, 16)
+        if bits != 16 or options.kernel not in (None, kernel):
+            continue
+        if options.head_dim in (None, head_dim):
+            entries[key] = tune(kernel, head_dim, now, device)
+            torch.cuda.empty_cache()
+    table = dict(sorted((launch.TABLE | {capability: entries}).items()))
+    if options.dry_run:
+        for key, chosen in entries.items():
+            print(f"{key}: {written(chosen)}")
+    else:
+        path = Path(launch.__file__)
+        path.write_text(rewritten(path.read_text(), table))
+        print(f"wrote {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,433 @@
+"""What the micro-benchmarks and the tuner time: each operation at the sizes of the real model.
+
+Every contender of a case computes the same thing; `check` says so before anything is timed. Limits
+are measured where the case runs: bytes over the bandwidth of a copy, operations over the rate of a
+matrix product, the larger of the two times.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+import torch
+import torch.nn.functional as F
+from omnigen_fast.kernels import ops, reference
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+KERNELS, REFERENCE, COMPILED = "kernels", "reference", "reference, compiled"
+
+
+@dataclass(frozen=True)
+class Size:
+    """Sizes of one step.
+
+    Attributes:
+        noise: noise tokens of a branch.
+        cached: cache rows that each branch sees.
+    """
+
+    noise: int
+    cached: tuple[int, ...]
+    heads: int
+    hidden: int
+    inner: int
+
+    @property
+    def rows(self) -> int:
+        return self.noise * len(self.cached)
+
+
+# One 1024 px image edited at 1024 px: prompt and image, negative prompt, image alone.
+FULL = Size(4096, (4181, 121, 4125), 32, 3072, 8192)
+# What a CPU does in a moment.
+SMALL = Size(256, (300, 40, 280), 4, 384, 1024)
+
+
+@dataclass
+class Case:
+    """One operation, its contenders and its limits.
+
+    Attributes:
+        contenders: run the operation and return the tensor by which it is judged.
+        exact: the same tensor in float64, or rows of it; takes nothing.
+        rows: which rows of a contender's tensor `exact` has; None for all.
+        bytes: least traffic with memory.
+        flops: matrix operations.
+        unequal: contenders that need inputs which would have to be made first, so that they
+            are limits rather than alternatives.
+        reset: undoes what a run in place has done.
+    """
+
+    name: str
+    contenders: dict[str, Callable[[], Tensor]]
+    exact: Callable[[], Tensor]
+    bytes: int
+    flops: int = 0
+    rows: Tensor | None = None
+    unequal: frozenset[str] = field(default_factory=frozenset)
+    reset: Callable[[], object] = lambda: None
+
+
+def check(case: Case, contender: str) -> None:
+    """Raises an AssertionError unless a contender is as exact as the reference, within twice."""
+
+    def error(name: str) -> tuple[Tensor, Tensor]:
+        case.reset()
+        found = case.contenders[name]().clone()
+        found = found if case.rows is None else found[case.rows]
+        return (found.double() - exact).norm(), exact.norm()
+
+    case.reset()
+    exact = case.exact()
+    found, size = error(contender)
+    plain, _ = error(REFERENCE)
+    tiny = 2 * torch.finfo(torch.float32).eps
+    assert found <= 2 * plain + tiny * size, (
+        f"{case.name}: {contender} is off by {(found / size).item():.1e}, "
+        f"the reference by {(plain / size).item():.1e}"
+    )
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timer_of(device: torch.device) -> Callable[[], float]:
+    """A clock that waits for the device."""
+
+    def now() -> float:
+        synchronize(device)
+        return time.perf_counter()
+
+    return now
+
+
+def seconds(run: Callable[[], object], device: torch.device, budget: float = 0.3) -> float:
+    """Median time of a run, several in a row per measurement, for about `budget` seconds."""
+    now = timer_of(device)
+    run()
+    start = now()
+    run()
+    repeats = max(1, min(50, int(0.02 / max(1e-7, now() - start))))
+    times: list[float] = []
+    begin = now()
+    while len(times) < 5 or now() - begin < budget:
+        start = now()
+        for _ in range(repeats):
+            run()
+        times.append((now() - start) / repeats)
+    return sorted(times)[len(times) // 2]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Measured on the device, in this process."""
+
+    bytes_per_second: float  # copied: read and written both count
+    flops_per_second: float  # of a large product of `dtype`
+
+    def floor(self, case: Case) -> float:
+        """Seconds under which no version of the case goes."""
+        return max(case.bytes / self.bytes_per_second, case.flops / self.flops_per_second)
+
+
+def _copy(nbytes: int, device: torch.device) -> tuple[Callable[[], object], int]:
+    source = torch.randn(nbytes // 4, device=device)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source), source.nbytes
+
+
+def measure_limits(device: torch.device, dtype: torch.dtype) -> Limits:
+    on_gpu = device.type == "cuda"
+    copy, nbytes = _copy(1 << 30 if on_gpu else 1 << 26, device)
+    bandwidth = 2 * nbytes / seconds(copy, device)
+    del copy
+    n = 8192 if on_gpu else 768
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    return Limits(bandwidth, 2 * n**3 / seconds(lambda: a @ b, device))
+
+
+class _Maker:
+    """Random inputs, drawn anew for every case."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
+
+    def random(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.randn(shape, device=self.device).to(dtype or self.dtype)
+
+    def integers(self, *values: int) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=self.device)
+
+
+# These read lengths on the host, which breaks a graph.
+_NOT_COMPILED = ("guidance_step_", "attention_step", "attention_prefill")
+
+
+def contenders_of(name: str, on_gpu: bool) -> list[str]:
+    """Names of a case's contenders, without building it."""
+    names = [KERNELS, REFERENCE]
+    if name not in _NOT_COMPILED:
+        names.append(COMPILED)
+    if name == "rms_norm":
+        names.append("F.rms_norm")
+    if name == "attention_step":
+        for label in _backends(on_gpu):
+            names += [f"concatenate, {label}", f"ready K/V, {label}"]
+    return names
+
+
+def _both(name: str, *args, result: int | None = None) -> dict[str, Callable[[], Tensor]]:
+    """An operation by the kernels, by the reference, and by the compiled reference.
+
+    Args:
+        result: place among `args` of the tensor that the operation changes; None where it
+            returns one.
+    """
+
+    def run(function: Callable) -> Tensor:
+        returned = function(*args)
+        return returned if result is None else args[result]
+
+    def by_kernels() -> Tensor:
+        with ops.use("triton"):
+            return run(getattr(ops, name))
+
+    plain = getattr(reference, name)
+    contenders = {KERNELS: by_kernels, REFERENCE: lambda: run(plain)}
+    if name not in _NOT_COMPILED:
+        fused = torch.compile(plain, dynamic=False)
+        contenders[COMPILED] = lambda: run(fused)
+    return contenders
+
+
+def rms_norm(size: Size, make: _Maker) -> Case:
+    x, weight = make.random(size.rows, size.hidden), make.random(size.hidden)
+    contenders = _both("rms_norm", x, weight, 1e-5)
+    contenders["F.rms_norm"] = lambda: F.rms_norm(x, weight.shape, weight, 1e-5)
+    return Case(
+        "rms_norm",
+        contenders,
+        lambda: reference.rms_norm(x.double(), weight.double(), 1e-5),
+        2 * x.nbytes,
+    )
+
+
+def add_rms_norm(size: Size, make: _Maker) -> Case:
+    x, weight = make.random(size.rows, size.hidden), make.random(size.hidden)
+    residual = make.random(size.rows, size.hidden)
+    original = residual.clone()
+    return Case(
+        "add_rms_norm",
+        _both("add_rms_norm", residual, x, weight, 1e-5),
+        lambda: reference.rms_norm((original + x).double(), weight.double(), 1e-5),
+        4 * x.nbytes,
+        reset=lambda: residual.copy_(original),
+    )
+
+
+def modulate(size: Size, make: _Maker) -> Case:
+    x = make.random(size.rows, size.hidden)
+    shift, scale = make.random(size.hidden), make.random(size.hidden)
+    return Case(
+        "modulate",
+        _both("modulate", x, shift, scale, 1e-6),
+        lambda: reference.modulate(x.double(), shift.double(), scale.double(), 1e-6),
+        2 * x.nbytes,
+    )
+
+
+def swiglu(size: Size, make: _Maker) -> Case:
+    gate_up = make.random(size.rows, 2 * size.inner)
+    return Case(
+        "swiglu",
+        _both("swiglu", gate_up),
+        lambda: reference.swiglu(gate_up.double()),
+        gate_up.nbytes * 3 // 2,
+    )
+
+
+def _rotary(size: Size, make: _Maker) -> tuple[Tensor, Tensor, Tensor]:
+    qkv = make.random(size.rows, 3 * size.hidden)
+    angles = make.random(size.rows, size.hidden // size.heads // 2, dtype=torch.float32)
+    return qkv, angles.cos(), angles.sin()
+
+
+def rope(size: Size, make: _Maker) -> Case:
+    qkv, cos, sin = _rotary(size, make)
+    original = qkv.clone()
+
+    def exact() -> Tensor:
+        turned = original.double()
+        reference.rope_(turned, cos.double(), sin.double(), size.heads, size.heads)
+        return turned
+
+    contenders = _both("rope_", qkv, cos, sin, size.heads, size.heads, result=0)
+    # q and k, two thirds of the product, both ways
+    return Case("rope_", contenders, exact, 4 * qkv.nbytes // 3, reset=lambda: qkv.copy_(original))
+
+
+def rope_cache(size: Size, make: _Maker) -> Case:
+    qkv, cos, sin = _rotary(size, make)
+    original = qkv.clone()
+    head_dim = size.hidden // size.heads
+    caches = [make.random(size.rows, size.heads, head_dim) for _ in range(2)]
+    places = torch.randperm(size.rows, device=make.device)
+    args = (qkv, cos, sin, size.heads, size.heads, *caches, places)
+
+    def exact() -> Tensor:
+        turned = original.double()
+        cache = [torch.zeros_like(one, dtype=torch.float64) for one in caches]
+        reference.rope_cache_(
+            turned, cos.double(), sin.double(), size.heads, size.heads, *cache, places
+        )
+        return cache[0]
+
+    return Case(
+        "rope_cache_",
+        _both("rope_cache_", *args, result=5),
+        exact,
+        4 * qkv.nbytes // 3 + qkv.nbytes,  # q and k both ways; v in, k and v out
+        reset=lambda: qkv.copy_(original),
+    )
+
+
+def guidance(size: Size, make: _Maker) -> Case:
+    side = 2 * int(size.noise**0.5)
+    latents = make.random(1, 4, side, side, dtype=torch.float32)
+    prediction = make.random(len(size.cached), size.noise, 16)
+    coefficient = make.random(len(size.cached), dtype=torch.float32)
+    groups = make.integers(0, len(size.cached))
+    dt = torch.tensor(0.02, device=make.device)
+    original = latents.clone()
+    args = (latents, prediction, coefficient, groups, dt, 2)
+
+    def exact() -> Tensor:
+        moved = original.double()
+        reference.guidance_step_(moved, prediction.double(), coefficient, groups, dt, 2)
+        return moved
+
+    return Case(
+        "guidance_step_",
+        _both("guidance_step_", *args, result=0),
+        exact,
+        prediction.nbytes + 2 * latents.nbytes,
+        reset=lambda: latents.copy_(original),
+    )
+
+
+def _sampled(q: Tensor, keys: list[Tensor], values: list[Tensor], starts: list[int]) -> Callable:
+    """Exact attention of one row of every group, [groups, heads, head_dim] float64."""
+
+    def exact() -> Tensor:
+        outs = []
+        for start, k, v in zip(starts, keys, values):
+            row, k, v = q[start].double(), k.double(), v.double()
+            weights = torch.einsum("hd,khd->hk", row, k).div(q.shape[2] ** 0.5).softmax(-1)
+            outs.append(torch.einsum("hk,khd->hd", weights, v))
+        return torch.stack(outs)
+
+    return exact
+
+
+def _backends(on_gpu: bool) -> dict[str, list[SDPBackend]]:
+    if not on_gpu:
+        return {"SDPA": [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]}
+    return {
+        "flash": [SDPBackend.FLASH_ATTENTION],
+        "cuDNN": [SDPBackend.CUDNN_ATTENTION],
+        "memory-efficient": [SDPBackend.EFFICIENT_ATTENTION],
+    }
+
+
+def attention_step(size: Size, make: _Maker) -> Case:
+    head_dim, groups = size.hidden // size.heads, len(size.cached)
+    qkv = make.random(size.rows, 3 * size.hidden)
+    q, k, v = qkv.unflatten(1, (-1, head_dim)).split(size.heads, 1)
+    caches = [make.random(sum(size.cached), size.heads, head_dim) for _ in range(2)]
+    firsts = list(accumulate(size.cached, initial=0))[:-1]
+    cu_rows = make.integers(*range(0, size.rows + 1, size.noise))
+    args = (q, k, v, *caches, cu_rows, make.integers(*firsts), make.integers(*size.cached))
+    contenders = _both("attention_step", *args, size.noise)
+
+    def joined(part: Tensor, cache: Tensor, group: int) -> Tensor:
+        rows = slice(group * size.noise, (group + 1) * size.noise)
+        return torch.cat([cache[firsts[group] : firsts[group] + size.cached[group]], part[rows]])
+
+    keys = [joined(k, caches[0], group) for group in range(groups)]
+    values = [joined(v, caches[1], group) for group in range(groups)]
+
+    def by_head(x: Tensor) -> Tensor:
+        return x.transpose(0, 1).unsqueeze(0)
+
+    ready = [tuple(by_head(x).contiguous() for x in pair) for pair in zip(keys, values)]
+
+    def library(backends: list[SDPBackend], concatenate: bool) -> Tensor:
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        with sdpa_kernel(backends):
+            for group in range(groups):
+                rows = slice(group * size.noise, (group + 1) * size.noise)
+                pair = ready[group]
+                if concatenate:
+                    pair = [by_head(joined(x, c, group)) for x, c in zip((k, v), caches)]
+                by_head(out[rows]).copy_(F.scaled_dot_product_attention(by_head(q[rows]), *pair))
+        return out
+
+    for label, backend in _backends(make.device.type == "cuda").items():
+        contenders[f"concatenate, {label}"] = lambda one=backend: library(one, True)
+        contenders[f"ready K/V, {label}"] = lambda one=backend: library(one, False)
+    starts = [group * size.noise for group in range(groups)]
+    flops = sum(4 * size.hidden * size.noise * (size.noise + cached) for cached in size.cached)
+    moved = 4 * q.numel() * q.element_size() + sum(x.nbytes for x in caches)
+    return Case(
+        "attention_step",
+        contenders,
+        _sampled(q, keys, values, starts),
+        moved,
+        flops,
+        torch.tensor(starts, device=make.device),
+        frozenset(name for name in contenders if name.startswith("ready")),
+    )
+
+
+def attention_prefill(size: Size, make: _Maker) -> Case:
+    head_dim, length = size.hidden // size.heads, size.cached[0]
+    text = length // 50
+    ends = list(range(1, text + 1)) + [length] * (length - text)
+    qkv = make.random(length, 3 * size.hidden)
+    q, k, v = qkv.unflatten(1, (-1, head_dim)).split(size.heads, 1)
+    args = (q, k, v, make.integers(0, length), make.integers(*ends), length)
+    contenders = _both("attention_prefill", *args)
+    starts = [0, text - 1, length - 1]
+    return Case(
+        "attention_prefill",
+        contenders,
+        _sampled(q, [k[: ends[i]] for i in starts], [v[: ends[i]] for i in starts], starts),
+        4 * q.numel() * q.element_size(),
+        4 * size.hidden * sum(ends),
+        torch.tensor(starts, device=make.device),
+    )
+
+
+CASES = {
+    "rms_norm": rms_norm,
+    "add_rms_norm": add_rms_norm,
+    "rope_": rope,
+    "rope_cache_": rope_cache,
+    "swiglu": swiglu,
+    "modulate": modulate,
+    "guidance_step_": guidance,
+    "attention_step": attention_step,
+    "attention_prefill": attention_prefill,
+}
+
+
+def build(name: str, device: torch.device, size: Size | None = None) -> Case:
+    """A case with fresh random inputs in bfloat16: of full size on a GPU, small elsewhere."""
+    size = size or (FULL if device.type == "cuda" else SMALL)
+    return CASES[name](size, _Maker(device, torch.bfloat16))

@@ -1,0 +1,148 @@
+"""What of tuner and micro-benchmarks needs no GPU: choosing, checking, the table, the refusal."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from numerics import DEVICE
+from omnigen_fast.kernels import launch
+
+FOLDER = Path(__file__).parents[2] / "bench" / "kernels"
+
+
+@pytest.fixture
+def tune(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import tune
+
+    return tune
+
+
+def test_the_table_stands_as_the_tuner_writes_it(tune):
+    text = Path(launch.__file__).read_text()
+    assert tune.rewritten(text, launch.TABLE) == text
+
+
+def test_a_new_table_is_read_back(tune):
+    changed = launch.Launch(num_warps=16, num_stages=5, block_m=32, block_n=256)
+    table = {**launch.TABLE, 90: {**launch.TABLE[90], "attention_step/96/16": changed}}
+    text = tune.rewritten(Path(launch.__file__).read_text(), table)
+    module = type(sys)("rewritten_launch")
+    module.__file__ = launch.__file__
+    sys.modules[module.__name__] = module  # where dataclasses look their module up
+    try:
+        exec(compile(text, "launch.py", "exec"), module.__dict__)
+        found = {
+            capability: {key: vars(one) for key, one in entries.items()}
+            for capability, entries in module.TABLE.items()
+        }
+    finally:
+        del sys.modules[module.__name__]
+    expected = {
+        capability: {key: vars(one) for key, one in entries.items()}
+        for capability, entries in table.items()
+    }
+    assert found == expected
+    assert module.lookup("attention_step", 90, 96).block_n == 256
+
+
+def test_every_kernel_has_candidates(tune):
+    for key in launch.TABLE[90]:
+        kernel = key.partition("/")[0]
+        tried = list(tune.candidates(kernel))
+        assert len(tried) == len(set(tried)) > 3
+        names = {"attention_step": "block_m", "attention_prefill": "block_n"}
+        assert all(getattr(one, names.get(kernel, "num_warps")) for one in tried)
+
+
+def test_sizes_keep_the_work(tune):
+    for head_dim in tune.HEAD_DIMS:
+        size = tune.size_of(head_dim)
+        assert size.hidden == 3072 and size.heads * head_dim == 3072
+
+
+def tiny():
+    import workload
+
+    return workload.Size(noise=16, cached=(20, 3), heads=2, hidden=128, inner=96)
+
+
+def test_the_fastest_right_configuration_wins(tune):
+    """Times are made up here, by the number of warps; what computes something else never wins."""
+    import workload
+
+    case = workload.build("swiglu", torch.device(DEVICE), tiny())
+    took = {2: 5e-6, 4: 1e-6, 8: 3e-6}
+    kernel = case.contenders[workload.KERNELS]
+
+    def wrong_with_4_warps():
+        right = kernel()
+        return -right if launch.choose("swiglu", right).num_warps == 4 else right
+
+    case.contenders[workload.KERNELS] = wrong_with_4_warps
+    now = launch.TABLE[80]["swiglu"]
+    assert now.num_warps == 4
+
+    def seconds(run, device):
+        return took[launch.choose("swiglu", run()).num_warps]
+
+    with (
+        mock.patch.object(workload, "build", return_value=case),
+        mock.patch.object(workload, "seconds", seconds),
+        pytest.raises(AssertionError, match="swiglu: kernels is off"),
+    ):
+        tune.tune("swiglu", 0, now, torch.device(DEVICE))
+    case.contenders[workload.KERNELS] = kernel
+    with (
+        mock.patch.object(workload, "build", return_value=case),
+        mock.patch.object(workload, "seconds", seconds),
+    ):
+        assert (
+            tune.tune("swiglu", 0, replace(now, num_warps=8), torch.device(DEVICE)).num_warps == 4
+        )
+
+
+CASES = (
+    "rms_norm",
+    "add_rms_norm",
+    "rope_",
+    "rope_cache_",
+    "swiglu",
+    "modulate",
+    "guidance_step_",
+    "attention_step",
+    "attention_prefill",
+)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_benchmarks_check_before_they_time(tune, name):
+    import workload
+
+    assert set(CASES) == set(workload.CASES)
+    case = workload.build(name, torch.device(DEVICE), tiny())
+    for contender in case.contenders:
+        if contender != workload.COMPILED:  # which needs a compiler for C++ on a CPU
+            workload.check(case, contender)
+    right = case.contenders[workload.KERNELS]
+    case.contenders[workload.KERNELS] = lambda: right() * 1.05
+    with pytest.raises(AssertionError, match=f"{name}: kernels is off"):
+        workload.check(case, workload.KERNELS)
+
+
+def test_without_a_gpu_it_says_so():
+    done = subprocess.run(
+        [sys.executable, FOLDER / "tune.py"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert done.returncode == 2
+    assert done.stderr.strip().endswith("needs an NVIDIA GPU of compute capability 8.0 or later")
