@@ -1,0 +1,13 @@
+"""The errors that this package raises about what it was given."""
+
+
+class OmniGenError(Exception):
+    """Base of this package's errors: one line with what was given, what is allowed, what to do."""
+
+
+class RequestError(OmniGenError, ValueError):
+    """An argument of a call can't be used."""
+
+
+class CheckpointError(OmniGenError, ValueError):
+    """A model folder or one of its files can't be used."""

@@ -1,0 +1,206 @@
+"""From prompts and images to the packed condition sequence that the transformer reads."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .config import ModelConfig
+from .errors import CheckpointError, RequestError
+from .images import InputImage
+from .request import PLACEHOLDER, Guidance, Prompt
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+_BEFORE = "<|user|>\nGenerate an image according to the following instructions\n"
+_AFTER = "<|end|>\n<|assistant|>\n<|diffusion|>"
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A guidance branch: the condition of one velocity that guidance combines."""
+
+    text: str
+    images: tuple[InputImage, ...] = ()
+
+
+@dataclass(frozen=True)
+class EncodedBranch:
+    """A branch as tokens. Equal `key`s have equal keys and values in every layer."""
+
+    token_ids: np.ndarray  # [condition tokens], int64, 0 in the slots of images
+    kv_end: np.ndarray  # [condition tokens], int32: each sees the tokens before this place
+    spans: tuple[tuple[int, int, InputImage], ...]  # (first, past the last) slot of each image
+    long: bool  # whether its rotary embedding takes the long factor
+    key: Hashable
+
+    @property
+    def length(self) -> int:
+        """Condition tokens."""
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True)
+class ConditionSequence:
+    """Branches packed one behind the other for prefill, `[condition | time tokens]` each.
+
+    `rows` counts all tokens of all branches; there is no padding.
+    """
+
+    token_ids: Tensor  # [rows], int64, 0 where an image or a time token stands
+    positions: Tensor  # [rows], int64, from 0 in each branch; time tokens all stand behind C
+    long: Tensor  # [rows], bool: which rotary factor
+    kv_end: Tensor  # [rows], int32, see kernels.reference.attention_prefill
+    cu_rows: Tensor  # [branches + 1], int32
+    max_rows: int  # rows of the longest branch
+    cache_rows: Tensor  # [rows], int64: where each row's key and value go
+    time_rows: Tensor  # [branches * steps], int64, branch by branch
+    spans: tuple[tuple[int, int, InputImage], ...]  # rows of each image
+
+
+def guidance_branches(prompt: Prompt, guidance: Guidance) -> list[tuple[Branch, float]]:
+    """The branches of one prompt and what the velocity of each counts.
+
+    `v = uncond + w_img (img - uncond) + w (cond - img)` with image guidance, else
+    `v = uncond + w (cond - uncond)`, collected by branch; a branch that counts 0 is left out, which
+    changes no value.
+    """
+    text, image = guidance.text, guidance.image
+    cond, uncond = Branch(prompt.text, prompt.images), Branch(prompt.negative)
+    if guidance.use_image and prompt.images:
+        tags = " ".join(f"<img><|image_{i + 1}|></img>" for i in range(len(prompt.images)))
+        branches = [(cond, text), (uncond, 1 - image), (Branch(tags, prompt.images), image - text)]
+    else:
+        branches = [(cond, text), (uncond, 1 - text)]
+    return [(branch, coefficient) for branch, coefficient in branches if coefficient]
+
+
+class Processor:
+    """Tokenizes branches; remembers the latest 256 texts."""
+
+    def __init__(self, tokenizer: Tokenizer, config: ModelConfig) -> None:
+        self.config = config
+        self._tokenizer = tokenizer
+        bos = tokenizer.token_to_id("<s>")
+        if bos is None:
+            raise CheckpointError("the tokenizer has no <s> token; this is not OmniGen's tokenizer")
+        self._bos = bos
+        self._tokens = lru_cache(maxsize=256)(self._tokenize)
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str], config: ModelConfig) -> Processor:
+        """Reads a `tokenizer.json`.
+
+        Raises CheckpointError if it is missing or malformed.
+        """
+        from tokenizers import Tokenizer
+
+        if not os.path.isfile(path):
+            raise CheckpointError(f"{path} does not exist; the model folder needs a tokenizer.json")
+        try:
+            tokenizer = Tokenizer.from_file(os.fspath(path))
+        except Exception as error:  # the library raises bare Exception on malformed files
+            raise CheckpointError(f"{path} is not a tokenizer: {error}") from error
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        return cls(tokenizer, config)
+
+    def encode(self, branch: Branch, noise_tokens: int, steps: int) -> EncodedBranch:
+        """Tokens of one branch that is followed by a time token and `noise_tokens` noise tokens.
+
+        Raises:
+            RequestError: the branch is longer than the model's positions.
+        """
+        ids, kv_end, places = self._tokens(branch.text, tuple(i.tokens for i in branch.images))
+        total = len(ids) + 1 + noise_tokens
+        if total > self.config.max_position_embeddings:
+            raise RequestError(
+                f"a prompt of {len(ids)} tokens with {noise_tokens} for the picture is more than "
+                f"the model's {self.config.max_position_embeddings} positions; shorten the prompt, "
+                "or make its images or the picture smaller"
+            )
+        spans = tuple((first, stop, branch.images[number]) for first, stop, number in places)
+        long = self.config.uses_long_factor(total)
+        images = tuple((image.digest, image.size) for _, _, image in spans)
+        return EncodedBranch(ids, kv_end, spans, long, (branch.text, images, long, steps))
+
+    def clear(self) -> None:
+        """Forgets the remembered texts."""
+        self._tokens.cache_clear()
+
+    def _tokenize(
+        self, text: str, image_tokens: tuple[int, ...]
+    ) -> tuple[np.ndarray, np.ndarray, tuple[tuple[int, int, int], ...]]:
+        """Token ids, kv_end, and the (first, past the last) slot and index of each image."""
+        # split() with a group: text, image number, text, image number, ..., text
+        pieces = PLACEHOLDER.split(_BEFORE + text + _AFTER)
+        ids, kv_end, places = [self._bos], [1], []
+        for index, piece in enumerate(pieces):
+            start = len(ids)
+            if index % 2 == 0:
+                ids += self._tokenizer.encode(piece, add_special_tokens=False).ids
+                kv_end += range(start + 1, len(ids) + 1)
+            else:
+                number = int(piece) - 1
+                slots = image_tokens[number]
+                ids += [0] * slots
+                kv_end += [start + slots] * slots
+                places.append((start, start + slots, number))
+        if max(ids) >= self.config.vocab_size:
+            raise CheckpointError(
+                f"the tokenizer gives token {max(ids)}, the model has {self.config.vocab_size}; "
+                "tokenizer.json and the weights do not belong together"
+            )
+        return np.array(ids, np.int64), np.array(kv_end, np.int32), tuple(places)
+
+
+def pack(
+    branches: Sequence[EncodedBranch],
+    steps: int,
+    cache_start: Callable[[EncodedBranch], int],
+    device: torch.device,
+) -> ConditionSequence:
+    """Packs branches for prefill, each followed by the time tokens of all steps.
+
+    Args:
+        branches: at least one.
+        steps: time tokens of each branch.
+        cache_start: the first cache row of a branch; its rows there are
+            `[condition | the current step's time token | time tokens]`.
+        device: where the sequence is to be.
+    """
+    ids, positions, long, kv_end, cache_rows, time_rows, spans = [], [], [], [], [], [], []
+    starts = [0, *accumulate(branch.length + steps for branch in branches)]
+    for branch, start in zip(branches, starts):
+        length, first = branch.length, cache_start(branch)
+        ids += [branch.token_ids, np.zeros(steps, np.int64)]
+        positions += [np.arange(length), np.full(steps, length)]
+        long.append(np.full(length + steps, branch.long))
+        kv_end += [branch.kv_end, np.full(steps, length, np.int32)]
+        cache_rows += [first + np.arange(length), first + length + 1 + np.arange(steps)]
+        time_rows.append(start + length + np.arange(steps))
+        spans += [(start + a, start + b, image) for a, b, image in branch.spans]
+
+    def tensor(parts: list[np.ndarray]) -> Tensor:
+        return torch.from_numpy(np.concatenate(parts)).to(device)
+
+    return ConditionSequence(
+        token_ids=tensor(ids),
+        positions=tensor(positions),
+        long=tensor(long),
+        kv_end=tensor(kv_end),
+        cu_rows=torch.tensor(starts, dtype=torch.int32, device=device),
+        max_rows=max(branch.length for branch in branches) + steps,
+        cache_rows=tensor(cache_rows),
+        time_rows=tensor(time_rows),
+        spans=tuple(spans),
+    )
