@@ -55,7 +55,7 @@ def main() -> None:
 @click.option("--height", default=1024, show_default=True, help="Pixels, a multiple of 16.")
 @click.option("--width", default=1024, show_default=True, help="Pixels, a multiple of 16.")
 @click.option("--num-inference-steps", "--steps", default=50, show_default=True)
-@click.option("--guidance-scale", default=2.5, show_default=True, help="How much the text counts.")
+@click.option("--guidance-scale", default=3.0, show_default=True, help="How much the text counts.")
 @click.option("--use-img-guidance/--no-img-guidance", default=True, show_default=True)
 @click.option("--img-guidance-scale", default=1.6, show_default=True, help="And the images.")
 @click.option("--max-input-image-size", default=1024, show_default=True, help="Pixels a side.")
