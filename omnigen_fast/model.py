@@ -82,6 +82,17 @@ class StepGroups:
     sin: Tensor  # [groups * N, head_dim / 2], float32
 
 
+@dataclass
+class _PrefillState:
+    """A branch on its way through the layers."""
+
+    sequence: ConditionSequence
+    cos: Tensor
+    sin: Tensor
+    residual: Tensor  # [rows, hidden]
+    delta: Tensor | None = None  # still to be added to it
+
+
 class Block(nn.Module):
     """One layer. The residual stream and what is still to be added to it travel apart.
 
@@ -193,13 +204,13 @@ class Transformer(nn.Module):
         shift, scale = modulation.chunk(2, dim=-1)
         return TimeEmbeddings(mlp("time_token"), shift, scale)
 
-    def rotary(self, positions: Tensor, long: Tensor) -> tuple[Tensor, Tensor]:
+    def rotary(self, positions: Tensor, long: bool) -> tuple[Tensor, Tensor]:
         """cos and sin, [rows, head_dim / 2] float32, of positions [rows] under LongRoPE.
 
-        `1 / (factor_i * theta^(2i / head_dim))`, both multiplied by `config.rope_scale` (Ding et
-        al., 2024); `long` [rows] chooses the factor.
+        Frequencies `1 / (factor_i * theta^(2i / head_dim))`, both results multiplied by
+        `config.rope_scale` (Ding et al., 2024); `long` chooses the factor.
         """
-        frequencies = self._inverse_frequencies.to(positions.device)[long.long()]
+        frequencies = self._inverse_frequencies[int(long)].to(positions.device)
         angles = positions.to(torch.float32).unsqueeze(1) * frequencies
         return angles.cos() * self.config.rope_scale, angles.sin() * self.config.rope_scale
 
@@ -216,9 +227,7 @@ class Transformer(nn.Module):
         """
         device = self.device
         places = torch.arange(noise_tokens, device=device)
-        positions = torch.cat([places + span.condition + 1 for _, span, _ in groups])
-        long = torch.tensor([long for _, _, long in groups], device=device)
-        cos, sin = self.rotary(positions, long.repeat_interleave(noise_tokens))
+        tables = [self.rotary(places + span.condition + 1, long) for _, span, long in groups]
 
         def integers(values: list[int], dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.tensor(values, dtype=dtype, device=device)
@@ -229,8 +238,8 @@ class Transformer(nn.Module):
             max_rows=noise_tokens,
             cache_start=integers([span.start for _, span, _ in groups]),
             cache_len=integers([span.condition + 1 for _, span, _ in groups]),
-            cos=cos,
-            sin=sin,
+            cos=torch.cat([cos for cos, _ in tables]),
+            sin=torch.cat([sin for _, sin in tables]),
         )
 
     def embed_condition(
@@ -239,33 +248,38 @@ class Transformer(nn.Module):
         image_latents: Mapping[str, Tensor],
         time_tokens: Tensor,
     ) -> Tensor:  # [rows, hidden]
-        """Embeddings of a packed sequence.
+        """Embeddings of a branch's sequence.
 
         Args:
-            sequence: the packed branches.
+            sequence: the branch, with as many time tokens as are given.
             image_latents: [4, height / 8, width / 8] of each image, by its digest.
             time_tokens: [steps, hidden].
         """
         embedded = F.embedding(sequence.token_ids, self.embed_tokens)
-        for first, stop, image in sequence.spans:
+        for first, stop, image in sequence.branch.spans:
             latents = image_latents[image.digest].unsqueeze(0)
             embedded[first:stop] = self._embed_patches("image_proj", latents)[0]
-        branches = len(sequence.time_rows) // len(time_tokens)
-        embedded[sequence.time_rows] = time_tokens.repeat(branches, 1)
+        embedded[sequence.branch.length :] = time_tokens
         return embedded
 
-    def prefill(self, sequence: ConditionSequence, embedded: Tensor, cache: ConditionCache) -> None:
+    def prefill(
+        self,
+        sequences: Sequence[ConditionSequence],
+        embedded: Sequence[Tensor],
+        cache: ConditionCache,
+    ) -> None:
         """Runs condition and time tokens and writes their keys and values into the cache.
 
+        Layer by layer, so that the weights are passed over once.
+
         Args:
-            sequence: the packed branches.
-            embedded: [rows, hidden] from `embed_condition`; overwritten.
+            sequences: the branches.
+            embedded: [rows, hidden] of each from `embed_condition`; overwritten.
             cache: rows for the branches reserved.
         """
-        rotary = self.rotary(sequence.positions, sequence.long)
-        delta = None
+        states = self._prefill_states(sequences, embedded)
         for layer in range(len(self.layers)):
-            delta = self._prefill_layer(layer, embedded, delta, sequence, rotary, cache)
+            self._prefill_layer(layer, states, cache)
 
     def step(
         self,
@@ -298,51 +312,66 @@ class Transformer(nn.Module):
         groups: StepGroups,
         shift: Tensor,
         scale: Tensor,
-        sequence: ConditionSequence,
-        embedded: Tensor,
+        sequences: Sequence[ConditionSequence],
+        embedded: Sequence[Tensor],
         time_slots: Tensor,
         cache: ConditionCache,
     ) -> Tensor:
         """As `prefill` and `step` at once, keeping the keys and values of one layer at a time.
 
         Args:
-            sequence: the packed branches with this step's time token only.
+            latents: as in `step`.
+            groups: as in `step`.
+            shift: as in `step`.
+            scale: as in `step`.
+            sequences: the branches of the groups, with this step's time token only.
             embedded: their embeddings; overwritten.
             time_slots: see `ConditionCache.select_step`.
             cache: of one layer, which every layer overwrites.
+
+        Returns:
+            As `step`.
         """
-        rotary = self.rotary(sequence.positions, sequence.long)
-        condition_delta = None
+        states = self._prefill_states(sequences, embedded)
         residual, delta = self._embed_noise(latents, groups), None
         for layer in range(len(self.layers)):
-            condition_delta = self._prefill_layer(
-                layer, embedded, condition_delta, sequence, rotary, cache
-            )
+            self._prefill_layer(layer, states, cache)
             cache.select_step(time_slots, 0)
             delta = self._step_layer(layer, residual, delta, groups, cache)
         return self._predict(residual, delta, groups, shift, scale)
 
+    def _prefill_states(
+        self, sequences: Sequence[ConditionSequence], embedded: Sequence[Tensor]
+    ) -> list[_PrefillState]:
+        return [
+            _PrefillState(one, *self.rotary(one.positions, one.branch.long), rows)
+            for one, rows in zip(sequences, embedded)
+        ]
+
     def _prefill_layer(
-        self,
-        layer: int,
-        residual: Tensor,
-        delta: Tensor | None,
-        sequence: ConditionSequence,
-        rotary: tuple[Tensor, Tensor],
-        cache: ConditionCache,
-    ) -> Tensor | None:
+        self, layer: int, states: Sequence[_PrefillState], cache: ConditionCache
+    ) -> None:
         config, block = self.config, self.layers[layer]
-        qkv = block.project(residual, delta)
         keys, values = cache.keys[layer % cache.layers], cache.values[layer % cache.layers]
-        ops.rope_cache_(
-            qkv, *rotary, config.num_heads, config.num_kv_heads, keys, values, sequence.cache_rows
-        )
-        if layer == len(self.layers) - 1:
-            return None  # nothing reads the condition behind its last keys and values
-        attended = ops.attention_prefill(
-            *self._split(qkv), sequence.cu_rows, sequence.kv_end, sequence.max_rows
-        )
-        return block.finish(residual, attended)
+        for state in states:
+            one = state.sequence
+            qkv = block.project(state.residual, state.delta)
+            ops.rope_cache_(
+                qkv,
+                state.cos,
+                state.sin,
+                config.num_heads,
+                config.num_kv_heads,
+                keys,
+                values,
+                one.cache_rows,
+            )
+            if layer == len(self.layers) - 1:
+                continue  # nothing reads the condition behind its last keys and values
+            attended = ops.attention_prefill(
+                *self._split(qkv), one.cu_rows, one.kv_end, len(one.kv_end)
+            )
+            state.delta = block.finish(state.residual, attended)
 
     def _step_layer(
         self,
