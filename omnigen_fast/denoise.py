@@ -72,6 +72,7 @@ class GuidancePlan:
         size = min(branches_per_pass or most, most)
         offsets = [0, *accumulate(map(len, pictures))]
         passes = []
+        space = model.workspace(sum(min(size, len(one)) for one in pictures) * noise_tokens)
         for first in range(0, most, size):
             members = [
                 (offset + first + i, picture, velocity)
@@ -82,7 +83,7 @@ class GuidancePlan:
             passes.append(
                 Pass(
                     places=torch.tensor([place for place, _, _ in members], device=device),
-                    groups=model.step_groups(groups, noise_tokens),
+                    groups=model.step_groups(groups, noise_tokens, space),
                     branches=tuple({v.branch.key: v for _, _, v in members}.values()),
                 )
             )
