@@ -25,14 +25,21 @@ _PLAIN_SCORES = 1 << 26
 _CPU_BLOCK_VALUES = 1 << 18
 
 
-def _blocks(x: Tensor) -> Iterator[slice]:
-    """Slices of the rows of `x` to work off one after the other; all at once but on a CPU."""
-    rows = len(x)
-    block = (
-        max(1, _CPU_BLOCK_VALUES * rows // max(1, x.numel())) if x.device.type == "cpu" else rows
-    )
+def _blocks(x: Tensor, scratch: int) -> Iterator[tuple[slice, list[Tensor]]]:
+    """Slices of the rows of `x` to work off one after the other; all at once but on a CPU.
+
+    With each come `scratch` tensors of the slice's shape to accumulate in; all slices share their
+    memory, for a CPU's page faults cost more than the arithmetic.
+    """
+    rows, block = len(x), len(x)
+    if x.device.type == "cpu":
+        block = _CPU_BLOCK_VALUES * rows // max(1, x.numel())
+    block = min(max(1, block), rows)
+    wide = _wide(x.dtype)
+    shared = [x.new_empty(block, *x.shape[1:], dtype=wide) for _ in range(scratch)]
     for start in range(0, rows, max(1, block)):
-        yield slice(start, start + block)
+        stop = min(start + block, rows)
+        yield slice(start, stop), [one[: stop - start] for one in shared]
 
 
 def _out(shape: torch.Size, like: Tensor, out: Tensor | None) -> Tensor:
@@ -53,15 +60,16 @@ def rms_norm(
 ) -> Tensor:  # [rows, hidden]
     """`x / sqrt(mean(x^2) + eps) * weight` over the last axis (Zhang & Sennrich, 2019)."""
     out = _out(x.shape, x, out)
-    for rows in _blocks(x):
-        _rms_norm_block(x[rows], weight, eps, out[rows])
+    for rows, (wide,) in _blocks(x, 1):
+        _rms_norm_block(x[rows], weight, eps, out[rows], wide)
     return out
 
 
-def _rms_norm_block(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None:
-    wide = x.to(_wide(x.dtype))
-    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-    torch.mul((wide * torch.rsqrt(norm * norm / x.shape[-1] + eps)).to(x.dtype), weight, out=out)
+def _rms_norm_block(x: Tensor, weight: Tensor, eps: float, out: Tensor, wide: Tensor) -> None:
+    wide.copy_(x)
+    squares = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
+    wide.mul_(squares.div_(x.shape[-1]).add_(eps).rsqrt_())
+    out.copy_(wide).mul_(weight)
 
 
 def add_rms_norm(
@@ -73,8 +81,8 @@ def add_rms_norm(
 ) -> Tensor:  # [rows, hidden]
     """`residual += x`, and the RMSNorm of the sum."""
     out = _out(x.shape, x, out)
-    for rows in _blocks(x):
-        _rms_norm_block(residual[rows].add_(x[rows]), weight, eps, out[rows])
+    for rows, (wide,) in _blocks(x, 1):
+        _rms_norm_block(residual[rows].add_(x[rows]), weight, eps, out[rows], wide)
     return out
 
 
@@ -92,11 +100,10 @@ def rope_(
     head_dim = qkv.shape[1] // (heads + 2 * kv_heads)
     half = head_dim // 2
     by_head = qkv.unflatten(1, (-1, head_dim))[:, : heads + kv_heads]
-    for rows in _blocks(by_head):
-        wide = by_head[rows].to(_wide(qkv.dtype))
+    for rows, (wide, rotated) in _blocks(by_head, 2):
+        wide.copy_(by_head[rows])
         a, b = wide[..., :half], wide[..., half:]
         c, s = cos[rows].unsqueeze(1), sin[rows].unsqueeze(1)
-        rotated = torch.empty_like(wide)
         torch.mul(a, c, out=rotated[..., :half]).addcmul_(b, s, value=-1)
         torch.mul(b, c, out=rotated[..., half:]).addcmul_(a, s)
         by_head[rows] = rotated
@@ -170,19 +177,24 @@ def attention_step(
     """
     out = _out(q.shape, q, out)
     share = q.shape[1] // k.shape[1]
-    wide = _wide(q.dtype)
     groups = zip(pairwise(cu_rows.tolist()), cache_start.tolist(), cache_len.tolist())
     for (start, stop), first, length in groups:
         rows, cached = slice(start, stop), slice(first, first + length)
         queries = _by_head(q[rows], share)
         views = [_by_head(t, 1).expand(share, -1, -1, -1) for t in (k[rows], v[rows])]
-        joined, own_lse = _attend(queries, *views)
+        own, own_lse = _attend(queries, *views)
         if length:
             views = [_by_head(t[cached], 1).expand(share, -1, -1, -1) for t in (k_cache, v_cache)]
             cache_out, cache_lse = _attend(queries, *views)
-            share_of_cache = torch.sigmoid(cache_lse - own_lse).unsqueeze(-1)
-            joined = torch.lerp(joined.to(wide), cache_out.to(wide), share_of_cache)
-        _by_head(out[rows], share).copy_(joined)
+            weight = torch.sigmoid(cache_lse - own_lse)  # of the cache's part
+            target = out[rows].unflatten(1, (-1, share))
+            own, cache_out = own.permute(2, 1, 0, 3), cache_out.permute(2, 1, 0, 3)
+            weight = weight.permute(2, 1, 0).unsqueeze(-1)
+            for some, (a, b) in _blocks(own, 2):
+                a.copy_(own[some])
+                target[some] = a.lerp_(b.copy_(cache_out[some]), weight[some])
+        else:
+            _by_head(out[rows], share).copy_(own)
     return out
 
 
@@ -232,7 +244,7 @@ def swiglu(
     """`silu(gate) * up` (Shazeer, 2020) on the fused gate-up product."""
     gate, up = gate_up.chunk(2, dim=-1)
     out = _out(gate.shape, gate, out)
-    for rows in _blocks(gate_up):
+    for rows, _ in _blocks(gate_up, 0):
         torch.mul(F.silu(gate[rows]), up[rows], out=out[rows])
     return out
 
