@@ -4,7 +4,7 @@ One process, interleaved, random weights of a small model (hidden 768, 8 heads o
 2048) in bfloat16. A picture is everything between tokens and final latents: the VAE is the same
 code on both sides and is left out. Both must agree in float32 before any time is printed.
 
-    python -m bench.cpu_peer [--steps 20] [--rounds 7]
+    python -m bench.cpu_peer [--steps 50] [--rounds 15] [--pictures 3]
 """
 
 from __future__ import annotations
@@ -17,13 +17,19 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from omnigen_fast.kernels import ops
 from torch import Tensor
 
 from omnigen_fast.cache import ConditionCache
 from omnigen_fast.checkpoint import _DIFFUSERS, _sources
 from omnigen_fast.config import PATCH, ModelConfig
-from omnigen_fast.denoise import GuidancePlan, Velocity, cached_step, denoise, schedule
+from omnigen_fast.denoise import (
+    GuidancePlan,
+    Loop,
+    Velocity,
+    cached_velocity,
+    denoise,
+    schedule,
+)
 from omnigen_fast.images import InputImage
 from omnigen_fast.model import Transformer
 from omnigen_fast.processor import (
@@ -85,7 +91,7 @@ class Ours:
         self,
         branches: Sequence[tuple[EncodedBranch, float]],
         images: dict[str, Tensor],
-        noise_tokens: int,
+        noise: Tensor,
         times: Tensor,
     ) -> None:
         """Prefill, and all that a loop needs."""
@@ -100,18 +106,24 @@ class Ours:
         rows = [model.embed_condition(one, images, embedded.tokens) for one in sequences]
         model.prefill(sequences, rows, self.cache)
         velocities = [Velocity(branch, self.cache[branch.key], c) for branch, c in branches]
-        self.plan = GuidancePlan.make(model, [velocities], noise_tokens, None)
-        self.step = cached_step(model, self.cache, embedded)
+        self.loop = Loop(
+            latents=noise.clone(),
+            index=torch.zeros(1, dtype=torch.int64),
+            lengths=times.diff(),
+            times=embedded,
+            plan=GuidancePlan.make(model, [velocities], noise[0, 0].numel() // PATCH**2, None),
+            velocity=cached_velocity(model, self.cache, embedded),
+        )
 
-    def run_step(self, latents: Tensor, index: int, dt: Tensor) -> None:
-        prediction = self.step(latents, self.plan.passes[0], index)
-        plan = self.plan
-        ops.guidance_step_(latents, prediction, plan.coefficient, plan.cu_groups, dt, PATCH)
+    def run_step(self) -> Tensor:
+        """The first step, each time from where the last one ended."""
+        self.loop.index.zero_()
+        self.loop.step()
+        return self.loop.latents
 
-    def run_picture(self, noise: Tensor, times: Tensor) -> Tensor:
-        latents = noise.clone()
-        denoise(latents, times, self.plan, self.step, lambda *_: True)
-        return latents
+    def run_picture(self) -> Tensor:
+        denoise(self.loop, self.loop.step, lambda *_: True)
+        return self.loop.latents
 
 
 class Peer:
@@ -150,13 +162,13 @@ class Peer:
         self,
         branches: Sequence[tuple[EncodedBranch, float]],
         images: dict[str, Tensor],
-        noise_tokens: int,
+        noise: Tensor,
         times: Tensor,
     ) -> None:
         # Its rotary positions are those of row 0 for every row. That is harmless only where row 0
         # has no padding, so the longest branch goes first.
         ordered = sorted(branches, key=lambda pair: -pair[0].length)
-        longest = ordered[0][0].length
+        longest, noise_tokens = ordered[0][0].length, noise[0, 0].numel() // PATCH**2
         total = longest + 1 + noise_tokens
         self.coefficient = torch.tensor([c for _, c in ordered]).view(-1, 1, 1, 1)
         ids = torch.full((len(ordered), longest), 3)
@@ -177,6 +189,7 @@ class Peer:
                 self.latents.append(images[image.digest][None].to(self.dtype))
         self.ids, self.mask, self.positions = ids, mask, positions
         self.times = times
+        self.noisy = noise.clone()
 
     def velocity(self, latents: Tensor, index: int) -> Tensor:
         rows = len(self.ids)
@@ -192,14 +205,15 @@ class Peer:
         )[0]
         return (self.coefficient * predicted.float()).sum(0, keepdim=True)
 
-    def run_step(self, latents: Tensor, index: int, dt: Tensor) -> None:
-        latents += dt * self.velocity(latents, index)
+    def run_step(self, index: int = 0) -> Tensor:
+        length = self.times[index + 1] - self.times[index]
+        self.noisy += length * self.velocity(self.noisy, index)
+        return self.noisy
 
-    def run_picture(self, noise: Tensor, times: Tensor) -> Tensor:
-        latents = noise.clone()
-        for index, dt in enumerate(times.diff()):
-            self.run_step(latents, index, dt)
-        return latents
+    def run_picture(self) -> Tensor:
+        for index in range(len(self.times) - 1):
+            self.run_step(index)
+        return self.noisy
 
 
 def encode(case: Case, config: ModelConfig, steps: int) -> tuple[list, dict[str, Tensor]]:
@@ -227,21 +241,17 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 
 @torch.no_grad()
-def measure(case: Case, config: ModelConfig, steps: int, rounds: int) -> dict:
+def measure(case: Case, config: ModelConfig, steps: int, rounds: int, pictures: int) -> dict:
     """One case: agreement, then times."""
     weights = {dtype: random_weights(config, dtype) for dtype in (torch.float32, torch.bfloat16)}
     branches, images = encode(case, config, steps)
-    noise_tokens = (case.side // 16) ** 2
     shape = (1, 4, case.side // 8, case.side // 8)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     times = schedule(steps)
-    dt = times[1] - times[0]
 
     def first_velocity(side: Ours | Peer) -> Tensor:
-        side.start(branches, images, noise_tokens, times)
-        latents = noise.clone()
-        side.run_step(latents, 0, dt)
-        return (latents - noise) / dt
+        side.start(branches, images, noise, times)
+        return (side.run_step() - noise) / times[1]
 
     exact = first_velocity(Ours(config, weights[torch.float32]))
     peer_exact = first_velocity(Peer(config, weights[torch.float32], torch.float32))
@@ -258,27 +268,23 @@ def measure(case: Case, config: ModelConfig, steps: int, rounds: int) -> dict:
     if agreement > 1e-4 or errors["ours"] > 1.5 * errors["peer"]:
         sys.exit(f"{case.name}: results differ ({agreement:.1e}, {errors}); no times are reported")
 
-    latents = noise.clone()
     step_seconds = interleave(
-        {
-            "ours": lambda: ours.run_step(latents, 0, dt),
-            "peer": lambda: peer.run_step(latents, 0, dt),
-        },
-        rounds,
-        warm_up=2,
+        {"ours": lambda: ours.run_step(), "peer": lambda: peer.run_step()}, rounds, warm_up=2
     )
 
     def picture(side: Ours | Peer) -> None:
-        side.start(branches, images, noise_tokens, times)
-        side.run_picture(noise, times)
+        side.start(branches, images, noise, times)
+        side.run_picture()
 
     picture_seconds = interleave(
-        {"ours": lambda: picture(ours), "peer": lambda: picture(peer)}, 3, warm_up=0
+        {"ours": lambda: picture(ours), "peer": lambda: picture(peer)},
+        pictures,
+        warm_up=0,
     )
     result = {
         "case": case.name,
         "condition_tokens": [branch.length for branch, _ in branches],
-        "noise_tokens": noise_tokens,
+        "noise_tokens": (case.side // 16) ** 2,
         "steps_of_a_picture": steps,
         "float32_difference": agreement,
         "bfloat16_error": errors,
@@ -297,13 +303,15 @@ def measure(case: Case, config: ModelConfig, steps: int, rounds: int) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=20, help="steps of a picture")
-    parser.add_argument("--rounds", type=int, default=7, help="timed steps of each side")
+    parser.add_argument("--steps", type=int, default=50, help="steps of a picture")
+    parser.add_argument("--rounds", type=int, default=15, help="timed steps of each side")
+    parser.add_argument("--pictures", type=int, default=3, help="timed pictures of each side")
     arguments = parser.parse_args()
     world = machine()
     print(world)
     config = small_config()
-    results = [measure(case, config, arguments.steps, arguments.rounds) for case in CASES]
+    counts = (arguments.steps, arguments.rounds, arguments.pictures)
+    results = [measure(case, config, *counts) for case in CASES]
     write_result("cpu-peer", {"machine": world, "results": results})
 
 

@@ -125,12 +125,12 @@ class ConditionCache:
             self._spans[key] = Span(start, *branches[key])
         return missing
 
-    def select_step(self, time_slots: torch.Tensor, step: int) -> None:
+    def select_step(self, time_slots: torch.Tensor, step: torch.Tensor | int) -> None:
         """Puts the time token of `step` behind its branch's condition, in every layer.
 
         Args:
             time_slots: `Span.time_slot` of the branches, int64, without repetition.
-            step: from 0.
+            step: from 0; as a tensor [1] on the device it is read when the copy runs.
         """
         for storage in (self.keys, self.values):
             storage.index_copy_(1, time_slots, storage.index_select(1, time_slots + (1 + step)))

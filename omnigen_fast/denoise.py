@@ -37,10 +37,11 @@ class Pass:
     places: Tensor  # [groups], int64: where their velocities stand in the prediction
     groups: StepGroups
     branches: tuple[Velocity, ...]  # without repetition
+    time_slots: Tensor  # [branches], int64, see `ConditionCache.select_step`
 
 
-# (latents, pass, index of the step) -> velocities of the pass's groups, [groups, N, 16]
-Step = Callable[[Tensor, Pass, int], Tensor]
+# (latents, pass, index of the step [1]) -> velocities of the pass's groups, [groups, N, 16]
+VelocityOf = Callable[[Tensor, Pass, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -79,12 +80,14 @@ class GuidancePlan:
                 for picture, (offset, velocities) in enumerate(zip(offsets, pictures))
                 for i, velocity in enumerate(velocities[first : first + size])
             ]
+            branches = tuple({v.branch.key: v for _, _, v in members}.values())
             groups = [(picture, v.span, v.branch.long) for _, picture, v in members]
             passes.append(
                 Pass(
                     places=torch.tensor([place for place, _, _ in members], device=device),
                     groups=model.step_groups(groups, noise_tokens, space),
-                    branches=tuple({v.branch.key: v for _, _, v in members}.values()),
+                    branches=branches,
+                    time_slots=torch.tensor([v.span.time_slot for v in branches], device=device),
                 )
             )
         return cls(
@@ -98,81 +101,96 @@ class GuidancePlan:
         )
 
 
-def cached_step(model: Transformer, cache: ConditionCache, times: TimeEmbeddings) -> Step:
-    """A step that reads a cache filled by prefill."""
-    slots: dict[int, Tensor] = {}
+@dataclass(frozen=True)
+class Loop:
+    """What the steps of one call read and write.
 
-    def run(latents: Tensor, one: Pass, index: int) -> Tensor:
-        if id(one) not in slots:
-            slots[id(one)] = time_slots(one, latents.device)
-        cache.select_step(slots[id(one)], index)
-        return model.step(latents, one.groups, times.shift[index], times.scale[index], cache)
+    Everything that differs from step to step hangs on `index`, which is on the device like the
+    rest: a step's work is the same each time, so it can be captured once and replayed.
+    """
 
-    return run
+    latents: Tensor  # [pictures, 4, height / 8, width / 8], float32, updated by each step
+    index: Tensor  # [1], int64: the step that comes next
+    lengths: Tensor  # [steps], float32: of each Euler step
+    times: TimeEmbeddings
+    plan: GuidancePlan
+    velocity: VelocityOf
+
+    def step(self) -> None:
+        """One Euler step: `z += (t_{i+1} - t_i) * sum_b coefficient_b v_b(z, t_i)`."""
+        plan = self.plan
+        velocities = [self.velocity(self.latents, one, self.index) for one in plan.passes]
+        if len(velocities) == 1:  # its groups stand in the prediction's own order
+            prediction = velocities[0]
+        else:
+            shape = (len(plan.coefficient), *velocities[0].shape[1:])
+            prediction = velocities[0].new_empty(shape)
+            for one, values in zip(plan.passes, velocities):
+                prediction.index_copy_(0, one.places, values)
+        length = self.lengths.index_select(0, self.index)[0]
+        ops.guidance_step_(
+            self.latents, prediction, plan.coefficient, plan.cu_groups, length, PATCH
+        )
+        self.index.add_(1)
+
+    def tensors(self) -> list[Tensor]:
+        """All that another call of the same shapes has other values of."""
+        plan = self.plan
+        found = [self.latents, self.index, self.lengths, self.times.shift, self.times.scale]
+        found += [plan.coefficient, plan.cu_groups]
+        for one in plan.passes:
+            groups = one.groups
+            found += [one.places, one.time_slots, groups.picture, groups.cu_rows]
+            found += [groups.cache_start, groups.cache_len, groups.cos, groups.sin]
+        return found
 
 
-def recomputed_step(
+def cached_velocity(model: Transformer, cache: ConditionCache, times: TimeEmbeddings) -> VelocityOf:
+    """Velocities from a cache filled by prefill."""
+
+    def velocity(latents: Tensor, one: Pass, index: Tensor) -> Tensor:
+        cache.select_step(one.time_slots, index)
+        shift, scale = (t.index_select(0, index)[0] for t in (times.shift, times.scale))
+        return model.step(latents, one.groups, shift, scale, cache)
+
+    return velocity
+
+
+def recomputed_velocity(
     model: Transformer,
     cache: ConditionCache,
     times: TimeEmbeddings,
     image_latents: Mapping[str, Tensor],
-) -> Step:
-    """A step that computes the condition anew, layer by layer, in a cache of one layer."""
+) -> VelocityOf:
+    """Velocities with the condition computed anew, layer by layer, in a cache of one layer."""
 
-    def run(latents: Tensor, one: Pass, index: int) -> Tensor:
-        time_token = times.tokens[index : index + 1]
+    def velocity(latents: Tensor, one: Pass, index: Tensor) -> Tensor:
+        shift, scale = (t.index_select(0, index)[0] for t in (times.shift, times.scale))
+        time_token = times.tokens.index_select(0, index)
         sequences = [lay_out(v.branch, 1, v.span.start, latents.device) for v in one.branches]
         return model.step_recomputed(
             latents,
             one.groups,
-            times.shift[index],
-            times.scale[index],
+            shift,
+            scale,
             sequences,
             [model.embed_condition(s, image_latents, time_token) for s in sequences],
-            time_slots(one, latents.device),
+            one.time_slots,
             cache,
         )
 
-    return run
+    return velocity
 
 
-def time_slots(one: Pass, device: torch.device) -> Tensor:
-    """Where the pass's branches have their step's time token, for `ConditionCache.select_step`."""
-    return torch.tensor([v.span.time_slot for v in one.branches], device=device)
-
-
-def denoise(
-    latents: Tensor,
-    times: Tensor,
-    plan: GuidancePlan,
-    step: Step,
-    after_step: Callable[[int, Tensor], bool],
-) -> None:
-    """Integrates the guided velocity from noise to image, in place, on one float32 copy.
-
-    `z += (t_{i+1} - t_i) * sum_b coefficient_b v_b(z, t_i)` (rectified flow; Liu et al., 2022).
+def denoise(loop: Loop, run: Callable[[], None], after_step: Callable[[int, Tensor], bool]) -> None:
+    """Integrates from noise to image (rectified flow; Liu et al., 2022), in `loop.latents`.
 
     Args:
-        latents: [pictures, 4, height / 8, width / 8], float32: the noise, then the result.
-        times: [steps + 1] from `schedule`.
-        plan: groups and their coefficients.
-        step: gives velocities.
+        loop: at its first step.
+        run: takes the next step: `loop.step`, or a replay of it.
         after_step: called with the step's index and the latents; returns whether to go on.
     """
-    lengths = times.diff().to(latents.device)
-    for index in range(len(lengths)):
-        if len(plan.passes) == 1:  # its groups stand in the prediction's own order
-            prediction = step(latents, plan.passes[0], index)
-        else:
-            prediction = None
-            for one in plan.passes:
-                velocities = step(latents, one, index)
-                if prediction is None:
-                    shape = (len(plan.coefficient), *velocities.shape[1:])
-                    prediction = velocities.new_empty(shape)
-                prediction.index_copy_(0, one.places, velocities)
-        ops.guidance_step_(
-            latents, prediction, plan.coefficient, plan.cu_groups, lengths[index], PATCH
-        )
-        if not after_step(index, latents):
+    for index in range(len(loop.lengths)):
+        run()
+        if not after_step(index, loop.latents):
             return

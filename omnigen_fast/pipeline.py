@@ -19,11 +19,11 @@ from .checkpoint import SDXL_VAE, Checkpoint, resolve
 from .config import ModelConfig
 from .denoise import (
     GuidancePlan,
-    Step,
+    Loop,
     Velocity,
-    cached_step,
+    cached_velocity,
     denoise,
-    recomputed_step,
+    recomputed_velocity,
     schedule,
 )
 from .errors import OmniGenError, RequestError
@@ -315,10 +315,9 @@ class OmniGenPipeline:
         pictures = self._encode(request)
         latents = self._draw_noise(request)
         times = schedule(request.steps)
-        plan, step = self._prepare(request, pictures, times)
+        loop = self._prepare(request, pictures, latents, times)
         with _progress_bar(request.steps, progress) as bar:
-            after = self._after_step(callback, times, bar)
-            denoise(latents, times, plan, step, after)
+            denoise(loop, loop.step, self._after_step(callback, times, bar))
         if request.output_type == "latent":
             return latents
         return _output(self.vae.decode(latents), request.output_type)
@@ -356,8 +355,9 @@ class OmniGenPipeline:
         self,
         request: Request,
         pictures: Sequence[Sequence[tuple[EncodedBranch, float]]],
+        latents: Tensor,
         times: Tensor,
-    ) -> tuple[GuidancePlan, Step]:
+    ) -> Loop:
         """Computes all that does not depend on the noise, or finds it kept."""
         branches = {branch.key: branch for picture in pictures for branch, _ in picture}
         embedded = self.model.embed_times(times[:-1].to(self.device))
@@ -371,12 +371,12 @@ class OmniGenPipeline:
                 except BaseException:
                     cache.discard(missing)  # their rows hold nothing
                     raise
-            step = cached_step(self.model, cache, embedded)
+            velocity = cached_velocity(self.model, cache, embedded)
         else:
             cache = self._new_cache(layers=1)
             cache.reserve({key: (branch.length, 1) for key, branch in branches.items()})
             images = self._latents_of(branches.values())
-            step = recomputed_step(self.model, cache, embedded, images)
+            velocity = recomputed_velocity(self.model, cache, embedded, images)
         velocities = [
             [Velocity(branch, cache[branch.key], coefficient) for branch, coefficient in picture]
             for picture in pictures
@@ -384,7 +384,14 @@ class OmniGenPipeline:
         plan = GuidancePlan.make(
             self.model, velocities, request.noise_tokens, request.branches_per_pass
         )
-        return plan, step
+        return Loop(
+            latents=latents,
+            index=torch.zeros(1, dtype=torch.int64, device=self.device),
+            lengths=times.diff().to(self.device),
+            times=embedded,
+            plan=plan,
+            velocity=velocity,
+        )
 
     def _prefill(self, branches: Sequence[EncodedBranch], time_tokens: Tensor) -> None:
         images = self._latents_of(branches)
