@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 # A photograph of 9,459 x 9,459 pixels; a larger one is taken for a decompression bomb.
 MAX_PIXELS = 89_478_485
 # Pillow's own decoders for these need no outside program (EPS, for one, would start Ghostscript).
-_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "ICO", "TGA")
+# MPO has no opener of its own: JPEG's finds out.
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "ICO", "TGA")
 _KINDS = "a path, bytes, a PIL image or a numpy array"
 
 
