@@ -211,10 +211,15 @@ class OmniGenPipeline:
         """
         if dtype is not None:
             dtype = _check_dtype(dtype)
-        if set(callback_on_step_end_tensor_inputs) - {"latents"}:
+        if callback_on_step_end is not None and not callable(callback_on_step_end):
             raise RequestError(
-                "callback_on_step_end_tensor_inputs can name latents only, got "
-                f"{list(callback_on_step_end_tensor_inputs)}"
+                "callback_on_step_end must be a function, got "
+                f"{type(callback_on_step_end).__name__}"
+            )
+        inputs = callback_on_step_end_tensor_inputs
+        if not isinstance(inputs, list | tuple) or any(name != "latents" for name in inputs):
+            raise RequestError(
+                f"callback_on_step_end_tensor_inputs can only be ['latents'], got {inputs!r}"
             )
         request = make_request(
             self.config,
@@ -489,11 +494,11 @@ def _progress_bar(steps: int, show: bool) -> Any:
 
 def _check_dtype(dtype: str | torch.dtype) -> torch.dtype:
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if found == torch.float16:
+    if found is torch.float16:
         raise RequestError(
             "dtype float16 overflows in this model and gives black images; use bfloat16 or float32"
         )
-    if found not in _DTYPES:
+    if not isinstance(found, torch.dtype) or found not in _DTYPES:
         raise RequestError(f"dtype must be bfloat16 or float32, got {dtype!r}")
     return found
 

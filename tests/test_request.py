@@ -68,6 +68,9 @@ SIZES = [
     bad("height-text", "height must be an integer", "'64'", height="64"),
     bad("height-none", "height must be an integer", "None", height=None),
     bad("height-nan", "height must be an integer", "nan", height=float("nan")),
+    bad("height-enormous", "16 to 768 pixels", "an enormous int", height=10**5000),
+    bad("height-array", "height must be an integer", "array(", height=np.zeros((3, 3))),
+    bad("height-long", "height must be an integer", "'xxx", "...", height="x" * 10_000),
 ]
 PROMPTS = [
     bad("empty", "prompt is empty", "say what to draw", prompt=""),
@@ -80,6 +83,8 @@ PROMPTS = [
     bad("number-in-batch", "prompt[1] must be a string", "int", prompt=["A cat.", 7]),
     bad("nested", "prompt[0] must be a string", "list", prompt=[["A cat."]]),
     bad("too-long", "shorten the prompt", "131072 positions", prompt="cat " * 70_000),
+    bad("half-a-character", "prompt holds '\\ud800' at 2", "UTF-8", prompt="a \ud800 cat"),
+    bad("half-in-negative", "negative_prompt holds '\\udcff'", negative_prompt="\udcff"),
 ]
 TAGS = [
     bad("no-image", "names image 1", "input_images has none", "remove", prompt=ONE),
@@ -138,6 +143,23 @@ TAGS = [
     bad("closed-alone", "stray </img>", prompt="a cat </img>"),
     bad("opened-alone", "stray <img>", prompt="<img> a cat"),
     bad("empty-tag", "stray <img>", prompt="<img></img> a cat"),
+    bad("no-number", "stray <|image_", "write each image as", prompt="<|image_|> a cat"),
+    bad("no-numeral", "stray <|image_", prompt="the cat <|image_x|>"),
+    bad("negative-number", "stray <|image_", prompt="the cat <|image_-1|>"),
+    bad("half-a-tag", "stray <img>", prompt="<img><|image_1></img>", input_images=[PICTURE]),
+    bad(
+        "far-gap",
+        "names images [1, 999999999]",
+        "1 to 2 without a gap",
+        prompt=ONE + "<img><|image_999999999|></img>",
+        input_images=[PICTURE] * 2,
+    ),
+    bad(
+        "number-of-5000-digits",
+        "a number of 5000 digits",
+        prompt=f"<img><|image_{'9' * 5000}|></img>",
+        input_images=[PICTURE],
+    ),
     bad("nested-tags", "stray <img>", prompt=f"<img>{ONE}</img>", input_images=[PICTURE]),
     bad(
         "two-in-one",
@@ -187,6 +209,8 @@ NUMBERS = [
     bad("guidance-text", "guidance_scale must be a finite number", "'3'", guidance_scale="3"),
     bad("guidance-none", "guidance_scale must be a finite number", "None", guidance_scale=None),
     bad("guidance-complex", "guidance_scale must be a finite number", guidance_scale=3 + 1j),
+    bad("guidance-enormous", "guidance_scale must be a finite", guidance_scale=10**400),
+    bad("guidance-tensor", "guidance_scale must be a finite", guidance_scale=torch.ones(2)),
     bad("image-guidance-inf", "img_guidance_scale", "-inf", img_guidance_scale=-float("inf")),
     bad("image-guidance-bool", "img_guidance_scale", "True", img_guidance_scale=True),
     bad("input-size-small", "max_input_image_size", "from 16", "15", max_input_image_size=15),
@@ -205,6 +229,11 @@ KINDS = [
     bad("dtype-number", "must be bfloat16 or float32", "16", dtype=16),
     bad("output-unknown", "one of pil, pt, np, latent", "'jpeg'", output_type="jpeg"),
     bad("output-none", "one of pil, pt, np, latent", "None", output_type=None),
+    bad("output-array", "one of pil, pt, np, latent", output_type=np.zeros(3)),
+    bad("dtype-array", "must be bfloat16 or float32", dtype=np.zeros(3)),
+    bad("callback-number", "must be a function", "int", callback_on_step_end=5),
+    bad("callback-inputs-none", "['latents']", callback_on_step_end_tensor_inputs=None),
+    bad("callback-inputs-text", "'latents'", callback_on_step_end_tensor_inputs="latents"),
     bad(
         "callback-inputs",
         "callback_on_step_end_tensor_inputs",
@@ -231,7 +260,10 @@ RANDOM = [
     bad("latents-nan", "latents hold NaN", latents=latents(1, 4, 4, 4, fill=float("nan"))),
     bad("latents-inf", "infinity", latents=latents(1, 4, 4, 4, fill=float("inf"))),
     bad("latents-numpy", "latents must be", "ndarray", latents=np.zeros((1, 4, 4, 4))),
-    bad("latents-integer", "floating-point", latents=latents(1, 4, 4, 4, dtype=torch.int64)),
+    bad("latents-integer", "floating-point", "int64", latents=latents(1, 4, 4, 4).long()),
+    bad("latents-float8", "float8", latents=latents(1, 4, 4, 4).to(torch.float8_e4m3fn)),
+    bad("latents-sparse", "dense", "sparse", latents=latents(1, 4, 4, 4).to_sparse()),
+    bad("latents-meta", "meta", latents=latents(1, 4, 4, 4).to("meta")),
 ]
 SAME_SIZE = [
     bad("without-image", "0 image(s)", "height and width", use_input_image_size_as_output=True),
@@ -280,7 +312,8 @@ FILES = [
     image("bomb", encoded(Image.new("1", (9_500, 9_500))), "9500 x 9500", "shrink it"),
     image("bomb-array", np.broadcast_to(np.uint8(0), (10**5, 10**5)), "100000 x 100000"),
     image("no-pixels", Image.new("RGB", (0, 5)), "0 x 5 pixels"),
-    image("sliver", Image.new("RGB", (1, 4000)), "16 x 16384 pixels", "768", "crop"),
+    image("sliver", Image.new("RGB", (1, 4000)), "16 x 16384 pixels", "768 a side; crop it"),
+    image("line-break-in-path", "/no/such\ncat.png", "/no/such cat.png does not exist"),
     image(
         "beyond-table",
         Image.new("RGB", (900, 32)),
@@ -314,6 +347,8 @@ ARRAYS = [
     image("complex", np.zeros((32, 32), np.complex64), "uint8, uint16, bool or float"),
     image("objects", np.full((32, 32), None), "uint8, uint16, bool or float", "object"),
     image("texts", np.full((32, 32), "a"), "uint8, uint16, bool or float"),
+    image("no-dimension", np.array(5), "[height, width]", "got a single number"),
+    image("bytes-with-gaps", memoryview(b"no image")[::2], "is not an image"),
     image("float-255", np.full((32, 32, 3), 255.0), "floats must lie in [0, 1]"),
     image("float-negative", np.full((32, 32), -0.1), "floats must lie in [0, 1]"),
     image("float-nan", np.full((32, 32), np.nan), "floats must lie in [0, 1]"),
