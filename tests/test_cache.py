@@ -29,6 +29,7 @@ CONFIG = ModelConfig(
 ROW_BYTES = 2 * 2 * 1 * 2 * 4  # keys and values, layers, heads, head_dim, float32
 # (condition tokens, steps) of branch 0, 1, 2, ...
 SIZES = [(1, 1), (5, 1), (2, 4), (30, 2), (3, 3), (12, 10), (7, 1), (60, 1), (1, 20), (9, 9)]
+SIZES += [(1, 2), (2, 2), (2, 3), (5, 2), (8, 9), (19, 1)]  # a row more or less than others
 
 
 def rows(branch: int) -> int:
@@ -77,10 +78,10 @@ def check(cache: ConditionCache, branches) -> None:
 branch_lists = st.lists(st.integers(0, len(SIZES) - 1), min_size=1, max_size=5, unique=True)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(
     budget=st.integers(0, 150),
-    requests=st.lists(st.tuples(branch_lists, st.booleans()), max_size=12),
+    requests=st.lists(st.tuples(branch_lists, st.booleans()), max_size=16),
 )
 def test_any_sequence_of_requests(budget, requests):
     cache = make(budget)
