@@ -31,7 +31,7 @@ from .images import InputImage
 from .lora import Adapter, apply_adapters, read_adapter
 from .model import Transformer
 from .processor import EncodedBranch, Processor, guidance_branches, pack
-from .request import Request, make_request
+from .request import Request, finite, make_request
 from .vae import Vae
 
 _KEPT_IMAGES = 256  # latents of input images; one of 1024 px takes 262 KB
@@ -267,14 +267,21 @@ class OmniGenPipeline:
 
         Raises:
             CheckpointError: it can't be read or does not fit.
-            RequestError: an adapter of that name is loaded.
+            RequestError: an adapter of that name is loaded, or `weight` is no finite number.
         """
+        weight = finite("weight", weight)
         name = os.fspath(path) if adapter_name is None else adapter_name
         with self._exclusive():
             if name in self._adapters:
                 raise RequestError(f"an adapter {name!r} is loaded already; unload it first")
-            self._adapters[name] = read_adapter(path, self._checkpoint, weight)
-            self._refresh(self._adapters[name])
+            adapter = read_adapter(path, self._checkpoint, weight)
+            self._adapters[name] = adapter
+            try:
+                self._refresh(adapter)
+            except BaseException:
+                del self._adapters[name]
+                self._refresh(adapter)  # undoes what was set
+                raise
 
     def unload_lora_weights(self, adapter_name: str | None = None) -> None:
         """Takes one LoRA, or all, out again; the weights are the checkpoint's to the bit.

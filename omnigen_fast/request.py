@@ -136,8 +136,8 @@ def make_request(
             "pictures; make them in several calls"
         )
     guidance = Guidance(
-        _finite("guidance_scale", guidance_scale),
-        _finite("img_guidance_scale", img_guidance_scale),
+        finite("guidance_scale", guidance_scale),
+        finite("img_guidance_scale", img_guidance_scale),
         bool(use_img_guidance) and any(image_lists),
     )
     max_size = _integer("max_input_image_size", max_input_image_size, TOKEN_PIXELS, 1 << 16)
@@ -326,7 +326,8 @@ def _integer(name: str, value: Any, low: int, high: int, unit: str = "") -> int:
     return number
 
 
-def _finite(name: str, value: Any) -> float:
+def finite(name: str, value: Any) -> float:
+    """The number that a caller gave; raises RequestError unless it is finite."""
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError, RuntimeError):  # the last: torch's
