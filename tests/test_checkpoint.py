@@ -17,6 +17,7 @@ from conftest import GOLDEN, TINY
 from safetensors.torch import load_file, save_file
 
 from omnigen_fast import CheckpointError, OmniGenPipeline
+from omnigen_fast import checkpoint as checkpoint_module
 from omnigen_fast.checkpoint import Checkpoint, find_weights, read_json, resolve
 from omnigen_fast.config import ModelConfig
 from omnigen_fast.images import read_image
@@ -120,8 +121,14 @@ class TestReading:
     def test_long_reads_renew_the_mapping(self, monkeypatch):
         expected = Checkpoint.open(TINY).read(torch.bfloat16, CPU)
         monkeypatch.setattr("omnigen_fast.checkpoint._RENEW_BYTES", 1 << 16)
+        opened = []
+        real = checkpoint_module._open
+        monkeypatch.setattr(
+            checkpoint_module, "_open", lambda *where: opened.append(where) or real(*where)
+        )
         for name, tensor in Checkpoint.open(TINY).read(torch.bfloat16, CPU).items():
             assert torch.equal(tensor, expected[name])
+        assert len(opened) > 10  # twice without
 
     @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's /proc")
     def test_equal_dtype_is_the_mapped_file(self, folder):

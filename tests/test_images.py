@@ -285,3 +285,26 @@ def test_error_names_the_file(tmp_path):
     path.write_text("no image")
     with pytest.raises(RequestError, match=r"input_images\[3\] \(.*note.png\) is not an image"):
         read_image(path, 64, 768, "input_images[3]")
+
+
+FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "ICO", "TGA"]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", FORMATS)
+def test_damaged_bytes_are_read_or_refused_in_a_line(kind):
+    random = np.random.default_rng(0)
+    whole = encoded(Image.fromarray(random.integers(0, 256, (32, 32, 3), np.uint8)), kind)
+    refused = 0
+    for _ in range(60):
+        damaged = bytearray(whole)
+        for place in random.integers(0, min(len(whole), 200), 3):
+            damaged[place] = random.integers(256)
+        del damaged[random.integers(len(whole) // 2, 2 * len(whole)) :]
+        try:
+            image = read_image(damaged, 64, 768, "image")
+            assert image.pixels.shape[2] == 3
+        except RequestError as error:
+            refused += 1
+            assert len(str(error).splitlines()) == 1
+    assert refused
