@@ -51,6 +51,8 @@ class ModelConfig:
             # 2^20 is far beyond any real size and keeps a lying file from exhausting memory
             if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= 1 << 20:
                 raise CheckpointError(f"config: {name} must be a positive integer, got {value!r}")
+        if self.original_max_position_embeddings == 1:  # rope_scale divides by its logarithm
+            raise CheckpointError("config: original_max_position_embeddings must be at least 2")
         if self.num_layers > 1024:
             raise CheckpointError(f"config: {self.num_layers} layers; at most 1024 are supported")
         if self.hidden_size % self.num_heads:

@@ -371,6 +371,7 @@ class TestConfig:
             ({"vocab_size": 641}, "embed_tokens.weight is [640, 192] instead of [641, 192]"),
             ({"max_position_embeddings": -1}, "max_position_embeddings must be"),
             ({"original_max_position_embeddings": "4k"}, "must be a positive integer, got '4k'"),
+            ({"original_max_position_embeddings": 1}, "must be at least 2"),
             ({"rms_norm_eps": 0}, "rms_norm_eps must be a positive number"),
             ({"rms_norm_eps": float("inf")}, "rms_norm_eps must be a positive number, got inf"),
             ({"rope_theta": float("nan")}, "rope_theta must be a positive number, got nan"),
