@@ -366,8 +366,8 @@ def _check_latents(latents: Any, shape: tuple[int, ...]) -> None:
         )
     if tuple(latents.shape) != shape:
         raise RequestError(f"latents must have shape {shape}, got {tuple(latents.shape)}")
-    if not torch.isfinite(latents).all():
-        raise RequestError("latents hold NaN or infinity")
+    if not torch.isfinite(latents.to(torch.float32)).all():
+        raise RequestError("latents hold NaN or infinity in float32")
 
 
 def _kind(value: Any) -> str:

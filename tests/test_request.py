@@ -259,6 +259,9 @@ RANDOM = [
     bad("latents-dims", "(1, 4, 4, 4)", "(4, 4, 4)", latents=latents(4, 4, 4)),
     bad("latents-nan", "latents hold NaN", latents=latents(1, 4, 4, 4, fill=float("nan"))),
     bad("latents-inf", "infinity", latents=latents(1, 4, 4, 4, fill=float("inf"))),
+    bad(
+        "latents-overflow", "infinity", latents=latents(1, 4, 4, 4, dtype=torch.float64, fill=1e300)
+    ),
     bad("latents-numpy", "latents must be", "ndarray", latents=np.zeros((1, 4, 4, 4))),
     bad("latents-integer", "floating-point", "int64", latents=latents(1, 4, 4, 4).long()),
     bad("latents-float8", "float8", latents=latents(1, 4, 4, 4).to(torch.float8_e4m3fn)),
