@@ -13,7 +13,7 @@ from .cache import ConditionCache, Span
 from .config import PATCH
 from .kernels import ops
 from .model import StepGroups, TimeEmbeddings, Transformer
-from .processor import EncodedBranch, pack
+from .processor import EncodedBranch, lay_out
 
 
 def schedule(steps: int) -> Tensor:
@@ -72,6 +72,7 @@ class GuidancePlan:
         size = min(branches_per_pass or most, most)
         offsets = [0, *accumulate(map(len, pictures))]
         passes = []
+        space = model.workspace(sum(min(size, len(one)) for one in pictures) * noise_tokens)
         for first in range(0, most, size):
             members = [
                 (offset + first + i, picture, velocity)
@@ -82,7 +83,7 @@ class GuidancePlan:
             passes.append(
                 Pass(
                     places=torch.tensor([place for place, _, _ in members], device=device),
-                    groups=model.step_groups(groups, noise_tokens),
+                    groups=model.step_groups(groups, noise_tokens, space),
                     branches=tuple({v.branch.key: v for _, _, v in members}.values()),
                 )
             )
@@ -119,17 +120,15 @@ def recomputed_step(
     """A step that computes the condition anew, layer by layer, in a cache of one layer."""
 
     def run(latents: Tensor, one: Pass, index: int) -> Tensor:
-        starts = {velocity.branch.key: velocity.span.start for velocity in one.branches}
-        branches = [velocity.branch for velocity in one.branches]
-        sequence = pack(branches, 1, lambda branch: starts[branch.key], latents.device)
         time_token = times.tokens[index : index + 1]
+        sequences = [lay_out(v.branch, 1, v.span.start, latents.device) for v in one.branches]
         return model.step_recomputed(
             latents,
             one.groups,
             times.shift[index],
             times.scale[index],
-            sequence,
-            model.embed_condition(sequence, image_latents, time_token),
+            sequences,
+            [model.embed_condition(s, image_latents, time_token) for s in sequences],
             time_slots(one, latents.device),
             cache,
         )

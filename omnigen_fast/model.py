@@ -22,6 +22,7 @@ from .processor import ConditionSequence
 
 _PATCH_VALUES = LATENT_CHANNELS * PATCH * PATCH
 _OUTPUT_NORM_EPS = 1e-6
+MLP_ROWS = 4096  # large enough that a product loses nothing, small enough to bound its memory
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -80,12 +81,41 @@ class StepGroups:
     cache_len: Tensor  # [groups], int32: condition and the step's time token
     cos: Tensor  # [groups * N, head_dim / 2], float32
     sin: Tensor  # [groups * N, head_dim / 2], float32
+    space: Workspace
+
+
+@dataclass
+class _PrefillState:
+    """A branch on its way through the layers."""
+
+    sequence: ConditionSequence
+    cos: Tensor
+    sin: Tensor
+    residual: Tensor  # [rows, hidden]
+    delta: Tensor  # [rows, hidden], still to be added to it
+    space: Workspace
+
+
+class Workspace:
+    """Memory for the intermediate results of a layer, used again by every layer and step.
+
+    Per row the widths of QKV and twice the hidden size; the MLP's widest product is made for
+    `MLP_ROWS` rows at a time.
+    """
+
+    def __init__(self, config: ModelConfig, rows: int, like: Tensor) -> None:
+        width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+        self.qkv = like.new_empty(rows, width)
+        self.normed = like.new_empty(rows, config.hidden_size)
+        self.delta = like.new_empty(rows, config.hidden_size)
+        self.gate_up = like.new_empty(min(rows, MLP_ROWS), 2 * config.intermediate_size)
 
 
 class Block(nn.Module):
     """One layer. The residual stream and what is still to be added to it travel apart.
 
-    So that adding and the next RMSNorm are one operation; `residual` is updated in place.
+    So that adding and the next RMSNorm are one operation; `residual` is updated in place. What a
+    method returns lies in the workspace until the next call.
     """
 
     def __init__(self, weights: Mapping[str, Tensor], config: ModelConfig) -> None:
@@ -94,24 +124,34 @@ class Block(nn.Module):
         for name, value in weights.items():
             setattr(self, name, nn.Parameter(value, requires_grad=False))
 
-    def project(self, residual: Tensor, delta: Tensor | None) -> Tensor:
+    def project(self, residual: Tensor, delta: Tensor | None, space: Workspace) -> Tensor:
         """Fused QKV product of the normed stream, [rows, (heads + 2 kv_heads) * head_dim]."""
-        eps = self.config.rms_norm_eps
+        rows, eps = len(residual), self.config.rms_norm_eps
+        normed = space.normed[:rows]
         if delta is None:
-            normed = ops.rms_norm(residual, self.input_norm, eps)
+            ops.rms_norm(residual, self.input_norm, eps, out=normed)
         else:
-            normed = ops.add_rms_norm(residual, delta, self.input_norm, eps)
-        return F.linear(normed, self.qkv_proj)
+            ops.add_rms_norm(residual, delta, self.input_norm, eps, out=normed)
+        return torch.mm(normed, self.qkv_proj.t(), out=space.qkv[:rows])
 
-    def finish(self, residual: Tensor, attended: Tensor) -> Tensor:
-        """Output projection and MLP; returns what is to be added, [rows, hidden]."""
+    def attended(self, space: Workspace, rows: int) -> Tensor:
+        """Where attention is to write, [rows, heads, head_dim]: the normed stream is done with."""
+        return space.normed[:rows].unflatten(1, (self.config.num_heads, -1))
+
+    def finish(self, residual: Tensor, attended: Tensor, delta: Tensor, space: Workspace) -> None:
+        """Output projection and MLP; `delta` [rows, hidden] becomes what is to be added."""
+        torch.mm(attended.flatten(1), self.o_proj.t(), out=delta)
         normed = ops.add_rms_norm(
             residual,
-            F.linear(attended.flatten(1), self.o_proj),
+            delta,
             self.post_norm,
             self.config.rms_norm_eps,
+            out=space.normed[: len(residual)],
         )
-        return F.linear(ops.swiglu(F.linear(normed, self.gate_up_proj)), self.down_proj)
+        for some, result in zip(normed.split(MLP_ROWS), delta.split(MLP_ROWS)):
+            gate_up = torch.mm(some, self.gate_up_proj.t(), out=space.gate_up[: len(some)])
+            inner = ops.swiglu(gate_up, out=gate_up[:, : gate_up.shape[1] // 2])
+            torch.mm(inner, self.down_proj.t(), out=result)
 
 
 class Transformer(nn.Module):
@@ -193,13 +233,13 @@ class Transformer(nn.Module):
         shift, scale = modulation.chunk(2, dim=-1)
         return TimeEmbeddings(mlp("time_token"), shift, scale)
 
-    def rotary(self, positions: Tensor, long: Tensor) -> tuple[Tensor, Tensor]:
+    def rotary(self, positions: Tensor, long: bool) -> tuple[Tensor, Tensor]:
         """cos and sin, [rows, head_dim / 2] float32, of positions [rows] under LongRoPE.
 
-        `1 / (factor_i * theta^(2i / head_dim))`, both multiplied by `config.rope_scale` (Ding et
-        al., 2024); `long` [rows] chooses the factor.
+        Frequencies `1 / (factor_i * theta^(2i / head_dim))`, both results multiplied by
+        `config.rope_scale` (Ding et al., 2024); `long` chooses the factor.
         """
-        frequencies = self._inverse_frequencies.to(positions.device)[long.long()]
+        frequencies = self._inverse_frequencies[int(long)].to(positions.device)
         angles = positions.to(torch.float32).unsqueeze(1) * frequencies
         return angles.cos() * self.config.rope_scale, angles.sin() * self.config.rope_scale
 
@@ -207,18 +247,18 @@ class Transformer(nn.Module):
         self,
         groups: Sequence[tuple[int, Span, bool]],
         noise_tokens: int,
+        space: Workspace,
     ) -> StepGroups:
         """Everything about the groups of one pass that no step changes.
 
         Args:
             groups: picture, the branch's rows in the cache, and whether it takes the long factor.
             noise_tokens: of each picture.
+            space: for at least `len(groups) * noise_tokens` rows.
         """
         device = self.device
         places = torch.arange(noise_tokens, device=device)
-        positions = torch.cat([places + span.condition + 1 for _, span, _ in groups])
-        long = torch.tensor([long for _, _, long in groups], device=device)
-        cos, sin = self.rotary(positions, long.repeat_interleave(noise_tokens))
+        tables = [self.rotary(places + span.condition + 1, long) for _, span, long in groups]
 
         def integers(values: list[int], dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.tensor(values, dtype=dtype, device=device)
@@ -229,9 +269,14 @@ class Transformer(nn.Module):
             max_rows=noise_tokens,
             cache_start=integers([span.start for _, span, _ in groups]),
             cache_len=integers([span.condition + 1 for _, span, _ in groups]),
-            cos=cos,
-            sin=sin,
+            cos=torch.cat([cos for cos, _ in tables]),
+            sin=torch.cat([sin for _, sin in tables]),
+            space=space,
         )
+
+    def workspace(self, rows: int) -> Workspace:
+        """Memory for passes of at most so many rows."""
+        return Workspace(self.config, rows, self.norm)
 
     def embed_condition(
         self,
@@ -239,33 +284,38 @@ class Transformer(nn.Module):
         image_latents: Mapping[str, Tensor],
         time_tokens: Tensor,
     ) -> Tensor:  # [rows, hidden]
-        """Embeddings of a packed sequence.
+        """Embeddings of a branch's sequence.
 
         Args:
-            sequence: the packed branches.
+            sequence: the branch, with as many time tokens as are given.
             image_latents: [4, height / 8, width / 8] of each image, by its digest.
             time_tokens: [steps, hidden].
         """
         embedded = F.embedding(sequence.token_ids, self.embed_tokens)
-        for first, stop, image in sequence.spans:
+        for first, stop, image in sequence.branch.spans:
             latents = image_latents[image.digest].unsqueeze(0)
             embedded[first:stop] = self._embed_patches("image_proj", latents)[0]
-        branches = len(sequence.time_rows) // len(time_tokens)
-        embedded[sequence.time_rows] = time_tokens.repeat(branches, 1)
+        embedded[sequence.branch.length :] = time_tokens
         return embedded
 
-    def prefill(self, sequence: ConditionSequence, embedded: Tensor, cache: ConditionCache) -> None:
+    def prefill(
+        self,
+        sequences: Sequence[ConditionSequence],
+        embedded: Sequence[Tensor],
+        cache: ConditionCache,
+    ) -> None:
         """Runs condition and time tokens and writes their keys and values into the cache.
 
+        Layer by layer, so that the weights are passed over once.
+
         Args:
-            sequence: the packed branches.
-            embedded: [rows, hidden] from `embed_condition`; overwritten.
+            sequences: the branches.
+            embedded: [rows, hidden] of each from `embed_condition`; overwritten.
             cache: rows for the branches reserved.
         """
-        rotary = self.rotary(sequence.positions, sequence.long)
-        delta = None
+        states = self._prefill_states(sequences, embedded)
         for layer in range(len(self.layers)):
-            delta = self._prefill_layer(layer, embedded, delta, sequence, rotary, cache)
+            self._prefill_layer(layer, states, cache)
 
     def step(
         self,
@@ -287,10 +337,10 @@ class Transformer(nn.Module):
         Returns:
             [groups, N, 16]: (row, column, channel) of each token's patch.
         """
-        residual, delta = self._embed_noise(latents, groups), None
+        residual = self._embed_noise(latents, groups)
         for layer in range(len(self.layers)):
-            delta = self._step_layer(layer, residual, delta, groups, cache)
-        return self._predict(residual, delta, groups, shift, scale)
+            self._step_layer(layer, residual, groups, cache)
+        return self._predict(residual, groups, shift, scale)
 
     def step_recomputed(
         self,
@@ -298,62 +348,84 @@ class Transformer(nn.Module):
         groups: StepGroups,
         shift: Tensor,
         scale: Tensor,
-        sequence: ConditionSequence,
-        embedded: Tensor,
+        sequences: Sequence[ConditionSequence],
+        embedded: Sequence[Tensor],
         time_slots: Tensor,
         cache: ConditionCache,
     ) -> Tensor:
         """As `prefill` and `step` at once, keeping the keys and values of one layer at a time.
 
         Args:
-            sequence: the packed branches with this step's time token only.
+            latents: as in `step`.
+            groups: as in `step`.
+            shift: as in `step`.
+            scale: as in `step`.
+            sequences: the branches of the groups, with this step's time token only.
             embedded: their embeddings; overwritten.
             time_slots: see `ConditionCache.select_step`.
             cache: of one layer, which every layer overwrites.
+
+        Returns:
+            As `step`.
         """
-        rotary = self.rotary(sequence.positions, sequence.long)
-        condition_delta = None
-        residual, delta = self._embed_noise(latents, groups), None
+        states = self._prefill_states(sequences, embedded)
+        residual = self._embed_noise(latents, groups)
         for layer in range(len(self.layers)):
-            condition_delta = self._prefill_layer(
-                layer, embedded, condition_delta, sequence, rotary, cache
-            )
+            self._prefill_layer(layer, states, cache)
             cache.select_step(time_slots, 0)
-            delta = self._step_layer(layer, residual, delta, groups, cache)
-        return self._predict(residual, delta, groups, shift, scale)
+            self._step_layer(layer, residual, groups, cache)
+        return self._predict(residual, groups, shift, scale)
+
+    def _prefill_states(
+        self, sequences: Sequence[ConditionSequence], embedded: Sequence[Tensor]
+    ) -> list[_PrefillState]:
+        space = self.workspace(max(map(len, embedded)))
+        return [
+            _PrefillState(
+                one,
+                *self.rotary(one.positions, one.branch.long),
+                residual,
+                torch.empty_like(residual),
+                space,
+            )
+            for one, residual in zip(sequences, embedded)
+        ]
 
     def _prefill_layer(
-        self,
-        layer: int,
-        residual: Tensor,
-        delta: Tensor | None,
-        sequence: ConditionSequence,
-        rotary: tuple[Tensor, Tensor],
-        cache: ConditionCache,
-    ) -> Tensor | None:
+        self, layer: int, states: Sequence[_PrefillState], cache: ConditionCache
+    ) -> None:
         config, block = self.config, self.layers[layer]
-        qkv = block.project(residual, delta)
         keys, values = cache.keys[layer % cache.layers], cache.values[layer % cache.layers]
-        ops.rope_cache_(
-            qkv, *rotary, config.num_heads, config.num_kv_heads, keys, values, sequence.cache_rows
-        )
-        if layer == len(self.layers) - 1:
-            return None  # nothing reads the condition behind its last keys and values
-        attended = ops.attention_prefill(
-            *self._split(qkv), sequence.cu_rows, sequence.kv_end, sequence.max_rows
-        )
-        return block.finish(residual, attended)
+        for state in states:
+            one = state.sequence
+            qkv = block.project(state.residual, state.delta if layer else None, state.space)
+            ops.rope_cache_(
+                qkv,
+                state.cos,
+                state.sin,
+                config.num_heads,
+                config.num_kv_heads,
+                keys,
+                values,
+                one.cache_rows,
+            )
+            if layer == len(self.layers) - 1:
+                continue  # nothing reads the condition behind its last keys and values
+            attended = ops.attention_prefill(
+                *self._split(qkv),
+                one.cu_rows,
+                one.kv_end,
+                len(qkv),
+                out=block.attended(state.space, len(qkv)),
+            )
+            block.finish(state.residual, attended, state.delta, state.space)
 
     def _step_layer(
-        self,
-        layer: int,
-        residual: Tensor,
-        delta: Tensor | None,
-        groups: StepGroups,
-        cache: ConditionCache,
-    ) -> Tensor:
-        config, block = self.config, self.layers[layer]
-        qkv = block.project(residual, delta)
+        self, layer: int, residual: Tensor, groups: StepGroups, cache: ConditionCache
+    ) -> None:
+        config, block, space = self.config, self.layers[layer], groups.space
+        delta = space.delta[: len(residual)]
+        qkv = block.project(residual, delta if layer else None, space)
         ops.rope_(qkv, groups.cos, groups.sin, config.num_heads, config.num_kv_heads)
         attended = ops.attention_step(
             *self._split(qkv),
@@ -363,8 +435,9 @@ class Transformer(nn.Module):
             groups.cache_start,
             groups.cache_len,
             groups.max_rows,
+            out=block.attended(space, len(residual)),
         )
-        return block.finish(residual, attended)
+        block.finish(residual, attended, delta, space)
 
     def _split(self, qkv: Tensor) -> tuple[Tensor, ...]:
         """q, k and v, [rows, heads, head_dim] views of the fused product."""
@@ -401,10 +474,17 @@ class Transformer(nn.Module):
         return crop
 
     def _predict(
-        self, residual: Tensor, delta: Tensor, groups: StepGroups, shift: Tensor, scale: Tensor
+        self, residual: Tensor, groups: StepGroups, shift: Tensor, scale: Tensor
     ) -> Tensor:
         """The output layer: final RMSNorm, modulated LayerNorm, product; [groups, N, 16]."""
-        normed = ops.add_rms_norm(residual, delta, self.norm, self.config.rms_norm_eps)
+        rows, space = len(residual), groups.space
+        normed = ops.add_rms_norm(
+            residual,
+            space.delta[:rows],
+            self.norm,
+            self.config.rms_norm_eps,
+            out=space.normed[:rows],
+        )
         modulated = ops.modulate(normed, shift, scale, _OUTPUT_NORM_EPS)
         values = F.linear(modulated, self.output_weight, self.output_bias)
         return values.view(len(groups.picture), groups.max_rows, _PATCH_VALUES)

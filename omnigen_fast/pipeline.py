@@ -30,7 +30,7 @@ from .errors import OmniGenError, RequestError
 from .images import InputImage
 from .lora import Adapter, apply_adapters, read_adapter
 from .model import Transformer
-from .processor import EncodedBranch, Processor, guidance_branches, pack
+from .processor import EncodedBranch, Processor, guidance_branches, lay_out
 from .request import Request, finite, make_request
 from .vae import Vae
 
@@ -399,15 +399,13 @@ class OmniGenPipeline:
         return plan, step
 
     def _prefill(self, branches: Sequence[EncodedBranch], time_tokens: Tensor) -> None:
-        sequence = pack(
-            branches,
-            len(time_tokens),
-            lambda branch: self._cache[branch.key].start,
-            self.device,
-        )
         images = self._latents_of(branches)
-        embedded = self.model.embed_condition(sequence, images, time_tokens)
-        self.model.prefill(sequence, embedded, self._cache)
+        sequences = [
+            lay_out(branch, len(time_tokens), self._cache[branch.key].start, self.device)
+            for branch in branches
+        ]
+        embedded = [self.model.embed_condition(one, images, time_tokens) for one in sequences]
+        self.model.prefill(sequences, embedded, self._cache)
 
     def _latents_of(self, branches: Any) -> dict[str, Tensor]:
         """Latents of the branches' images by digest; encodes those that are not kept."""

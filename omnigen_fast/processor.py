@@ -1,12 +1,11 @@
-"""From prompts and images to the packed condition sequence that the transformer reads."""
+"""From prompts and images to the condition sequences that the transformer reads."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -53,20 +52,18 @@ class EncodedBranch:
 
 @dataclass(frozen=True)
 class ConditionSequence:
-    """Branches packed one behind the other for prefill, `[condition | time tokens]` each.
+    """A branch laid out for prefill: `[condition | the time tokens of all steps]`.
 
-    `rows` counts all tokens of all branches; there is no padding.
+    Each branch is its own sequence, so that its keys and values have the same bits whatever else
+    is computed beside it.
     """
 
+    branch: EncodedBranch
     token_ids: Tensor  # [rows], int64, 0 where an image or a time token stands
-    positions: Tensor  # [rows], int64, from 0 in each branch; time tokens all stand behind C
-    long: Tensor  # [rows], bool: which rotary factor
+    positions: Tensor  # [rows], int64; time tokens all stand behind the condition
     kv_end: Tensor  # [rows], int32, see kernels.reference.attention_prefill
-    cu_rows: Tensor  # [branches + 1], int32
-    max_rows: int  # rows of the longest branch
+    cu_rows: Tensor  # [2], int32: 0 and the number of rows
     cache_rows: Tensor  # [rows], int64: where each row's key and value go
-    time_rows: Tensor  # [branches * steps], int64, branch by branch
-    spans: tuple[tuple[int, int, InputImage], ...]  # rows of each image
 
 
 def guidance_branches(prompt: Prompt, guidance: Guidance) -> list[tuple[Branch, float]]:
@@ -168,44 +165,30 @@ class Processor:
         return np.array(ids, np.int64), np.array(kv_end, np.int32), tuple(places)
 
 
-def pack(
-    branches: Sequence[EncodedBranch],
-    steps: int,
-    cache_start: Callable[[EncodedBranch], int],
-    device: torch.device,
+def lay_out(
+    branch: EncodedBranch, steps: int, cache_start: int, device: torch.device
 ) -> ConditionSequence:
-    """Packs branches for prefill, each followed by the time tokens of all steps.
+    """Lays a branch out for prefill.
 
     Args:
-        branches: at least one.
-        steps: time tokens of each branch.
-        cache_start: the first cache row of a branch; its rows there are
+        branch: what to compute.
+        steps: how many time tokens stand behind it.
+        cache_start: its first cache row; its rows there are
             `[condition | the current step's time token | time tokens]`.
         device: where the sequence is to be.
     """
-    ids, positions, long, kv_end, cache_rows, time_rows, spans = [], [], [], [], [], [], []
-    starts = [0, *accumulate(branch.length + steps for branch in branches)]
-    for branch, start in zip(branches, starts):
-        length, first = branch.length, cache_start(branch)
-        ids += [branch.token_ids, np.zeros(steps, np.int64)]
-        positions += [np.arange(length), np.full(steps, length)]
-        long.append(np.full(length + steps, branch.long))
-        kv_end += [branch.kv_end, np.full(steps, length, np.int32)]
-        cache_rows += [first + np.arange(length), first + length + 1 + np.arange(steps)]
-        time_rows.append(start + length + np.arange(steps))
-        spans += [(start + a, start + b, image) for a, b, image in branch.spans]
-
-    def tensor(parts: list[np.ndarray]) -> Tensor:
-        return torch.from_numpy(np.concatenate(parts)).to(device)
-
+    length = branch.length
+    rows = length + steps
+    positions = torch.arange(rows, device=device)
+    kv_end = torch.full((rows,), length, dtype=torch.int32)
+    kv_end[:length] = torch.from_numpy(branch.kv_end)
+    token_ids = torch.zeros(rows, dtype=torch.int64)
+    token_ids[:length] = torch.from_numpy(branch.token_ids)
     return ConditionSequence(
-        token_ids=tensor(ids),
-        positions=tensor(positions),
-        long=tensor(long),
-        kv_end=tensor(kv_end),
-        cu_rows=torch.tensor(starts, dtype=torch.int32, device=device),
-        max_rows=max(branch.length for branch in branches) + steps,
-        cache_rows=tensor(cache_rows),
-        time_rows=tensor(time_rows),
-        spans=tuple(spans),
+        branch=branch,
+        token_ids=token_ids.to(device),
+        positions=positions.clamp(max=length),
+        kv_end=kv_end.to(device),
+        cu_rows=torch.tensor([0, rows], dtype=torch.int32, device=device),
+        cache_rows=cache_start + positions + (positions >= length),
     )
