@@ -182,7 +182,8 @@ def resolve(
         raise CheckpointError(f"{name} is a file; give the folder that holds config.json")
     if name.startswith((".", "/", "~")) or name.count("/") != 1 or "\\" in name:
         raise CheckpointError(
-            f"{name} does not exist; give a model folder or a hub id (owner/name)"
+            f"{name or 'an empty path'} does not exist; give a model folder or a hub id "
+            "(owner/name)"
         )
     from huggingface_hub import snapshot_download
 
@@ -344,11 +345,17 @@ def _headers(paths: Sequence[str]) -> tuple[dict[str, tuple[int, ...]], dict[str
     """Shape and file of every tensor."""
     shapes: dict[str, tuple[int, ...]] = {}
     files: dict[str, str] = {}
+    odd = []
     for path in paths:
         with _open(path, torch.device("cpu")) as file:
             for name in file.keys():  # noqa: SIM118 - a safetensors file is no dict
-                shapes[name] = tuple(file.get_slice(name).get_shape())
+                header = file.get_slice(name)
+                if not header.get_dtype().startswith(("F", "BF")):
+                    odd.append(f"{name} holds {header.get_dtype()}")
+                shapes[name] = tuple(header.get_shape())
                 files[name] = path
+    if odd:
+        raise CheckpointError(f"{paths[0]}: {_some(odd)}, not floating-point weights")
     return shapes, files
 
 
@@ -382,10 +389,6 @@ class _Reader:
         if (path, device) not in self._handles:
             self._handles[path, device] = self._stack.enter_context(_open(path, device))
         tensor = self._handles[path, device].get_tensor(name)
-        if not tensor.is_floating_point():
-            raise CheckpointError(
-                f"{path}: {name} holds {tensor.dtype}, not floating-point weights"
-            )
         if tensor.dtype == self._dtype:
             return tensor
         converted = tensor.to(self._dtype)

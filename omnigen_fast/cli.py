@@ -112,6 +112,7 @@ def generate(
         _check_writable(out)
         loras = [_parse_lora(one) for one in lora]
         images = _assign_images(input_images, len(prompt))
+        noise = _read_latents(latents) if latents else None
         one = len(prompt) == 1
         from .pipeline import OmniGenPipeline
 
@@ -136,7 +137,7 @@ def generate(
                 if len(negative_prompt) == 1
                 else list(negative_prompt)
             ),
-            latents=_read_latents(latents) if latents else None,
+            latents=noise,
             output_type=output_type,
             progress=not quiet,
             **arguments,
@@ -203,7 +204,7 @@ def _assign_images(images: tuple[str, ...], prompts: int) -> list[list[str]]:
         return [list(images)]
     lists: list[list[str]] = [[] for _ in range(prompts)]
     for image in images:
-        match = re.fullmatch(r"(\d+):(.+)", image)
+        match = re.fullmatch(r"(\d{1,4}):(.+)", image)
         if not match or not 1 <= int(match[1]) <= prompts:
             raise RequestError(
                 f"--image {image}: with {prompts} prompts, say which one it belongs to, as in "
@@ -246,16 +247,20 @@ def _save(result: Any, output_type: str, out: Path) -> list[Path]:
 
 
 def _write(name: Path, write: Any) -> None:
-    handle, temporary = tempfile.mkstemp(suffix=name.suffix, dir=name.parent)
-    os.close(handle)
+    from safetensors import SafetensorError
+
+    temporary = None
     try:
+        handle, temporary = tempfile.mkstemp(suffix=name.suffix, dir=name.parent)
+        os.close(handle)
         write(temporary)
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, name)
-    except OSError as error:
-        raise OSError(f"{name} can't be written: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OSError(f"{name} can't be written: {reason}") from error
     finally:
-        if os.path.exists(temporary):
+        if temporary and os.path.exists(temporary):
             os.unlink(temporary)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -50,6 +51,8 @@ class ModelConfig:
             # 2^20 is far beyond any real size and keeps a lying file from exhausting memory
             if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= 1 << 20:
                 raise CheckpointError(f"config: {name} must be a positive integer, got {value!r}")
+        if self.original_max_position_embeddings == 1:  # rope_scale divides by its logarithm
+            raise CheckpointError("config: original_max_position_embeddings must be at least 2")
         if self.num_layers > 1024:
             raise CheckpointError(f"config: {self.num_layers} layers; at most 1024 are supported")
         if self.hidden_size % self.num_heads:
@@ -65,13 +68,11 @@ class ModelConfig:
             raise CheckpointError(f"config: head_dim {self.head_dim} is odd; rotary needs it even")
         for name in ("rms_norm_eps", "rope_theta"):
             value = getattr(self, name)
-            if not isinstance(value, int | float) or not (math.isfinite(value) and value > 0):
+            if not _is_positive(value):
                 raise CheckpointError(f"config: {name} must be a positive number, got {value!r}")
         for name in ("short_factor", "long_factor"):
             factor = getattr(self, name)
-            if len(factor) != self.head_dim // 2 or not all(
-                isinstance(f, int | float) and math.isfinite(f) and f > 0 for f in factor
-            ):
+            if len(factor) != self.head_dim // 2 or not all(map(_is_positive, factor)):
                 raise CheckpointError(
                     f"config: {name} must hold {self.head_dim // 2} positive numbers"
                 )
@@ -106,11 +107,7 @@ class ModelConfig:
         # transformers 5 writes `rope_parameters` where earlier versions wrote `rope_scaling`
         rope = values.get("rope_scaling") or values.get("rope_parameters")
         return cls._read(
-            values,
-            rope,
-            pos_embed_size,
-            layers="num_hidden_layers",
-            theta=values.get("rope_theta", (rope or {}).get("rope_theta", 10000.0)),
+            values, rope, pos_embed_size, layers="num_hidden_layers", theta="rope_theta"
         )
 
     @classmethod
@@ -129,7 +126,7 @@ class ModelConfig:
             values.get("rope_scaling"),
             pos_embed_size,
             layers="num_layers",
-            theta=values.get("rope_base", 10000),
+            theta="rope_base",
         )
 
     @classmethod
@@ -140,22 +137,23 @@ class ModelConfig:
         pos_embed_size: int,
         *,
         layers: str,
-        theta: float,
+        theta: str,
     ) -> ModelConfig:
         if rope is not None and not isinstance(rope, Mapping):
             raise CheckpointError(f"config: rope_scaling must be an object, got {rope!r}")
-        kind = (rope or {}).get("rope_type", (rope or {}).get("type", "su"))
-        if kind == "default":
-            rope = None
-        elif kind not in ("su", "longrope"):
+        rope = rope or {}
+        kind = rope.get("rope_type", rope.get("type", "su" if rope else "default"))
+        scaled = kind != "default"
+        if scaled and kind not in ("su", "longrope"):
             raise CheckpointError(f"config: rope type {kind!r}; supported are su and longrope")
         try:
             hidden, heads = values["hidden_size"], values["num_attention_heads"]
             if hidden > 1 << 20:
                 raise CheckpointError(f"config: hidden_size {hidden} is beyond any OmniGen")
             pairs = hidden // heads // 2
-            original_max = values.get("original_max_position_embeddings") or (rope or {}).get(
-                "original_max_position_embeddings", values["max_position_embeddings"]
+            longest = values["max_position_embeddings"]
+            original = values.get("original_max_position_embeddings") or rope.get(
+                "original_max_position_embeddings", longest
             )
             return cls(
                 hidden_size=hidden,
@@ -165,14 +163,22 @@ class ModelConfig:
                 intermediate_size=values["intermediate_size"],
                 vocab_size=values["vocab_size"],
                 rms_norm_eps=values.get("rms_norm_eps", 1e-5),
-                rope_theta=theta,
-                short_factor=tuple(rope["short_factor"]) if rope else (1.0,) * pairs,
-                long_factor=tuple(rope["long_factor"]) if rope else (1.0,) * pairs,
-                max_position_embeddings=values["max_position_embeddings"],
-                original_max_position_embeddings=original_max,
+                rope_theta=values.get(theta, rope.get(theta, 10000.0)),
+                short_factor=tuple(rope["short_factor"]) if scaled else (1.0,) * pairs,
+                long_factor=tuple(rope["long_factor"]) if scaled else (1.0,) * pairs,
+                max_position_embeddings=longest,
+                # equal lengths: nothing is scaled
+                original_max_position_embeddings=original if scaled else longest,
                 pos_embed_size=pos_embed_size,
             )
         except CheckpointError:
             raise
-        except (KeyError, TypeError, ZeroDivisionError) as error:
+        except KeyError as error:
+            raise CheckpointError(f"config: {error.args[0]} is missing") from error
+        except (TypeError, ValueError, ArithmeticError) as error:
             raise CheckpointError(f"config: {type(error).__name__}: {error}") from error
+
+
+def _is_positive(value: Any) -> bool:
+    """Whether a value of a JSON file is a positive number that a float can hold."""
+    return isinstance(value, int | float) and 0 < value <= sys.float_info.max

@@ -4,6 +4,10 @@
 class OmniGenError(Exception):
     """Base of this package's errors: one line with what was given, what is allowed, what to do."""
 
+    def __init__(self, message: str) -> None:
+        # a name or another library's message may hold line breaks
+        super().__init__(" ".join(message.splitlines()))
+
 
 class RequestError(OmniGenError, ValueError):
     """An argument of a call can't be used."""

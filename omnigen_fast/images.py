@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 # A photograph of 9,459 x 9,459 pixels; a larger one is taken for a decompression bomb.
 MAX_PIXELS = 89_478_485
 # Pillow's own decoders for these need no outside program (EPS, for one, would start Ghostscript).
-_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "ICO", "TGA")
+# MPO has no opener of its own: JPEG's finds out.
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "ICO", "TGA")
 _KINDS = "a path, bytes, a PIL image or a numpy array"
 
 
@@ -65,9 +66,12 @@ def read_image(source: Any, max_size: int, max_side: int, name: str) -> InputIma
     pixels = np.array(fit(to_rgb(source, name), max_size))
     height, width = pixels.shape[:2]
     if max(height, width) > max_side:
+        # a sliver is made 16 pixels wide, and longer with it
+        sliver = max(height, width) > max_size
+        way_out = "crop it" if sliver else f"give max_input_image_size={max_side} or less"
         raise RequestError(
             f"{name} is {width} x {height} pixels after resizing, the model takes at most "
-            f"{max_side} a side; give max_input_image_size={max_side} or less, or crop the image"
+            f"{max_side} a side; {way_out}"
         )
     return InputImage(pixels)
 
@@ -81,7 +85,7 @@ def to_rgb(source: Any, name: str = "image") -> PILImage:
     if isinstance(source, Image.Image):
         return _decode(source, name)
     if isinstance(source, bytes | bytearray | memoryview):
-        return _open(io.BytesIO(source), name)
+        return _open(io.BytesIO(bytes(source)), name)
     if isinstance(source, str | os.PathLike):
         path = os.fspath(source)
         if isinstance(path, bytes):
@@ -174,7 +178,7 @@ def _decode(image: PILImage, name: str) -> PILImage:
 def _from_array(array: np.ndarray, name: str) -> PILImage:
     from PIL import Image
 
-    shape = "x".join(map(str, array.shape))
+    shape = "x".join(map(str, array.shape)) or "a single number"
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)):
@@ -185,6 +189,7 @@ def _from_array(array: np.ndarray, name: str) -> PILImage:
         raise RequestError(f"{name}: the array is empty ({shape})")
     if array.shape[0] * array.shape[1] > MAX_PIXELS:
         raise _too_large(name, array.shape[1], array.shape[0])
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
     if array.dtype == np.bool_:
         array = array.astype(np.uint8) * 255
     elif array.dtype == np.uint16:

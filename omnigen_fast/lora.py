@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -61,14 +62,15 @@ def read_adapter(
     unknown = []
     for name, tensor in tensors.items():
         match = _KEY.fullmatch(name)
-        if match:
+        if match and tensor.ndim >= 2 and match[2] not in pairs[match[1]]:
             pairs[match[1]][match[2]] = tensor
         else:
             unknown.append(name)
     updates = []
     for module, pair in sorted(pairs.items()):
         found = checkpoint.find(f"{module}.weight")
-        if found is None or pair.keys() != {"A", "B"} or found[0] == "pos_embed":
+        # a vector (a norm's weight) has no low-rank update
+        if found is None or pair.keys() != {"A", "B"} or len(found[1].shape) < 2:
             unknown.append(module)
             continue
         parameter, source = found
@@ -121,7 +123,14 @@ def _check_config(config: Mapping[str, Any], folder: str) -> None:
     kind = config.get("peft_type", "LORA")
     if kind != "LORA":
         raise CheckpointError(f"{folder} holds a {kind} adapter; only LoRA is supported")
-    for option in ("use_dora", "fan_in_fan_out", "modules_to_save", "lora_bias"):
+    for option in (
+        "use_dora",
+        "use_qalora",
+        "fan_in_fan_out",
+        "modules_to_save",
+        "layer_replication",
+        "lora_bias",
+    ):
         if config.get(option):
             raise CheckpointError(f"{folder} uses {option}, which is not supported; merge it first")
 
@@ -136,6 +145,6 @@ def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
                 break
     except (re.error, AttributeError) as error:
         raise CheckpointError(f"adapter_config.json: alpha_pattern: {error}") from error
-    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
+    if not isinstance(alpha, int | float) or not abs(alpha) <= sys.float_info.max:
         raise CheckpointError(f"adapter_config.json: lora_alpha must be a number, got {alpha!r}")
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)

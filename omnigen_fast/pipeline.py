@@ -31,7 +31,7 @@ from .images import InputImage
 from .lora import Adapter, apply_adapters, read_adapter
 from .model import Transformer
 from .processor import EncodedBranch, Processor, guidance_branches, lay_out
-from .request import Request, make_request
+from .request import Request, finite, make_request
 from .vae import Vae
 
 _KEPT_IMAGES = 256  # latents of input images; one of 1024 px takes 262 KB
@@ -211,10 +211,15 @@ class OmniGenPipeline:
         """
         if dtype is not None:
             dtype = _check_dtype(dtype)
-        if set(callback_on_step_end_tensor_inputs) - {"latents"}:
+        if callback_on_step_end is not None and not callable(callback_on_step_end):
             raise RequestError(
-                "callback_on_step_end_tensor_inputs can name latents only, got "
-                f"{list(callback_on_step_end_tensor_inputs)}"
+                "callback_on_step_end must be a function, got "
+                f"{type(callback_on_step_end).__name__}"
+            )
+        inputs = callback_on_step_end_tensor_inputs
+        if not isinstance(inputs, list | tuple) or any(name != "latents" for name in inputs):
+            raise RequestError(
+                f"callback_on_step_end_tensor_inputs can only be ['latents'], got {inputs!r}"
             )
         request = make_request(
             self.config,
@@ -262,14 +267,21 @@ class OmniGenPipeline:
 
         Raises:
             CheckpointError: it can't be read or does not fit.
-            RequestError: an adapter of that name is loaded.
+            RequestError: an adapter of that name is loaded, or `weight` is no finite number.
         """
+        weight = finite("weight", weight)
         name = os.fspath(path) if adapter_name is None else adapter_name
         with self._exclusive():
             if name in self._adapters:
                 raise RequestError(f"an adapter {name!r} is loaded already; unload it first")
-            self._adapters[name] = read_adapter(path, self._checkpoint, weight)
-            self._refresh(self._adapters[name])
+            adapter = read_adapter(path, self._checkpoint, weight)
+            self._adapters[name] = adapter
+            try:
+                self._refresh(adapter)
+            except BaseException:
+                del self._adapters[name]
+                self._refresh(adapter)  # undoes what was set
+                raise
 
     def unload_lora_weights(self, adapter_name: str | None = None) -> None:
         """Takes one LoRA, or all, out again; the weights are the checkpoint's to the bit.
@@ -494,11 +506,11 @@ def _progress_bar(steps: int, show: bool) -> Any:
 
 def _check_dtype(dtype: str | torch.dtype) -> torch.dtype:
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if found == torch.float16:
+    if found is torch.float16:
         raise RequestError(
             "dtype float16 overflows in this model and gives black images; use bfloat16 or float32"
         )
-    if found not in _DTYPES:
+    if not isinstance(found, torch.dtype) or found not in _DTYPES:
         raise RequestError(f"dtype must be bfloat16 or float32, got {dtype!r}")
     return found
 

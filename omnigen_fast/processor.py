@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 _BEFORE = "<|user|>\nGenerate an image according to the following instructions\n"
 _AFTER = "<|end|>\n<|assistant|>\n<|diffusion|>"
+_BOS = "<s>"
+_SPECIAL = (_BOS, "<|user|>", "<|end|>", "<|assistant|>", "<|diffusion|>", "<img>", "</img>")
 
 
 @dataclass(frozen=True)
@@ -87,10 +89,13 @@ class Processor:
     def __init__(self, tokenizer: Tokenizer, config: ModelConfig) -> None:
         self.config = config
         self._tokenizer = tokenizer
-        bos = tokenizer.token_to_id("<s>")
-        if bos is None:
-            raise CheckpointError("the tokenizer has no <s> token; this is not OmniGen's tokenizer")
-        self._bos = bos
+        lacking = [token for token in _SPECIAL if tokenizer.token_to_id(token) is None]
+        if lacking:
+            raise CheckpointError(
+                f"the tokenizer has no token {', '.join(lacking)}; this is not OmniGen's "
+                "tokenizer.json"
+            )
+        self._bos = tokenizer.token_to_id(_BOS)
         self._tokens = lru_cache(maxsize=256)(self._tokenize)
 
     @classmethod

@@ -27,9 +27,10 @@ DEFAULT_NEGATIVE_PROMPT = (
 OUTPUT_TYPES = ("pil", "pt", "np", "latent")
 MAX_STEPS = 1000
 MAX_IMAGES = 1024  # in one call; far beyond any memory, and a guard against a slipped digit
+_MAX_NUMERAL = 9  # digits in the name of an image
 
 PLACEHOLDER = re.compile(r"<\|image_(\d+)\|>")
-_TAG = re.compile(r"<img>|</img>|<\|image_\d+\|>")
+_TAG = re.compile(r"<img>|</img>|<\|image_(?:\d+\|>)?")
 _WELL_FORMED = re.compile(r"<img>\s*<\|image_\d+\|>\s*</img>")
 
 
@@ -123,9 +124,9 @@ def make_request(
         _check_prompt(text, len(images), "prompt" if len(texts) == 1 else f"prompt[{index}]")
     negatives = _negatives(negative_prompt, len(texts))
 
-    if output_type not in OUTPUT_TYPES:
+    if not isinstance(output_type, str) or output_type not in OUTPUT_TYPES:
         raise RequestError(
-            f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}"
+            f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {_show(output_type)}"
         )
     steps = _integer("num_inference_steps", num_inference_steps, 1, MAX_STEPS)
     per_prompt = _integer("num_images_per_prompt", num_images_per_prompt, 1, MAX_IMAGES)
@@ -135,8 +136,8 @@ def make_request(
             "pictures; make them in several calls"
         )
     guidance = Guidance(
-        _finite("guidance_scale", guidance_scale),
-        _finite("img_guidance_scale", img_guidance_scale),
+        finite("guidance_scale", guidance_scale),
+        finite("img_guidance_scale", img_guidance_scale),
         bool(use_img_guidance) and any(image_lists),
     )
     max_size = _integer("max_input_image_size", max_input_image_size, TOKEN_PIXELS, 1 << 16)
@@ -234,19 +235,26 @@ def _prompts_and_images(prompt: Any, input_images: Any) -> tuple[list[str], list
 def _check_prompt(text: str, images: int, name: str) -> None:
     if not text.strip():
         raise RequestError(f"{name} is empty; say what to draw")
+    _check_unicode(text, name)
     if stray := _TAG.search(_WELL_FORMED.sub("\0", text)):
         raise RequestError(
             f"{name} has a stray {stray.group()}; write each image as <img><|image_1|></img>"
         )
-    numbers = sorted({int(number) for number in PLACEHOLDER.findall(text)})
+    numerals = PLACEHOLDER.findall(text)
+    longest = max(map(len, numerals), default=0)
+    if longest > _MAX_NUMERAL:
+        raise RequestError(
+            f"{name} names an image by a number of {longest} digits; number images from 1"
+        )
+    numbers = sorted(set(map(int, numerals)))
     if numbers and not images:
         raise RequestError(
             f"{name} names image {numbers[0]} but input_images has none for it; "
             "give the image or remove its placeholder"
         )
-    if numbers and numbers != list(range(1, numbers[-1] + 1)):
+    if numbers != list(range(1, len(numbers) + 1)):
         raise RequestError(
-            f"{name} names images {numbers}; number them 1 to {len(numbers)} without a gap"
+            f"{name} names images {_show(numbers)}; number them 1 to {len(numbers)} without a gap"
         )
     if len(numbers) < images:
         raise RequestError(
@@ -258,6 +266,17 @@ def _check_prompt(text: str, images: int, name: str) -> None:
             f"{name} names image {numbers[-1]} but input_images has {images}; "
             "give the image or remove its placeholder"
         )
+
+
+def _check_unicode(text: str, name: str) -> None:
+    """Python strings can hold halves of characters, for instance from undecodable bytes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"{name} holds {text[error.start]!r} at {error.start}, which is no character; "
+            "was it decoded from UTF-8?"
+        ) from error
 
 
 def _negatives(negative_prompt: Any, prompts: int) -> list[str]:
@@ -278,6 +297,7 @@ def _negatives(negative_prompt: Any, prompts: int) -> list[str]:
     for negative in negatives:
         if not isinstance(negative, str):
             raise RequestError(f"a negative prompt must be a string, got {_kind(negative)}")
+        _check_unicode(negative, "negative_prompt")
         if tag := _TAG.search(negative):
             raise RequestError(f"negative_prompt holds {tag.group()}; it can't name images")
     return negatives
@@ -300,19 +320,20 @@ def _integer(name: str, value: Any, low: int, high: int, unit: str = "") -> int:
     except TypeError:
         number = None
     if number is None or isinstance(value, bool):
-        raise RequestError(f"{name} must be an integer, got {value!r}")
+        raise RequestError(f"{name} must be an integer, got {_show(value)}")
     if not low <= number <= high:
-        raise RequestError(f"{name} must be from {low} to {high}{unit}, got {number}")
+        raise RequestError(f"{name} must be from {low} to {high}{unit}, got {_show(number)}")
     return number
 
 
-def _finite(name: str, value: Any) -> float:
+def finite(name: str, value: Any) -> float:
+    """The number that a caller gave; raises RequestError unless it is finite."""
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last: torch's
         number = math.nan
     if not math.isfinite(number) or isinstance(value, bool | str):
-        raise RequestError(f"{name} must be a finite number, got {value!r}")
+        raise RequestError(f"{name} must be a finite number, got {_show(value)}")
     return number
 
 
@@ -335,13 +356,28 @@ def _check_latents(latents: Any, shape: tuple[int, ...]) -> None:
         return
     import torch
 
-    if not isinstance(latents, torch.Tensor) or not latents.is_floating_point():
-        raise RequestError(f"latents must be a floating-point tensor, got {_kind(latents)}")
+    if not isinstance(latents, torch.Tensor):
+        raise RequestError(f"latents must be a tensor, got {_kind(latents)}")
+    dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    if latents.dtype not in dtypes or latents.layout != torch.strided or latents.is_meta:
+        raise RequestError(
+            "latents must be a dense floating-point tensor, got "
+            f"{latents.dtype}, {latents.layout}, on {latents.device}"
+        )
     if tuple(latents.shape) != shape:
         raise RequestError(f"latents must have shape {shape}, got {tuple(latents.shape)}")
-    if not torch.isfinite(latents).all():
-        raise RequestError("latents hold NaN or infinity")
+    if not torch.isfinite(latents.to(torch.float32)).all():
+        raise RequestError("latents hold NaN or infinity in float32")
 
 
 def _kind(value: Any) -> str:
     return type(value).__name__
+
+
+def _show(value: Any) -> str:
+    """A value as an error shows it, cut short."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no integer of more than 4300 digits
+        return f"an enormous {_kind(value)}"
+    return text if len(text) <= 100 else f"{text[:97]}..."

@@ -40,13 +40,17 @@ class Vae:
         Raises:
             CheckpointError: files are missing or malformed, or not OmniGen's kind of VAE.
         """
-        from .checkpoint import read_json, read_tensors  # checkpoint names this module's weights
+        from .checkpoint import (
+            find_weights,
+            read_json,
+            read_tensors,
+        )  # checkpoint names this module's weights
 
         config = read_json(os.path.join(folder, "config.json"))
-        path = os.path.join(folder, "diffusion_pytorch_model.safetensors")
+        paths = find_weights(os.fspath(folder), "diffusion_pytorch_model")
         autoencoder = _empty_autoencoder(config, folder)
         expected = {name: tuple(t.shape) for name, t in autoencoder.state_dict().items()}
-        tensors = read_tensors([path], torch.float32, device, rename=_current_name, shapes=expected)
+        tensors = read_tensors(paths, torch.float32, device, rename=_current_name, shapes=expected)
         autoencoder.load_state_dict(tensors, assign=True)
         return cls(autoencoder)
 
@@ -97,6 +101,7 @@ def _empty_autoencoder(config: dict[str, Any], folder: str | os.PathLike[str]) -
         not isinstance(channels, list)
         or len(channels) != VAE_SCALE.bit_length()
         or config.get("latent_channels") != LATENT_CHANNELS
+        or (config.get("in_channels", 3), config.get("out_channels", 3)) != (3, 3)
         or not all(isinstance(c, int) and 0 < c <= 8192 for c in channels)
         or config.get("layers_per_block", 1) not in range(1, 17)
     ):
@@ -104,6 +109,11 @@ def _empty_autoencoder(config: dict[str, Any], folder: str | os.PathLike[str]) -
             f"{folder}: not OmniGen's VAE, which has {LATENT_CHANNELS} latent channels at an "
             f"eighth of the image's size: {json.dumps(config)[:200]}"
         )
+    scale, shift = config.get("scaling_factor", 1), config.get("shift_factor") or 0
+    if not isinstance(scale, int | float) or not 1e-6 < scale < 1e6:
+        raise CheckpointError(f"{folder}: scaling_factor must be a positive number, got {scale!r}")
+    if not isinstance(shift, int | float) or not abs(shift) < 1e6:
+        raise CheckpointError(f"{folder}: shift_factor must be a number, got {shift!r}")
     try:
         with torch.device("meta"):
             return AutoencoderKL.from_config(config)
