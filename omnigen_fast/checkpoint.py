@@ -19,9 +19,9 @@ from .errors import CheckpointError
 from .model import parameter_shapes
 
 SDXL_VAE = "stabilityai/sdxl-vae"  # what the original falls back to
-_PATTERNS = ["*.json", "*.safetensors", "*/*.json", "*/*.safetensors"]
-# Files read before a safetensors file's mapping is renewed, so that its pages don't pile up
-# beside the converted copies.
+MODEL_FILES = ("*.json", "*.safetensors", "*/*.json", "*/*.safetensors")
+VAE_FILES = ("config.json", "diffusion_pytorch_model*.safetensors*")
+# Bytes converted before a file's mapping is renewed: its pages must not pile up beside the copies.
 _RENEW_BYTES = 256 << 20
 
 # Our name: the parts of the other layout's tensors that it holds, stacked along axis 0.
@@ -163,6 +163,7 @@ class Checkpoint:
 def resolve(
     name: str | os.PathLike[str],
     *,
+    patterns: Sequence[str] = MODEL_FILES,
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     token: str | bool | None = None,
@@ -170,7 +171,7 @@ def resolve(
 ) -> str:
     """The local folder of a model: `name` itself if it is one, else fetched from the hub.
 
-    Only JSON and safetensors files are fetched.
+    Of the hub's files only those that match `patterns` are fetched.
 
     Raises:
         CheckpointError: neither a folder nor to be had from the hub.
@@ -194,7 +195,7 @@ def resolve(
             cache_dir=cache_dir,
             token=token,
             local_files_only=local_files_only,
-            allow_patterns=_PATTERNS,
+            allow_patterns=list(patterns),
         )
     except Exception as error:  # network, permission, no such repository: all end here alike
         raise CheckpointError(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .cache import ConditionCache
-from .checkpoint import SDXL_VAE, Checkpoint, resolve
+from .checkpoint import SDXL_VAE, VAE_FILES, Checkpoint, resolve
 from .config import ModelConfig
 from .denoise import (
     GuidancePlan,
@@ -112,7 +112,7 @@ class OmniGenPipeline:
         vae_folder = checkpoint.vae_folder
         if vae_folder is None:
             hub["revision"] = None  # names a commit of the model, not of the VAE
-            vae_folder = resolve(vae_path or SDXL_VAE, **hub)
+            vae_folder = resolve(vae_path or SDXL_VAE, patterns=VAE_FILES, **hub)
         vae = Vae.from_folder(vae_folder, target)
         model = Transformer(checkpoint.config, checkpoint.read(dtype, target))
         return cls(checkpoint, model, vae, processor, condition_cache_bytes)
@@ -292,8 +292,14 @@ class OmniGenPipeline:
             if adapter_name is not None and adapter_name not in self._adapters:
                 loaded = ", ".join(map(repr, self._adapters)) or "none"
                 raise RequestError(f"no adapter {adapter_name!r} is loaded; loaded: {loaded}")
-            names = list(self._adapters) if adapter_name is None else [adapter_name]
-            self._refresh(*[self._adapters.pop(name) for name in names])
+            before = self._adapters.copy()
+            names = list(before) if adapter_name is None else [adapter_name]
+            removed = [self._adapters.pop(name) for name in names]
+            try:
+                self._refresh(*removed)
+            except BaseException:
+                self._adapters = before  # the checkpoint can't be read: nothing was taken out
+                raise
 
     def merge_lora(self, lora_path: str | os.PathLike[str]) -> None:
         """The original's name for `load_lora_weights`."""
@@ -435,13 +441,7 @@ class OmniGenPipeline:
             bar.update()
             if callback is not None:
                 changed = callback(self, step, float(times[step]), {"latents": latents})
-                if changed is not None and changed.get("latents") is not None:
-                    if changed["latents"].shape != latents.shape:
-                        raise RequestError(
-                            "callback_on_step_end returned latents of shape "
-                            f"{tuple(changed['latents'].shape)} for {tuple(latents.shape)}"
-                        )
-                    latents.copy_(changed["latents"])
+                _replace(latents, changed)
             return not self._interrupt
 
         return after
@@ -483,6 +483,26 @@ class OmniGenPipeline:
                 yield
             finally:
                 self._running = False
+
+
+def _replace(latents: Tensor, changed: Any) -> None:
+    """Takes the latents that a callback returned, if any."""
+    if changed is None:
+        return
+    new = changed.get("latents") if isinstance(changed, Mapping) else changed
+    if new is None:
+        return
+    if not isinstance(new, Tensor) or not isinstance(changed, Mapping):
+        raise RequestError(
+            'callback_on_step_end must return None or {"latents": tensor}, got '
+            f"{type(changed).__name__}"
+        )
+    if new.shape != latents.shape:
+        raise RequestError(
+            f"callback_on_step_end returned latents of shape {tuple(new.shape)} for "
+            f"{tuple(latents.shape)}"
+        )
+    latents.copy_(new)
 
 
 def _output(images: Tensor, output_type: str) -> list[Any] | Tensor | np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 _BEFORE = "<|user|>\nGenerate an image according to the following instructions\n"
 _AFTER = "<|end|>\n<|assistant|>\n<|diffusion|>"
 _BOS = "<s>"
-_SPECIAL = (_BOS, "<|user|>", "<|end|>", "<|assistant|>", "<|diffusion|>", "<img>", "</img>")
+_SPECIAL = ("<|user|>", "<|end|>", "<|assistant|>", "<|diffusion|>", "<img>", "</img>")
 
 
 @dataclass(frozen=True)
@@ -89,13 +90,19 @@ class Processor:
     def __init__(self, tokenizer: Tokenizer, config: ModelConfig) -> None:
         self.config = config
         self._tokenizer = tokenizer
+        self._bos = tokenizer.token_to_id(_BOS)
+        if self._bos is None:
+            raise CheckpointError(
+                f"the tokenizer has no token {_BOS}; this is not OmniGen's tokenizer.json"
+            )
         lacking = [token for token in _SPECIAL if tokenizer.token_to_id(token) is None]
         if lacking:
-            raise CheckpointError(
-                f"the tokenizer has no token {', '.join(lacking)}; this is not OmniGen's "
-                "tokenizer.json"
+            # the original would spell them out in smaller tokens, and so does this
+            warnings.warn(
+                f"the tokenizer has no token {', '.join(lacking)}; is it OmniGen's tokenizer.json?",
+                UserWarning,
+                stacklevel=3,
             )
-        self._bos = tokenizer.token_to_id(_BOS)
         self._tokens = lru_cache(maxsize=256)(self._tokenize)
 
     @classmethod

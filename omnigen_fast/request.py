@@ -26,6 +26,7 @@ DEFAULT_NEGATIVE_PROMPT = (
 )
 OUTPUT_TYPES = ("pil", "pt", "np", "latent")
 MAX_STEPS = 1000
+MAX_GUIDANCE = 1000  # beyond it float32 velocities and then pictures are nothing but noise
 MAX_IMAGES = 1024  # in one call; far beyond any memory, and a guard against a slipped digit
 _MAX_NUMERAL = 9  # digits in the name of an image
 
@@ -136,16 +137,17 @@ def make_request(
             "pictures; make them in several calls"
         )
     guidance = Guidance(
-        finite("guidance_scale", guidance_scale),
-        finite("img_guidance_scale", img_guidance_scale),
-        bool(use_img_guidance) and any(image_lists),
+        _scale("guidance_scale", guidance_scale),
+        _scale("img_guidance_scale", img_guidance_scale),
+        _switch("use_img_guidance", use_img_guidance) and any(image_lists),
     )
     max_size = _integer("max_input_image_size", max_input_image_size, TOKEN_PIXELS, 1 << 16)
     if seed is not None:
         seed = _integer("seed", seed, -(1 << 63), (1 << 64) - 1)
         if generator is not None:
             raise RequestError("give seed or generator, not both")
-    if use_input_image_size_as_output:
+    separate = separate_cfg_infer is not None and _switch("separate_cfg_infer", separate_cfg_infer)
+    if _switch("use_input_image_size_as_output", use_input_image_size_as_output):
         if len(texts) != 1 or len(image_lists[0]) != 1:
             raise RequestError(
                 "use_input_image_size_as_output needs one prompt with one image, got "
@@ -184,8 +186,8 @@ def make_request(
         width=width,
         steps=steps,
         guidance=guidance,
-        branches_per_pass=1 if separate_cfg_infer else None,
-        use_cache=use_kv_cache is None or bool(use_kv_cache),
+        branches_per_pass=1 if separate else None,
+        use_cache=use_kv_cache is None or _switch("use_kv_cache", use_kv_cache),
         seed=seed,
         generator=generator,
         latents=latents,
@@ -335,6 +337,23 @@ def finite(name: str, value: Any) -> float:
     if not math.isfinite(number) or isinstance(value, bool | str):
         raise RequestError(f"{name} must be a finite number, got {_show(value)}")
     return number
+
+
+def _scale(name: str, value: Any) -> float:
+    number = finite(name, value)
+    if abs(number) > MAX_GUIDANCE:
+        raise RequestError(
+            f"{name} must be from -{MAX_GUIDANCE} to {MAX_GUIDANCE}, got {_show(value)}; "
+            "1 to 5 is usual"
+        )
+    return number
+
+
+def _switch(name: str, value: Any) -> bool:
+    # a string such as "no" would count as true
+    if isinstance(value, bool) or type(value).__name__ in ("bool_", "bool"):
+        return bool(value)
+    raise RequestError(f"{name} must be True or False, got {_show(value)}")
 
 
 def _check_generator(generator: Any, images: int) -> None:

@@ -467,7 +467,14 @@ class TestTokenizer:
         ]
         path = tmp_path / "tokenizer.json"
         path.write_text(json.dumps(values))
-        refused(lambda: self.ids(path), "no token <|diffusion|>, <img>;", "not OmniGen's")
+        with pytest.warns(UserWarning, match=r"no token <\|diffusion\|>, <img>; is it OmniGen's"):
+            self.ids(path)
+
+    def test_without_a_first_token(self, tmp_path):
+        text = (TINY / "tokenizer.json").read_text().replace('"<s>"', '"<first>"')
+        path = tmp_path / "tokenizer.json"
+        path.write_text(text)
+        refused(lambda: self.ids(path), "no token <s>", "not OmniGen's")
 
     def test_more_tokens_than_the_model_has(self):
         processor = Processor.from_file(

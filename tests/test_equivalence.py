@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import CASES, GOLDEN, golden_request, golden_result, relative_error
 
+from omnigen_fast.errors import RequestError
 from omnigen_fast.model import Transformer
 
 PHOTOS = [str(GOLDEN / "images" / name) for name in ("astronaut.png", "cat.png", "coffee.png")]
@@ -339,6 +340,20 @@ def test_a_callback_sees_every_step_and_can_change_and_stop(pipe):
     assert relative_error(stopped, whole) > 0.01
     # the next call runs to its end
     assert torch.equal(pipe(**{**TEXT, "num_inference_steps": 4}), whole)
+
+
+@pytest.mark.parametrize(
+    ("returned", "match"),
+    [
+        (5, "must return None or"),
+        (torch.zeros(1), "must return None or"),
+        ({"latents": [0.0]}, "must return None or"),
+        ({"latents": torch.zeros(1, 4, 8, 7)}, r"shape \(1, 4, 8, 7\) for \(1, 4, 8, 6\)"),
+    ],
+)
+def test_what_a_callback_returns_is_checked(pipe, returned, match):
+    with pytest.raises(RequestError, match=match):
+        pipe(**TEXT, callback_on_step_end=lambda *args: returned)
 
 
 def test_a_failure_leaves_a_pipeline_that_works(pipe, monkeypatch):
