@@ -27,6 +27,7 @@ from .denoise import (
     schedule,
 )
 from .errors import OmniGenError, RequestError
+from .graph import StepGraphs, capture_cuda
 from .images import InputImage
 from .lora import Adapter, apply_adapters, read_adapter
 from .model import Transformer
@@ -54,6 +55,7 @@ class OmniGenPipeline:
         vae: Vae,
         processor: Processor,
         condition_cache_bytes: int = 2 << 30,
+        capture_steps: bool = True,
     ) -> None:
         self.model = model
         self.vae = vae
@@ -63,6 +65,8 @@ class OmniGenPipeline:
         self._image_latents: OrderedDict[str, Tensor] = OrderedDict()
         self._cache_bytes = condition_cache_bytes
         self._cache = self._new_cache()
+        self._capture_steps = capture_steps
+        self._graphs = self._new_graphs()
         self._lock = threading.RLock()
         self._running = False
         self._interrupt = False
@@ -80,6 +84,7 @@ class OmniGenPipeline:
         token: str | bool | None = None,
         local_files_only: bool = False,
         condition_cache_bytes: int = 2 << 30,
+        capture_steps: bool = True,
     ) -> OmniGenPipeline:
         """Loads a model from a folder or from the hub, in the original's or diffusers' layout.
 
@@ -94,6 +99,8 @@ class OmniGenPipeline:
             token: access token for the hub.
             local_files_only: use what was fetched before, do not ask the hub.
             condition_cache_bytes: how much memory to keep for the conditions of earlier calls.
+            capture_steps: on a GPU, record a step as a CUDA graph and replay it. Off saves the
+                memory of one step's intermediate results.
 
         Raises:
             CheckpointError: files are missing, malformed, or not an OmniGen model.
@@ -115,7 +122,7 @@ class OmniGenPipeline:
             vae_folder = resolve(vae_path or SDXL_VAE, patterns=VAE_FILES, **hub)
         vae = Vae.from_folder(vae_folder, target)
         model = Transformer(checkpoint.config, checkpoint.read(dtype, target))
-        return cls(checkpoint, model, vae, processor, condition_cache_bytes)
+        return cls(checkpoint, model, vae, processor, condition_cache_bytes, capture_steps)
 
     @property
     def config(self) -> ModelConfig:
@@ -335,9 +342,10 @@ class OmniGenPipeline:
         times = schedule(request.steps)
         loop = self._prepare(request, pictures, latents, times)
         with _progress_bar(request.steps, progress) as bar:
-            denoise(loop, loop.step, self._after_step(callback, times, bar))
+            run = self._graphs.runner(loop, self._cache) if request.use_cache else loop.step
+            denoise(loop, run, self._after_step(callback, times, bar))
         if request.output_type == "latent":
-            return latents
+            return latents.clone()  # a captured step writes its own again in a later call
         return _output(self.vae.decode(latents), request.output_type)
 
     def _encode(self, request: Request) -> list[list[tuple[EncodedBranch, float]]]:
@@ -440,8 +448,9 @@ class OmniGenPipeline:
         def after(step: int, latents: Tensor) -> bool:
             bar.update()
             if callback is not None:
-                changed = callback(self, step, float(times[step]), {"latents": latents})
-                _replace(latents, changed)
+                given = latents.clone()
+                changed = callback(self, step, float(times[step]), {"latents": given})
+                _replace(latents, given, changed)
             return not self._interrupt
 
         return after
@@ -449,16 +458,22 @@ class OmniGenPipeline:
     def _new_cache(self, layers: int | None = None) -> ConditionCache:
         return ConditionCache(self.config, self.dtype, self.device, self._cache_bytes, layers)
 
+    def _new_graphs(self) -> StepGraphs:
+        cuda = self.device.type == "cuda" and self._capture_steps
+        return StepGraphs(capture_cuda if cuda else None)
+
     def _forget(self) -> None:
         """Drops what depends on weights or device."""
         self._image_latents.clear()
         self._cache = self._new_cache()
+        self._graphs = self._new_graphs()
 
     def _refresh(self, *adapters: Adapter) -> None:
         """Sets the weights that some adapters touch to what the loaded ones make of them."""
         touched = {update.parameter for adapter in adapters for update in adapter.updates}
         apply_adapters(self.model, self._checkpoint, self._adapters.values(), sorted(touched))
         self._cache.clear()
+        self._graphs.clear()
 
     def _reload(self, dtype: torch.dtype) -> None:
         """Reads the weights in another dtype, loaded adapters included."""
@@ -485,14 +500,14 @@ class OmniGenPipeline:
                 self._running = False
 
 
-def _replace(latents: Tensor, changed: Any) -> None:
-    """Takes the latents that a callback returned, if any."""
+def _replace(latents: Tensor, given: Tensor, changed: Any) -> None:
+    """Takes the latents that a callback returned, or else what it made of those it was given."""
+    new = changed
     if changed is None:
-        return
-    new = changed.get("latents") if isinstance(changed, Mapping) else changed
-    if new is None:
-        return
-    if not isinstance(new, Tensor) or not isinstance(changed, Mapping):
+        new = given
+    elif isinstance(changed, Mapping):
+        new = changed.get("latents", given)
+    if not isinstance(new, Tensor) or not isinstance(changed, (Mapping, type(None))):
         raise RequestError(
             'callback_on_step_end must return None or {"latents": tensor}, got '
             f"{type(changed).__name__}"

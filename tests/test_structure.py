@@ -23,6 +23,7 @@ ORDER = [
     "vae",
     "lora",
     "denoise",
+    "graph",
     "pipeline",
     "cli",
 ]
