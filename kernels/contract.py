@@ -1,0 +1,354 @@
+"""What every operation demands of its arguments, in one place for all implementations.
+
+One function per operation, called before it runs: plain comparisons, a few microseconds. Values
+that live on the device (lengths, row numbers) are not looked at, since that would wait for it.
+
+All tensors of a call are on one device. "Rows" may lie apart (a view into a wider tensor), but what
+stands inside a row is contiguous. `fused` adds what the kernels ask beyond the reference: bfloat16,
+float16 or float32, and a head_dim they are written for. No alignment is demanded; rows whose
+addresses are multiples of 16 bytes are read 16 bytes at a time, others more slowly.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_FUSED = (torch.bfloat16, torch.float16, torch.float32)
+_FLOATS = (*_FUSED, torch.float64)
+_WIDE = (torch.float32, torch.float64)
+HEAD_DIMS = (64, 96, 128)
+# A row is held in the registers of one program.
+MAX_HIDDEN = 65536
+
+
+def _tensor(name: str, x: Tensor, dims: int, dtypes: tuple[torch.dtype, ...]) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.dtype not in dtypes:
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{name} must be {allowed}, got {str(x.dtype).removeprefix('torch.')}")
+    if x.dim() != dims:
+        raise ValueError(f"{name} must have {dims} dimensions, got shape {tuple(x.shape)}")
+
+
+def _rows(name: str, x: Tensor, dims: int, fused: bool) -> None:
+    """Floating rows, contiguous inside."""
+    _tensor(name, x, dims, _FUSED if fused else _FLOATS)
+    _inside_contiguous(name, x)
+
+
+def _inside_contiguous(name: str, x: Tensor) -> None:
+    size = 1
+    for length, stride in zip(reversed(x.shape[1:]), reversed(x.stride()[1:])):
+        if stride != size and length != 1:
+            raise ValueError(
+                f"{name} must be contiguous inside a row, got shape {tuple(x.shape)} with "
+                f"strides {x.stride()}; .contiguous() makes it so"
+            )
+        size *= length
+
+
+def _written(name: str, x: Tensor) -> None:
+    """Rows that are written must not share memory."""
+    if x.shape[0] > 1 and x.stride(0) < x.shape[1:].numel():
+        raise ValueError(
+            f"{name} is written, so its rows must not overlap, got shape {tuple(x.shape)} with "
+            f"strides {x.stride()}"
+        )
+
+
+def _beside(name: str, x: Tensor, other: str, y: Tensor) -> None:
+    if x.device != y.device:
+        raise ValueError(f"{name} must be on the device of {other}, {y.device}, got {x.device}")
+
+
+def _shape(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
+    if x.shape != shape:
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(x.shape)}")
+
+
+def _like(name: str, x: Tensor, other: str, y: Tensor) -> None:
+    """Of the same dtype, on the same device."""
+    if x.dtype != y.dtype:
+        raise TypeError(f"{name} must have the dtype of {other}, {y.dtype}, got {x.dtype}")
+    _beside(name, x, other, y)
+
+
+def _vector(name: str, x: Tensor, length: int, other: str, y: Tensor) -> None:
+    _tensor(name, x, 1, _FLOATS)
+    _like(name, x, other, y)
+    _shape(name, x, (length,))
+    _inside_contiguous(name, x[None])
+
+
+def _numbers(name: str, x: Tensor, dtype: torch.dtype, other: str, y: Tensor) -> None:
+    """Contiguous numbers for the kernel to read on the device."""
+    _tensor(name, x, 1, (dtype,))
+    _beside(name, x, other, y)
+    _inside_contiguous(name, x[None])
+
+
+def same(name: str, x: Tensor, y: Tensor) -> None:
+    """An output that the caller brings: shape, dtype and device of `y`, rows apart.
+
+    Raises:
+        TypeError: wrong dtype.
+        ValueError: wrong shape, device or strides.
+    """
+    _tensor(name, x, y.dim(), (y.dtype,))
+    _beside(name, x, "the input", y)
+    _shape(name, x, y.shape)
+    _inside_contiguous(name, x)
+    _written(name, x)
+
+
+def _hidden(name: str, x: Tensor, fused: bool) -> None:
+    _rows(name, x, 2, fused)
+    if not 1 <= x.shape[1] <= MAX_HIDDEN:
+        raise ValueError(f"{name} must have 1 to {MAX_HIDDEN} columns, got {x.shape[1]}")
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, fused: bool = False) -> None:
+    """x [rows, hidden], weight [hidden], of one dtype.
+
+    Raises:
+        TypeError: wrong dtype.
+        ValueError: wrong shape, device or strides.
+    """
+    _hidden("x", x, fused)
+    _vector("weight", weight, x.shape[1], "x", x)
+
+
+def add_rms_norm(
+    residual: Tensor, x: Tensor, weight: Tensor, eps: float, fused: bool = False
+) -> None:
+    """residual and x [rows, hidden], weight [hidden], of one dtype.
+
+    Raises:
+        TypeError: wrong dtype.
+        ValueError: wrong shape, device or strides.
+    """
+    _hidden("residual", residual, fused)
+    _written("residual", residual)
+    _rows("x", x, 2, fused)
+    _like("x", x, "residual", residual)
+    _shape("x", x, residual.shape)
+    _vector("weight", weight, residual.shape[1], "residual", residual)
+
+
+def _rotary(name: str, x: Tensor, qkv: Tensor, half: int, fused: bool) -> None:
+    _tensor(name, x, 2, _WIDE[:1] if fused else _WIDE)
+    _beside(name, x, "qkv", qkv)
+    _shape(name, x, (qkv.shape[0], half))
+    _inside_contiguous(name, x)
+
+
+def rope_(
+    qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int, fused: bool = False
+) -> None:
+    """qkv [rows, (heads + 2 * kv_heads) * head_dim], cos and sin [rows, head_dim / 2] float32.
+
+    Any even head_dim.
+
+    Raises:
+        TypeError: wrong dtype.
+        ValueError: wrong shape, device, strides, heads or head_dim.
+    """
+    _rows("qkv", qkv, 2, fused)
+    _written("qkv", qkv)
+    if heads < 1 or kv_heads < 1:
+        raise ValueError(f"heads and kv_heads must be positive, got {heads} and {kv_heads}")
+    parts = heads + 2 * kv_heads
+    if not qkv.shape[1] or qkv.shape[1] % (2 * parts):
+        raise ValueError(
+            f"qkv must have heads + 2 * kv_heads = {parts} heads of an even head_dim, got "
+            f"{qkv.shape[1]} columns"
+        )
+    half = qkv.shape[1] // (2 * parts)
+    _rotary("cos", cos, qkv, half, fused)
+    _rotary("sin", sin, qkv, half, fused)
+
+
+def rope_cache_(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    heads: int,
+    kv_heads: int,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_rows: Tensor,
+    fused: bool = False,
+) -> None:
+    """As `rope_`; caches [cache rows, kv_heads, head_dim] of qkv's dtype, cache_rows [rows] int64.
+
+    Raises:
+        TypeError: wrong dtype.
+        ValueError: wrong shape, device, strides, heads or head_dim.
+    """
+    rope_(qkv, cos, sin, heads, kv_heads, fused)
+    row = (kv_heads, 2 * cos.shape[1])
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        _rows(name, cache, 3, fused)
+        _written(name, cache)
+        _like(name, cache, "qkv", qkv)
+        _shape(name, cache, (cache.shape[0], *row))
+    _numbers("cache_rows", cache_rows, torch.int64, "qkv", qkv)
+    _shape("cache_rows", cache_rows, (qkv.shape[0],))
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, cu_rows: Tensor, fused: bool) -> None:
+    _rows("q", q, 3, fused)
+    rows, heads, head_dim = q.shape
+    if fused and head_dim not in HEAD_DIMS:
+        raise ValueError(f"q must have a head_dim of 64, 96 or 128, got {head_dim}")
+    _rows("k", k, 3, fused)
+    _like("k", k, "q", q)
+    kv_heads = k.shape[1]
+    if not kv_heads or heads % kv_heads:
+        raise ValueError(f"k must have a divisor of q's {heads} heads, got {kv_heads}")
+    _shape("k", k, (rows, kv_heads, head_dim))
+    _rows("v", v, 3, fused)
+    _like("v", v, "q", q)
+    _shape("v", v, (rows, kv_heads, head_dim))
+    _numbers("cu_rows", cu_rows, torch.int32, "q", q)
+    if not cu_rows.shape[0]:
+        raise ValueError("cu_rows must have one more element than there are groups, got none")
+
+
+def attention_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cu_rows: Tensor,
+    cache_start: Tensor,
+    cache_len: Tensor,
+    max_rows: int,
+    fused: bool = False,
+) -> None:
+    """q [rows, heads, head_dim], k and v [rows, kv_heads, head_dim], caches [cache rows, kv_heads,
+    head_dim], all of one dtype; cu_rows [groups + 1], cache_start and cache_len [groups], int32.
+
+    Raises:
+        TypeError: wrong dtype.
+        ValueError: wrong shape, device, strides or head_dim.
+    """
+    _attention(q, k, v, cu_rows, fused)
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        _rows(name, cache, 3, fused)
+        _like(name, cache, "q", q)
+        _shape(name, cache, (cache.shape[0], *k.shape[1:]))
+    if v_cache.shape[0] != k_cache.shape[0]:
+        _shape("v_cache", v_cache, k_cache.shape)
+    groups = cu_rows.shape[0] - 1
+    for name, numbers in (("cache_start", cache_start), ("cache_len", cache_len)):
+        _numbers(name, numbers, torch.int32, "q", q)
+        _shape(name, numbers, (groups,))
+    _longest(max_rows, q.shape[0], groups)
+
+
+def attention_prefill(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_rows: Tensor,
+    kv_end: Tensor,
+    max_rows: int,
+    fused: bool = False,
+) -> None:
+    """q [rows, heads, head_dim], k and v [rows, kv_heads, head_dim], of one dtype; cu_rows
+    [groups + 1] and kv_end [rows], int32.
+
+    Raises:
+        TypeError: wrong dtype.
+        ValueError: wrong shape, device, strides or head_dim.
+    """
+    _attention(q, k, v, cu_rows, fused)
+    _numbers("kv_end", kv_end, torch.int32, "q", q)
+    _shape("kv_end", kv_end, (q.shape[0],))
+    _longest(max_rows, q.shape[0], cu_rows.shape[0] - 1)
+
+
+def _longest(max_rows: int, rows: int, groups: int) -> None:
+    """The longest of the groups can't be shorter than their mean."""
+    if max_rows * groups < rows:
+        raise ValueError(
+            f"max_rows must be the rows of the longest group, at least {-(-rows // groups)} with "
+            f"{rows} rows in {groups} groups, got {max_rows}"
+            if groups
+            else f"cu_rows must hold a group for the {rows} rows, got none"
+        )
+
+
+def swiglu(gate_up: Tensor, fused: bool = False) -> None:
+    """gate_up [rows, 2 * intermediate].
+
+    Raises:
+        TypeError: wrong dtype.
+        ValueError: wrong shape or strides.
+    """
+    _rows("gate_up", gate_up, 2, fused)
+    if gate_up.shape[1] % 2:
+        raise ValueError(f"gate_up must have an even number of columns, got {gate_up.shape[1]}")
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float, fused: bool = False) -> None:
+    """x [rows, hidden], shift and scale [hidden], of one dtype.
+
+    Raises:
+        TypeError: wrong dtype.
+        ValueError: wrong shape, device or strides.
+    """
+    _hidden("x", x, fused)
+    _vector("shift", shift, x.shape[1], "x", x)
+    _vector("scale", scale, x.shape[1], "x", x)
+
+
+def guidance_step_(
+    latents: Tensor,
+    prediction: Tensor,
+    coefficient: Tensor,
+    cu_groups: Tensor,
+    dt: Tensor,
+    patch: int,
+    fused: bool = False,
+) -> None:
+    """latents [images, channels, height, width] float32, contiguous; prediction [groups, tokens,
+    patch * patch * channels]; coefficient [groups] float32; cu_groups [images + 1] int32; dt []
+    float32.
+
+    Raises:
+        TypeError: wrong dtype.
+        ValueError: wrong shape, device or strides.
+    """
+    _tensor("latents", latents, 4, _WIDE[:1] if fused else _WIDE)
+    if not latents.is_contiguous():
+        raise ValueError(f"latents must be contiguous, got strides {latents.stride()}")
+    images, channels, height, width = latents.shape
+    if patch < 1 or height % patch or width % patch:
+        raise ValueError(
+            f"patch must divide the latents' height and width, {height} and {width}, got {patch}"
+        )
+    _tensor("prediction", prediction, 3, _FUSED if fused else _FLOATS)
+    _beside("prediction", prediction, "latents", latents)
+    groups = prediction.shape[0]
+    _shape(
+        "prediction",
+        prediction,
+        (groups, height // patch * (width // patch), patch * patch * channels),
+    )
+    if prediction.shape[2] > 1 and prediction.stride(2) != 1:
+        raise ValueError(
+            "prediction must be contiguous inside a token, got strides "
+            f"{prediction.stride()}; .contiguous() makes it so"
+        )
+    _tensor("coefficient", coefficient, 1, (torch.float32,))
+    _numbers("coefficient", coefficient, torch.float32, "latents", latents)
+    _shape("coefficient", coefficient, (groups,))
+    _numbers("cu_groups", cu_groups, torch.int32, "latents", latents)
+    _shape("cu_groups", cu_groups, (images + 1,))
+    _tensor("dt", dt, 0, (torch.float32,))
+    _beside("dt", dt, "latents", latents)

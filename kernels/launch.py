@@ -1,0 +1,161 @@
+"""How each kernel is launched, as data: block sizes, warps and stages per GPU generation.
+
+`bench/kernels/tune.py` measures candidates on a GPU and rewrites the table between the two marks.
+Every entry is compiled ahead of time by `tests/kernels/test_ahead.py`, which holds it to the shared
+memory and the registers of its generation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch configuration; a kernel reads the sizes that it has.
+
+    Attributes:
+        num_warps: warps of a program.
+        num_stages: depth of the loads' pipeline in a loop.
+        block_m: query rows of a program (attention).
+        block_n: keys of a block (attention).
+        block: columns (swiglu), pairs (rope_) or tokens (guidance_step_) of a block. The norms
+            take a whole row.
+    """
+
+    num_warps: int
+    num_stages: int = 1
+    block_m: int = 0
+    block_n: int = 0
+    block: int = 0
+
+
+# Compute capability -> kernel, for attention with head_dim and the bits of the dtype. In 32 bits
+# the attention multiplies exactly, without matrix units: small tiles, for checks rather than speed.
+# table: begin
+TABLE: dict[int, dict[str, Launch]] = {
+    80: {
+        "rms_norm": Launch(num_warps=8),
+        "add_rms_norm": Launch(num_warps=8),
+        "modulate": Launch(num_warps=8),
+        "swiglu": Launch(num_warps=4, block=2048),
+        "rope_": Launch(num_warps=4, block=1024),
+        "rope_cache_": Launch(num_warps=4, block=1024),
+        "guidance_step_": Launch(num_warps=2, block=64),
+        "attention_step/64/16": Launch(num_warps=8, num_stages=3, block_m=128, block_n=64),
+        "attention_step/96/16": Launch(num_warps=8, num_stages=3, block_m=128, block_n=64),
+        "attention_step/128/16": Launch(num_warps=8, num_stages=2, block_m=128, block_n=64),
+        "attention_prefill/64/16": Launch(num_warps=8, num_stages=3, block_m=128, block_n=64),
+        "attention_prefill/96/16": Launch(num_warps=8, num_stages=3, block_m=128, block_n=64),
+        "attention_prefill/128/16": Launch(num_warps=8, num_stages=2, block_m=128, block_n=32),
+        "attention_step/64/32": Launch(num_warps=8, block_m=32, block_n=16),
+        "attention_step/96/32": Launch(num_warps=8, block_m=32, block_n=16),
+        "attention_step/128/32": Launch(num_warps=8, block_m=32, block_n=16),
+        "attention_prefill/64/32": Launch(num_warps=8, block_m=16, block_n=16),
+        "attention_prefill/96/32": Launch(num_warps=8, block_m=16, block_n=16),
+        "attention_prefill/128/32": Launch(num_warps=8, block_m=16, block_n=16),
+    },
+    86: {
+        "rms_norm": Launch(num_warps=8),
+        "add_rms_norm": Launch(num_warps=8),
+        "modulate": Launch(num_warps=8),
+        "swiglu": Launch(num_warps=4, block=2048),
+        "rope_": Launch(num_warps=4, block=1024),
+        "rope_cache_": Launch(num_warps=4, block=1024),
+        "guidance_step_": Launch(num_warps=2, block=64),
+        "attention_step/64/16": Launch(num_warps=8, num_stages=3, block_m=128, block_n=64),
+        "attention_step/96/16": Launch(num_warps=8, num_stages=2, block_m=128, block_n=64),
+        "attention_step/128/16": Launch(num_warps=8, num_stages=2, block_m=128, block_n=64),
+        "attention_prefill/64/16": Launch(num_warps=8, num_stages=3, block_m=128, block_n=64),
+        "attention_prefill/96/16": Launch(num_warps=8, num_stages=2, block_m=128, block_n=64),
+        "attention_prefill/128/16": Launch(num_warps=8, num_stages=2, block_m=128, block_n=32),
+        "attention_step/64/32": Launch(num_warps=8, block_m=32, block_n=16),
+        "attention_step/96/32": Launch(num_warps=8, block_m=32, block_n=16),
+        "attention_step/128/32": Launch(num_warps=8, block_m=32, block_n=16),
+        "attention_prefill/64/32": Launch(num_warps=8, block_m=16, block_n=16),
+        "attention_prefill/96/32": Launch(num_warps=8, block_m=16, block_n=16),
+        "attention_prefill/128/32": Launch(num_warps=8, block_m=16, block_n=16),
+    },
+    89: {
+        "rms_norm": Launch(num_warps=8),
+        "add_rms_norm": Launch(num_warps=8),
+        "modulate": Launch(num_warps=8),
+        "swiglu": Launch(num_warps=4, block=2048),
+        "rope_": Launch(num_warps=4, block=1024),
+        "rope_cache_": Launch(num_warps=4, block=1024),
+        "guidance_step_": Launch(num_warps=2, block=64),
+        "attention_step/64/16": Launch(num_warps=8, num_stages=3, block_m=128, block_n=64),
+        "attention_step/96/16": Launch(num_warps=8, num_stages=2, block_m=128, block_n=64),
+        "attention_step/128/16": Launch(num_warps=8, num_stages=2, block_m=128, block_n=64),
+        "attention_prefill/64/16": Launch(num_warps=8, num_stages=3, block_m=128, block_n=64),
+        "attention_prefill/96/16": Launch(num_warps=8, num_stages=2, block_m=128, block_n=64),
+        "attention_prefill/128/16": Launch(num_warps=8, num_stages=2, block_m=128, block_n=32),
+        "attention_step/64/32": Launch(num_warps=8, block_m=32, block_n=16),
+        "attention_step/96/32": Launch(num_warps=8, block_m=32, block_n=16),
+        "attention_step/128/32": Launch(num_warps=8, block_m=32, block_n=16),
+        "attention_prefill/64/32": Launch(num_warps=8, block_m=16, block_n=16),
+        "attention_prefill/96/32": Launch(num_warps=8, block_m=16, block_n=16),
+        "attention_prefill/128/32": Launch(num_warps=8, block_m=16, block_n=16),
+    },
+    90: {
+        "rms_norm": Launch(num_warps=8),
+        "add_rms_norm": Launch(num_warps=8),
+        "modulate": Launch(num_warps=8),
+        "swiglu": Launch(num_warps=4, block=2048),
+        "rope_": Launch(num_warps=4, block=1024),
+        "rope_cache_": Launch(num_warps=4, block=1024),
+        "guidance_step_": Launch(num_warps=2, block=64),
+        "attention_step/64/16": Launch(num_warps=8, num_stages=3, block_m=128, block_n=128),
+        "attention_step/96/16": Launch(num_warps=8, num_stages=2, block_m=128, block_n=128),
+        "attention_step/128/16": Launch(num_warps=8, num_stages=2, block_m=128, block_n=128),
+        "attention_prefill/64/16": Launch(num_warps=8, num_stages=3, block_m=128, block_n=128),
+        "attention_prefill/96/16": Launch(num_warps=8, num_stages=3, block_m=128, block_n=64),
+        "attention_prefill/128/16": Launch(num_warps=8, num_stages=3, block_m=128, block_n=64),
+        "attention_step/64/32": Launch(num_warps=8, block_m=32, block_n=16),
+        "attention_step/96/32": Launch(num_warps=8, block_m=32, block_n=16),
+        "attention_step/128/32": Launch(num_warps=8, block_m=32, block_n=16),
+        "attention_prefill/64/32": Launch(num_warps=8, block_m=16, block_n=16),
+        "attention_prefill/96/32": Launch(num_warps=8, block_m=16, block_n=16),
+        "attention_prefill/128/32": Launch(num_warps=8, block_m=16, block_n=16),
+    },
+}
+# table: end
+
+# The generation whose limits and instructions come nearest, where the table has no own. 12.x has
+# Ada's shared memory, so not Hopper's tiles.
+_NEAREST = {87: 86, 88: 86, 100: 90, 101: 90, 103: 90, 110: 90, 120: 89, 121: 89}
+
+# What the interpreter takes for tensors on the CPU.
+_INTERPRETED = 80
+
+
+@lru_cache(maxsize=256)
+def lookup(kernel: str, capability: int, head_dim: int = 0, bits: int = 16) -> Launch:
+    """The configuration of a kernel on a generation.
+
+    Args:
+        kernel: name of the operation.
+        capability: 80 for 8.0.
+        head_dim: of the attention, 0 for other kernels.
+        bits: of the dtype; only the attention differs.
+    """
+    capability = _NEAREST.get(capability, capability)
+    own = max((known for known in TABLE if known <= capability), default=min(TABLE))
+    return TABLE[own][f"{kernel}/{head_dim}/{bits}" if head_dim else kernel]
+
+
+@lru_cache(maxsize=64)
+def capability_of(device: int | None) -> int:
+    """Compute capability of a CUDA device, 80 for 8.0."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def choose(kernel: str, x: Tensor, head_dim: int = 0) -> Launch:
+    """The configuration of a kernel for the device and the dtype of `x`."""
+    capability = capability_of(x.device.index) if x.is_cuda else _INTERPRETED
+    return lookup(kernel, capability, head_dim, 8 * x.element_size())

@@ -1,0 +1,284 @@
+"""Compiles the shipped launch configurations for GPUs that are not here, reads the machine code.
+
+Each launcher is called as the runtime calls it, with the kernel replaced by a recorder; what it
+passes (dtypes, alignment, constants, warps) is what is compiled. Runs as a program of its own,
+since a process that interprets Triton can't compile it:
+
+    python ahead.py PART PARTS      # every PARTS-th case from PART on, a JSON line for each
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from unittest import mock
+
+import torch
+from omnigen_fast.kernels import launch
+
+HEADS, KV_HEADS, HEAD_DIM, HIDDEN, INNER = 32, 32, 96, 3072, 8192
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_POINTERS = {
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of one multiprocessor, from NVIDIA's table of compute capabilities."""
+
+    shared_block: int  # bytes
+    shared: int  # bytes
+    warps: int
+    blocks: int
+
+
+LIMITS = {
+    80: Limits(163 * 1024, 164 * 1024, 64, 32),
+    86: Limits(99 * 1024, 100 * 1024, 48, 16),
+    89: Limits(99 * 1024, 100 * 1024, 48, 24),
+    90: Limits(227 * 1024, 228 * 1024, 64, 32),
+}
+_REGISTERS = 65536
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel of the table, in one dtype, for one generation."""
+
+    kernel: str
+    head_dim: int  # 0 where the kernel has none
+    dtype: str
+    capability: int
+
+    @property
+    def id(self) -> str:
+        head = f"-d{self.head_dim}" if self.head_dim else ""
+        return f"{self.kernel}{head}-{self.dtype}-sm_{self.capability}"
+
+    @property
+    def is_attention(self) -> bool:
+        return self.kernel.startswith("attention")
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the machine code of a case says."""
+
+    registers: int
+    spills: int  # bytes of local memory
+    shared: int  # bytes
+    warps: int
+    occupancy: float  # resident warps over the most that fit
+    hmma: int
+    hgmma: int
+    wide_loads: int  # of 16 bytes a thread
+    narrow_loads: int  # of less than 4 bytes a thread
+    async_copies: int
+    config: str
+
+
+def cases() -> Iterator[Case]:
+    """Every entry of the launch table; entries without a width of their own in both dtypes."""
+    for capability, kernels in launch.TABLE.items():
+        for key in kernels:
+            kernel, _, rest = key.partition("/")
+            if rest:
+                head_dim, bits = rest.split("/")
+                yield Case(kernel, int(head_dim), {"16": "bf16", "32": "fp32"}[bits], capability)
+            else:
+                for dtype in _DTYPES:
+                    yield Case(kernel, 0, dtype, capability)
+
+
+def _zeros(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+def _arguments(case: Case) -> tuple:
+    """The arguments of the operation with the full model's sizes, over few rows."""
+    dtype, rows = _DTYPES[case.dtype], 4
+    head_dim = case.head_dim or HEAD_DIM
+    x = _zeros(rows, HIDDEN, dtype=dtype)
+    vector = _zeros(HIDDEN, dtype=dtype)
+    qkv = _zeros(rows, (HEADS + 2 * KV_HEADS) * head_dim, dtype=dtype)
+    parts = qkv.unflatten(1, (-1, head_dim)).split((HEADS, KV_HEADS, KV_HEADS), 1)
+    angles = _zeros(rows, head_dim // 2, dtype=torch.float32)
+    cache = _zeros(rows, KV_HEADS, head_dim, dtype=dtype)
+    places = torch.arange(rows)
+    cu = torch.tensor([0, rows], dtype=torch.int32)
+    one = torch.tensor([rows], dtype=torch.int32)
+    if case.kernel == "rms_norm":
+        return x, vector, 1e-5
+    if case.kernel == "add_rms_norm":
+        return x, x, vector, 1e-5
+    if case.kernel == "modulate":
+        return x, vector, vector, 1e-6
+    if case.kernel == "swiglu":
+        return (_zeros(rows, 2 * INNER, dtype=dtype),)
+    if case.kernel == "rope_":
+        return qkv, angles, angles, HEADS, KV_HEADS
+    if case.kernel == "rope_cache_":
+        return qkv, angles, angles, HEADS, KV_HEADS, cache, cache, places
+    if case.kernel == "attention_step":
+        return *parts, cache, cache, cu, one, one, rows
+    if case.kernel == "attention_prefill":
+        return *parts, cu, places.int(), rows
+    if case.kernel == "guidance_step_":
+        return (
+            _zeros(1, 4, 128, 128, dtype=torch.float32),
+            _zeros(3, 4096, 16, dtype=dtype),
+            _zeros(3, dtype=torch.float32),
+            cu,
+            torch.zeros(()),
+            2,
+        )
+    raise ValueError(f"no arguments for {case.kernel}")
+
+
+class _Recorder:
+    """Stands for a kernel and keeps how it is launched."""
+
+    def __init__(self) -> None:
+        self.args, self.kwargs = None, None
+
+    def __getitem__(self, grid) -> Callable[..., None]:
+        def launched(*args, **kwargs) -> None:
+            self.args, self.kwargs = args, kwargs
+
+        return launched
+
+
+def _record(case: Case):
+    """The kernel, its positional arguments and its constants and options as the launcher passes."""
+    import importlib
+
+    from omnigen_fast.kernels import ops
+
+    module = importlib.import_module(f"omnigen_fast.kernels.{ops._FILES[case.kernel]}")
+    name = {
+        "rope_": "rope_kernel",
+        "rope_cache_": "rope_kernel",
+        "guidance_step_": "guidance_step_kernel",
+    }.get(case.kernel, f"{case.kernel}_kernel")
+    kernel, recorder = getattr(module, name), _Recorder()
+    with (
+        mock.patch.object(module, name, recorder),
+        mock.patch.object(launch, "_INTERPRETED", case.capability),
+    ):
+        getattr(module, case.kernel)(*_arguments(case))
+    return kernel, recorder.args, recorder.kwargs
+
+
+def compile_case(case: Case) -> Compiled:
+    """Compiles one case for its generation."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel, args, kwargs = _record(case)
+    options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
+    signature, constants, attributes = {}, dict(kwargs), {}
+    for place, (parameter, value) in enumerate(zip(kernel.params, args)):
+        name = parameter.name
+        aligned = False
+        if isinstance(value, torch.Tensor):
+            signature[name] = _POINTERS[value.dtype]
+            aligned = not value.data_ptr() % 16 and not parameter.do_not_specialize_on_alignment
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        elif value == 1:  # as a launch does
+            constants[name] = 1
+        else:
+            signature[name] = "i32"
+            aligned = not value % 16
+        if aligned:
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    signature |= dict.fromkeys(constants, "constexpr")
+    signature = {parameter.name: signature[parameter.name] for parameter in kernel.params}
+    compiled = triton.compile(
+        ASTSource(kernel, signature, constants, attributes),
+        target=GPUTarget("cuda", case.capability, 32),
+        options=options,
+    )
+    return _read(compiled, case, options, kwargs)
+
+
+def _read(compiled, case: Case, options: dict, constants: dict) -> Compiled:
+    import triton.backends.nvidia
+
+    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+
+        def dump(what: str) -> str:
+            return subprocess.run(
+                [tool, what, file.name], capture_output=True, text=True, check=True
+            ).stdout
+
+        usage, code = dump("--dump-resource-usage"), dump("--dump-sass")
+    found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", usage)
+    assert found, usage
+    registers, stack, local = map(int, found.groups())
+
+    def count(pattern: str) -> int:
+        return len(re.findall(pattern, code))
+
+    blocks = [
+        f"{name.lower()}={constants[name]}"
+        for name in ("BLOCK_M", "BLOCK_N", "BLOCK")
+        if name in constants
+    ]
+    warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
+    return Compiled(
+        registers=registers,
+        spills=max(stack, local, count(r"\b(?:LDL|STL)\b")),
+        shared=shared,
+        warps=warps,
+        occupancy=_occupancy(LIMITS[case.capability], registers, warps, shared),
+        hmma=count(r"\bHMMA\b"),
+        hgmma=count(r"\bHGMMA\b"),
+        wide_loads=count(r"\bLDG\.E[.\w]*\.128\b|\bLDGSTS\.E[.\w]*\.128\b"),
+        narrow_loads=count(r"\bLDG\.E[.\w]*\.[US](?:8|16)\b"),
+        async_copies=count(r"\bLDGSTS\b|\bUTMALDG\b"),
+        config=" ".join([*blocks, *(f"{name}={value}" for name, value in options.items())]),
+    )
+
+
+def _occupancy(limits: Limits, registers: int, warps: int, shared: int) -> float:
+    """Registers are given to warps in units of 256, shared memory has 1 KB of the system's."""
+    per_warp = -(-registers * 32 // 256) * 256
+    blocks = min(
+        _REGISTERS // (per_warp * warps),
+        limits.shared // (shared + 1024),
+        limits.warps // warps,
+        limits.blocks,
+    )
+    return blocks * warps / limits.warps
+
+
+def main() -> None:
+    part, parts = int(sys.argv[1]), int(sys.argv[2])
+    for case in list(cases())[part::parts]:
+        line = {"id": case.id}
+        try:
+            line["compiled"] = asdict(compile_case(case))
+        except Exception as error:
+            line["error"] = f"{type(error).__name__}: {error}"
+        print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    os.environ.pop("TRITON_INTERPRET", None)
+    main()

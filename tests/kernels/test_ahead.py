@@ -1,0 +1,103 @@
+"""Every shipped launch configuration compiles for its GPU, to the machine code that was meant.
+
+Needs no GPU: Triton compiles for any, and its package brings the disassembler.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import ahead
+import pytest
+
+CASES = list(ahead.cases())
+_PROCESSES = 2
+
+
+@pytest.fixture(scope="module")
+def compiled(request) -> dict[str, ahead.Compiled | str]:
+    """Each case's machine code, or the error, from as many processes as there are cores here."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    workers = [
+        subprocess.Popen(
+            [sys.executable, Path(ahead.__file__), str(part), str(_PROCESSES)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for part in range(_PROCESSES)
+    ]
+    results = {}
+    for worker in workers:
+        out, err = worker.communicate(timeout=540)
+        assert worker.returncode == 0, err
+        for line in map(json.loads, out.splitlines()):
+            code = line.get("compiled")
+            results[line["id"]] = ahead.Compiled(**code) if code else line["error"]
+    request.config.compiled_table = table(results)
+    return results
+
+
+def table(results: dict[str, ahead.Compiled | str]) -> str:
+    rows = [("kernel", "target", "configuration", "registers", "shared", "spills", "occupancy")]
+    for case in CASES:
+        code = results.get(case.id)
+        kernel, _, target = case.id.rpartition("-")
+        if isinstance(code, ahead.Compiled):
+            shared, spills = f"{code.shared / 1024:.1f} KB", f"{code.spills} B"
+            rest = code.config, str(code.registers), shared, spills, f"{code.occupancy:.0%}"
+        else:
+            rest = ("does not compile", "", "", "", "")
+        rows.append((kernel, target, *rest))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows
+    )
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_machine_code(case, compiled):
+    code = compiled[case.id]
+    assert isinstance(code, ahead.Compiled), code
+    assert code.spills == 0
+    assert code.shared <= ahead.LIMITS[case.capability].shared_block
+    assert code.occupancy > 0
+    assert code.wide_loads
+    if not case.is_attention:
+        assert not code.narrow_loads
+    elif case.dtype == "bf16":
+        assert code.hgmma if case.capability == 90 else code.hmma
+        assert code.async_copies
+    else:  # exact products are not the matrix units'
+        assert not code.hgmma and not code.hmma
+
+
+def test_every_operation_has_a_configuration_for_every_generation():
+    from omnigen_fast.kernels import launch, ops
+
+    attention = {
+        f"{name}/{head_dim}/{bits}"
+        for name in ("attention_step", "attention_prefill")
+        for head_dim in (64, 96, 128)
+        for bits in (16, 32)
+    }
+    rows = set(ops._FILES) - {"attention_step", "attention_prefill"}
+    assert set(launch.TABLE) == set(ahead.LIMITS)
+    for capability, entries in launch.TABLE.items():
+        assert set(entries) == attention | rows, capability
+
+
+@pytest.mark.parametrize(
+    ("capability", "nearest"),
+    [(80, 80), (86, 86), (87, 86), (89, 89), (90, 90), (100, 90), (120, 89), (75, 80), (200, 90)],
+)
+def test_other_generations_take_the_nearest(capability, nearest):
+    from omnigen_fast.kernels import launch
+
+    found = launch.lookup("attention_step", capability, 96)
+    assert found == launch.TABLE[nearest]["attention_step/96/16"]

@@ -1,0 +1,231 @@
+"""The attention kernels against their float64 specification, and that against explicit masks."""
+
+from __future__ import annotations
+
+from itertools import accumulate, pairwise
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numerics import DEVICE, DTYPES, assert_earned, double, inside, integers, name, poisoned, random
+from omnigen_fast.kernels import attention, launch, reference
+
+# Small blocks, so that short groups take several, whole and cut ones.
+SMALL = launch.Launch(num_warps=4, block_m=32, block_n=16)
+
+
+def split(rows, heads, kv_heads, head_dim, dtype, seed=0):
+    """q, k and v as views of a fused product, NaN between its rows."""
+    fused, _ = inside(random(rows, (heads + 2 * kv_heads) * head_dim, dtype=dtype, seed=seed))
+    return fused.unflatten(1, (-1, head_dim)).split((heads, kv_heads, kv_heads), 1)
+
+
+def step_arguments(lengths, cached, heads, kv_heads, head_dim, dtype, cache_rows=0):
+    """Arguments of a step: `cached` has the first cache row and the number of rows of a group."""
+    q, k, v = split(sum(lengths), heads, kv_heads, head_dim, dtype)
+    cache_rows = max([cache_rows, *(start + length for start, length in cached)])
+    seen = torch.zeros(cache_rows, dtype=torch.bool)
+    for start, length in cached:
+        seen[start : start + length] = True
+    caches = []
+    for seed in (1, 2):
+        cache = random(cache_rows, kv_heads, head_dim, dtype=dtype, seed=seed)
+        cache[~seen.to(DEVICE)] = torch.nan  # rows of nobody must not be read
+        caches.append(inside(cache)[0])
+    return (
+        q,
+        k,
+        v,
+        *caches,
+        integers(*accumulate(lengths, initial=0)),
+        integers(*(start for start, _ in cached)),
+        integers(*(length for _, length in cached)),
+        max(lengths, default=0),
+    )
+
+
+def prefill_arguments(groups, heads, kv_heads, head_dim, dtype):
+    """Arguments of a prefill: each group lists its runs, ("text" | "image" | "times", length)."""
+    ends, lengths = [], []
+    for runs in groups:
+        place = 0
+        for kind, length in runs:
+            if kind == "text":
+                ends += range(place + 1, place + length + 1)
+            elif kind == "image":
+                ends += [place + length] * length
+            else:
+                ends += [place] * length
+            place += length
+        lengths.append(place)
+    q, k, v = split(len(ends), heads, kv_heads, head_dim, dtype)
+    cu_rows = integers(*accumulate(lengths, initial=0))
+    return q, k, v, cu_rows, integers(*ends), max(lengths, default=0)
+
+
+def check(kernel, plain, args):
+    q = args[0]
+    out, untouched = poisoned(*q.shape, dtype=q.dtype)
+    assert kernel(*args, out=out) is out
+    assert untouched()
+    exact = [x if isinstance(x, int) else double(x)[0] for x in args]
+    assert_earned(out, plain(*args), plain(*exact))
+
+
+def check_step(*args):
+    # what no group sees is NaN in the cache; the reference must not see it either
+    check(attention.attention_step, reference.attention_step, args)
+
+
+def check_prefill(*args):
+    check(attention.attention_prefill, reference.attention_prefill, args)
+
+
+STEPS = {
+    "one row": ([1], [(0, 1)]),
+    "no cache": ([65], [(0, 0)]),
+    "mixed": ([63, 1, 64, 65], [(0, 70), (70, 0), (70, 128), (3, 5)]),
+    "shared": ([64, 64, 64], [(0, 100), (100, 33), (0, 100)]),
+    "long": ([300, 1, 130], [(5, 300), (0, 256), (300, 7)]),
+    "empty group": ([0, 10, 0], [(0, 4), (2, 9), (0, 0)]),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("head_dim", (64, 96, 128))
+@pytest.mark.parametrize("case", STEPS)
+def test_step(case, head_dim, dtype):
+    check_step(*step_arguments(*STEPS[case], 2, 2, head_dim, dtype))
+
+
+@pytest.mark.parametrize("capability", launch.TABLE)
+@pytest.mark.parametrize(("heads", "kv_heads"), ((4, 1), (4, 2), (3, 3)))
+def test_step_grouped_heads_and_every_tile(heads, kv_heads, capability):
+    args = step_arguments([130, 64], [(0, 129), (7, 64)], heads, kv_heads, 96, torch.bfloat16)
+    chosen = launch.lookup("attention_step", capability, 96)
+    with mock.patch.object(launch, "choose", return_value=chosen):
+        check_step(*args)
+
+
+def test_step_no_rows():
+    args = step_arguments([], [], 2, 2, 64, torch.float32, cache_rows=3)
+    assert attention.attention_step(*args).shape == (0, 2, 64)
+    args = step_arguments([0, 0], [(0, 1), (1, 2)], 2, 2, 64, torch.float32)
+    assert attention.attention_step(*args).shape == (0, 2, 64)
+
+
+def test_step_large_scores():
+    """Scores of several hundred: the running maximum must keep every exponential finite."""
+    q, *rest = step_arguments([70], [(0, 90)], 2, 2, 64, torch.float32)
+    check_step(q * 100, *rest)
+
+
+GROUPS = st.lists(st.tuples(st.integers(1, 90), st.integers(0, 70)), min_size=1, max_size=4)
+
+
+@settings(max_examples=20, deadline=None)
+@given(GROUPS, st.sampled_from((64, 96)), st.sampled_from(DTYPES))
+def test_step_any_lengths(groups, head_dim, dtype):
+    lengths = [rows for rows, _ in groups]
+    cached = [(7 * place, length) for place, (_, length) in enumerate(groups)]
+    with mock.patch.object(launch, "choose", return_value=SMALL):
+        check_step(*step_arguments(lengths, cached, 2, 1, head_dim, dtype))
+
+
+PREFILLS = {
+    "one row": [[("text", 1)]],
+    "text": [[("text", 65)]],
+    "image": [[("text", 10), ("image", 100), ("text", 30)]],
+    "times": [[("text", 20), ("times", 50)]],
+    "one image": [[("image", 64)]],
+    "branches": [
+        [("text", 21), ("image", 128), ("text", 9), ("image", 64), ("text", 40), ("times", 10)],
+        [("text", 63), ("times", 1)],
+        [("text", 1)],
+        [("image", 129), ("times", 70)],
+    ],
+    "only times": [[("times", 3)]],
+    "empty group": [[], [("text", 7)]],
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("head_dim", (64, 96, 128))
+@pytest.mark.parametrize("case", PREFILLS)
+def test_prefill(case, head_dim, dtype):
+    check_prefill(*prefill_arguments(PREFILLS[case], 2, 2, head_dim, dtype))
+
+
+@pytest.mark.parametrize("capability", launch.TABLE)
+@pytest.mark.parametrize(("heads", "kv_heads"), ((4, 1), (4, 2), (3, 3)))
+def test_prefill_grouped_heads_and_every_tile(heads, kv_heads, capability):
+    args = prefill_arguments(PREFILLS["image"], heads, kv_heads, 96, torch.bfloat16)
+    chosen = launch.lookup("attention_prefill", capability, 96)
+    with mock.patch.object(launch, "choose", return_value=chosen):
+        check_prefill(*args)
+
+
+def test_prefill_no_rows():
+    assert attention.attention_prefill(*prefill_arguments([], 2, 2, 64, torch.float32)).shape == (
+        0,
+        2,
+        64,
+    )
+
+
+def test_prefill_keeps_kv_end_inside_the_group():
+    """A kv_end behind the group's end must not reach the next group's rows."""
+    q, k, v, cu_rows, kv_end, longest = prefill_arguments(
+        [[("image", 20)], [("image", 30)]], 2, 2, 64, torch.float32
+    )
+    out, _ = poisoned(*q.shape, dtype=q.dtype)
+    attention.attention_prefill(q, k, v, cu_rows, kv_end + 1000, longest, out=out)
+    assert torch.equal(out, attention.attention_prefill(q, k, v, cu_rows, kv_end, longest))
+
+
+RUNS = st.lists(
+    st.tuples(st.sampled_from(("text", "image", "times")), st.integers(1, 40)),
+    min_size=1,
+    max_size=5,
+)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(RUNS, min_size=1, max_size=3), st.sampled_from((64, 96)), st.sampled_from(DTYPES))
+def test_prefill_any_runs(groups, head_dim, dtype):
+    with mock.patch.object(launch, "choose", return_value=SMALL):
+        check_prefill(*prefill_arguments(groups, 2, 1, head_dim, dtype))
+
+
+def masked(q, k, v, visible):
+    """Softmax attention under a mask [rows, keys], a score matrix and all."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    scores = torch.einsum("qhd,khd->hqk", q, k) / q.shape[2] ** 0.5
+    weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+    return torch.einsum("hqk,khd->qhd", weights, v)
+
+
+def test_specification_of_the_step():
+    args = step_arguments(*STEPS["mixed"], 4, 2, 64, torch.float64)
+    q, k, v, k_cache, v_cache, cu_rows, starts, cached, _ = args
+    found = reference.attention_step(*args)
+    for group, (first, stop) in enumerate(pairwise(cu_rows.tolist())):
+        rows = slice(first, stop)
+        seen = slice(starts[group], starts[group] + cached[group])
+        keys = torch.cat([k_cache[seen], k[rows]])
+        values = torch.cat([v_cache[seen], v[rows]])
+        visible = torch.ones(stop - first, len(keys), dtype=torch.bool, device=q.device)
+        torch.testing.assert_close(found[rows], masked(q[rows], keys, values, visible))
+
+
+def test_specification_of_the_prefill():
+    args = prefill_arguments(PREFILLS["branches"], 4, 2, 64, torch.float64)
+    q, k, v, cu_rows, kv_end, _ = args
+    place = torch.arange(len(q), device=q.device)
+    group = torch.bucketize(place, cu_rows[1:], right=True)
+    first = cu_rows[group]
+    visible = (group == group[:, None]) & (place >= first[:, None])
+    visible &= (place < (first + kv_end)[:, None]) | torch.eye(len(q), device=q.device).bool()
+    torch.testing.assert_close(reference.attention_prefill(*args), masked(q, k, v, visible))

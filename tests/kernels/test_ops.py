@@ -1,0 +1,421 @@
+"""The door: which implementation runs, what `torch.compile` sees, what is refused."""
+
+from __future__ import annotations
+
+import ast
+import logging
+import os
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+from unittest import mock
+
+import omnigen_fast.kernels
+import pytest
+import torch
+from numerics import DEVICE, integers, random
+from omnigen_fast.kernels import contract, ops, reference
+
+HEADS, KV_HEADS, HEAD_DIM, HIDDEN, ROWS, CACHE_ROWS = 4, 2, 64, 32, 6, 9
+
+
+def arguments(name: str, dtype: torch.dtype = torch.float32) -> dict:
+    """Good arguments of an operation, by name."""
+    qkv = random(ROWS, (HEADS + 2 * KV_HEADS) * HEAD_DIM, dtype=dtype)
+    parts = qkv.unflatten(1, (-1, HEAD_DIM)).split((HEADS, KV_HEADS, KV_HEADS), 1)
+    q_k_v = dict(zip("qkv", parts))
+    angles = random(ROWS, HEAD_DIM // 2, seed=1)
+    rope = {"qkv": qkv, "cos": angles, "sin": angles, "heads": HEADS, "kv_heads": KV_HEADS}
+    caches = {
+        "k_cache": random(CACHE_ROWS, KV_HEADS, HEAD_DIM, dtype=dtype, seed=2),
+        "v_cache": random(CACHE_ROWS, KV_HEADS, HEAD_DIM, dtype=dtype, seed=3),
+    }
+    x = {"x": random(ROWS, HIDDEN, dtype=dtype, seed=4)}
+    weight = random(HIDDEN, dtype=dtype, seed=5)
+    groups = {"cu_rows": integers(0, 4, ROWS)}
+    return {
+        "rms_norm": {**x, "weight": weight, "eps": 1e-5},
+        "add_rms_norm": {
+            "residual": random(ROWS, HIDDEN, dtype=dtype, seed=6),
+            **x,
+            "weight": weight,
+            "eps": 1e-5,
+        },
+        "rope_": rope,
+        "rope_cache_": {
+            **rope,
+            **caches,
+            "cache_rows": torch.tensor([8, 1, 0, 4, 3, 7], device=DEVICE),
+        },
+        "attention_step": {
+            **q_k_v,
+            **caches,
+            **groups,
+            "cache_start": integers(2, 0),
+            "cache_len": integers(7, 0),
+            "max_rows": 4,
+        },
+        "attention_prefill": {
+            **q_k_v,
+            **groups,
+            "kv_end": integers(1, 3, 3, 4, 0, 1),
+            "max_rows": 4,
+        },
+        "swiglu": {"gate_up": random(ROWS, 2 * HIDDEN, dtype=dtype, seed=7)},
+        "modulate": {**x, "shift": weight, "scale": weight, "eps": 1e-6},
+        "guidance_step_": {
+            "latents": random(2, 4, 4, 6),
+            "prediction": random(5, 6, 16, dtype=dtype, seed=8),
+            "coefficient": random(5, seed=9),
+            "cu_groups": integers(0, 3, 5),
+            "dt": torch.tensor(0.1, device=DEVICE),
+            "patch": 2,
+        },
+    }[name]
+
+
+OPERATIONS = tuple(ops._FILES)
+
+
+@pytest.mark.parametrize("kernels", ("reference", "triton"))
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_opcheck(name, kernels):
+    operator = getattr(torch.ops.omnigen_fast, name).default
+    with ops.use(kernels):
+        torch.library.opcheck(operator, tuple(arguments(name).values()))
+
+
+def test_schemas_have_the_references_arguments():
+    for name in OPERATIONS:
+        schema = getattr(torch.ops.omnigen_fast, name).default._schema
+        expected = list(reference.__dict__[name].__annotations__)[:-1]
+        assert [argument.name for argument in schema.arguments] == expected
+        assert list(getattr(ops, name).__annotations__)[:-1] == expected
+
+
+def test_every_operation_is_on_the_door():
+    public = {
+        name
+        for name, value in vars(reference).items()
+        if callable(value) and getattr(value, "__module__", "") == reference.__name__
+        if not name.startswith("_")
+    }
+    assert set(OPERATIONS) == public
+    assert public <= set(ops.__all__)
+
+
+def everything(given: dict[str, dict]) -> list[torch.Tensor]:
+    """Calls every operation; returns all that they return or change."""
+    results = []
+    for name, args in given.items():
+        returned = getattr(ops, name)(*args.values())
+        results += [] if returned is None else [returned]
+        results += [value for value in args.values() if isinstance(value, torch.Tensor)]
+    return results
+
+
+@pytest.mark.parametrize("backend", ("eager", "aot_eager"))
+def test_compiled_without_a_graph_break(backend):
+    compiled = torch.compile(everything, fullgraph=True, backend=backend)
+    with torch.no_grad():
+        found = compiled({name: arguments(name) for name in OPERATIONS})
+        expected = everything({name: arguments(name) for name in OPERATIONS})
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_kernels_and_reference_agree_through_the_door(name, dtype):
+    """Coarsely: the bounds are in test_rows and test_attention."""
+    results = []
+    for kernels in ("triton", "reference"):
+        args = arguments(name, dtype)
+        with ops.use(kernels):
+            returned = getattr(ops, name)(**args)
+        kept = [value for value in args.values() if isinstance(value, torch.Tensor)]
+        results.append([*kept, *([] if returned is None else [returned])])
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    for one, other in zip(*results):
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+
+
+def test_library_attention_goes_around_the_kernels():
+    from omnigen_fast.kernels import attention, swiglu
+
+    assert ops._triton().attention_step is attention.attention_step
+    with ops.use("triton", attention="library"):
+        chosen = ops._implementation(random(1))
+        assert chosen.attention_step is ops._REFERENCE.attention_step
+        assert chosen.attention_prefill is ops._REFERENCE.attention_prefill
+        assert chosen.swiglu is swiglu.swiglu
+
+
+def test_use_ends_with_its_block():
+    before = ops.choice()
+    with ops.use("reference"), ops.use(attention="library") as inner:
+        assert inner == ops.choice() == ops.Choice("reference", "library")
+    assert ops.choice() == before == ops.Choice()
+    with pytest.raises(ValueError, match=r"kernels must be .* got 'cuda'"), ops.use("cuda"):
+        pass
+    with pytest.raises(ValueError, match="attention must be"), ops.use(attention="flash"):
+        pass
+
+
+def test_cpu_tensors_take_the_reference():
+    assert ops._implementation(torch.zeros(1)) is ops._REFERENCE
+
+
+def on_a_gpu() -> mock.Mock:
+    tensor = mock.Mock(spec=torch.Tensor)
+    tensor.is_cuda, tensor.device = True, torch.device("cuda", 0)
+    return tensor
+
+
+def test_one_notice_where_a_gpu_has_no_kernels(caplog):
+    ops._notice.cache_clear()
+    with (
+        mock.patch.object(ops, "_why_not", return_value="compute capability 7.5 is below 8.0"),
+        caplog.at_level(logging.WARNING, "omnigen_fast"),
+    ):
+        for _ in range(3):
+            assert ops._implementation(on_a_gpu()) is ops._REFERENCE
+        assert [record.message for record in caplog.records] == [
+            "The Triton kernels can't run here: compute capability 7.5 is below 8.0. "
+            "Plain PyTorch runs instead."
+        ]
+        with (
+            ops.use("triton"),
+            pytest.raises(RuntimeError, match="can't run on cuda:0: compute capability"),
+        ):
+            ops._implementation(on_a_gpu())
+    ops._notice.cache_clear()
+
+
+def test_what_keeps_the_kernels_from_a_gpu():
+    why_not = ops._why_not.__wrapped__
+    capability = mock.patch("torch.cuda.get_device_capability", return_value=(8, 0))
+    with mock.patch("torch.version.cuda", "13.0"), capability:
+        assert why_not(0) is None
+        with mock.patch.object(ops, "_triton", side_effect=ImportError("no module")):
+            assert why_not(0) == "triton can't be imported (no module)"
+        with mock.patch("torch.cuda.get_device_capability", return_value=(7, 5)):
+            assert why_not(0) == "compute capability 7.5 is below 8.0"
+    with mock.patch("torch.version.cuda", None):
+        assert "not for CUDA" in why_not(0)
+
+
+def test_import_is_lazy_and_cpu_kernels_need_the_interpreter():
+    program = (
+        "import sys, torch\n"
+        "from omnigen_fast.kernels import ops\n"
+        "ops.rms_norm(torch.ones(2, 4), torch.ones(4), 1e-5)\n"
+        "assert 'triton' not in sys.modules\n"
+        "with ops.use('triton'):\n"
+        "    try:\n"
+        "        ops.rms_norm(torch.ones(2, 4), torch.ones(4), 1e-5)\n"
+        "    except RuntimeError as error:\n"
+        "        assert 'TRITON_INTERPRET=1' in str(error)\n"
+        "        print('refused')\n"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["CUDA_VISIBLE_DEVICES"] = ""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment
+    )
+    assert (done.returncode, done.stdout) == (0, "refused\n"), done.stderr
+
+
+def test_kernels_import_torch_and_triton_only():
+    folder = Path(omnigen_fast.kernels.__file__).parent
+    for file in folder.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                modules = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level <= 1, f"{file.name} reaches outside of kernels"
+                modules = [] if node.level else [node.module]
+            else:
+                continue
+            for module in modules:
+                top = module.partition(".")[0]
+                assert top in {"torch", "triton", *sys.stdlib_module_names}, (file.name, module)
+
+
+def doubled(x):
+    """The same shape with a step of two inside its rows."""
+    return x.repeat_interleave(2, -1)[..., ::2]
+
+
+def shared_row(x):
+    return x[:1].expand(x.shape)
+
+
+# operation, argument, what is made of it, the error
+REFUSED = [
+    *(
+        (name, argument, lambda x: x.to(torch.int32), TypeError)
+        for name, argument in (
+            ("rms_norm", "x"),
+            ("add_rms_norm", "residual"),
+            ("rope_", "qkv"),
+            ("rope_", "cos"),
+            ("attention_step", "q"),
+            ("attention_prefill", "q"),
+            ("swiglu", "gate_up"),
+            ("modulate", "x"),
+            ("guidance_step_", "latents"),
+            ("guidance_step_", "prediction"),
+            ("guidance_step_", "coefficient"),
+            ("guidance_step_", "dt"),
+            ("rope_cache_", "cache_rows"),
+        )
+    ),
+    *(
+        (name, argument, lambda x: x.long(), TypeError)
+        for name, argument in (
+            ("attention_step", "cu_rows"),
+            ("attention_step", "cache_start"),
+            ("attention_step", "cache_len"),
+            ("attention_prefill", "cu_rows"),
+            ("attention_prefill", "kv_end"),
+            ("guidance_step_", "cu_groups"),
+        )
+    ),
+    *(
+        (name, argument, lambda x: x.to(torch.bfloat16), TypeError)
+        for name, argument in (
+            ("rms_norm", "weight"),
+            ("add_rms_norm", "x"),
+            ("add_rms_norm", "weight"),
+            ("rope_", "sin"),
+            ("rope_cache_", "k_cache"),
+            ("rope_cache_", "v_cache"),
+            ("attention_step", "k"),
+            ("attention_step", "v"),
+            ("attention_step", "k_cache"),
+            ("attention_step", "v_cache"),
+            ("attention_prefill", "k"),
+            ("modulate", "shift"),
+            ("modulate", "scale"),
+            ("guidance_step_", "latents"),
+        )
+    ),
+    *(
+        (name, argument, lambda x: x.to("meta"), ValueError)
+        for name, argument in (
+            ("rms_norm", "weight"),
+            ("add_rms_norm", "x"),
+            ("rope_", "cos"),
+            ("rope_cache_", "v_cache"),
+            ("rope_cache_", "cache_rows"),
+            ("attention_step", "k_cache"),
+            ("attention_step", "cache_len"),
+            ("attention_prefill", "kv_end"),
+            ("modulate", "shift"),
+            ("guidance_step_", "prediction"),
+            ("guidance_step_", "dt"),
+        )
+    ),
+    *(
+        (name, argument, doubled, ValueError)
+        for name, argument in (
+            ("rms_norm", "x"),
+            ("rms_norm", "weight"),
+            ("add_rms_norm", "residual"),
+            ("add_rms_norm", "x"),
+            ("rope_", "qkv"),
+            ("rope_", "cos"),
+            ("rope_cache_", "k_cache"),
+            ("rope_cache_", "cache_rows"),
+            ("attention_step", "q"),
+            ("attention_step", "v_cache"),
+            ("attention_prefill", "k"),
+            ("attention_prefill", "kv_end"),
+            ("swiglu", "gate_up"),
+            ("modulate", "scale"),
+            ("guidance_step_", "latents"),
+            ("guidance_step_", "prediction"),
+            ("guidance_step_", "cu_groups"),
+        )
+    ),
+    *(
+        (name, argument, lambda x: x[:-1].contiguous(), ValueError)
+        for name, argument in (
+            ("rms_norm", "weight"),
+            ("add_rms_norm", "x"),
+            ("rope_", "cos"),
+            ("rope_cache_", "cache_rows"),
+            ("attention_step", "k"),
+            ("attention_step", "v_cache"),
+            ("attention_step", "cache_start"),
+            ("attention_prefill", "v"),
+            ("attention_prefill", "kv_end"),
+            ("modulate", "shift"),
+            ("guidance_step_", "coefficient"),
+            ("guidance_step_", "cu_groups"),
+        )
+    ),
+    *(
+        (name, argument, lambda x: x[..., :-1].contiguous(), ValueError)
+        for name, argument in (
+            ("rope_", "qkv"),
+            ("rope_cache_", "k_cache"),
+            ("attention_step", "k"),
+            ("swiglu", "gate_up"),
+            ("guidance_step_", "prediction"),
+        )
+    ),
+    *(
+        (name, argument, shared_row, ValueError)
+        for name, argument in (
+            ("add_rms_norm", "residual"),
+            ("rope_", "qkv"),
+            ("rope_cache_", "k_cache"),
+        )
+    ),
+    ("rms_norm", "x", lambda x: x[:, :0], ValueError),
+    ("rms_norm", "x", lambda x: x[None], ValueError),
+    ("rms_norm", "x", lambda x: x.tolist(), TypeError),
+    ("rope_", "heads", lambda x: 0, ValueError),
+    ("attention_step", "k", lambda x: x[:, :1].expand(-1, 3, -1).contiguous(), ValueError),
+    ("attention_step", "max_rows", lambda x: 2, ValueError),
+    ("attention_prefill", "max_rows", lambda x: 2, ValueError),
+    ("attention_step", "cu_rows", lambda x: x[:0], ValueError),
+    ("guidance_step_", "patch", lambda x: 3, ValueError),
+    ("guidance_step_", "dt", lambda x: x[None], ValueError),
+]
+
+
+@pytest.mark.parametrize("kernels", ("reference", "triton"))
+@pytest.mark.parametrize(
+    ("name", "argument", "change", "error"),
+    REFUSED,
+    ids=[f"{place}-{one[0]}-{one[1]}" for place, one in enumerate(REFUSED)],
+)
+def test_refused_by_name(name, argument, change, error, kernels):
+    args = arguments(name)
+    args[argument] = change(args[argument])
+    with ops.use(kernels), pytest.raises(error, match=rf"\b{argument}\b"):
+        getattr(ops, name)(**args)
+
+
+def test_kernels_refuse_what_they_are_not_written_for():
+    for name, head_dim in product(("attention_step", "attention_prefill"), (32, 80, 256)):
+        args = arguments(name)
+        for part in ("q", "k", "v", "k_cache", "v_cache"):
+            if part in args:
+                args[part] = random(*args[part].shape[:2], head_dim)
+        with (
+            ops.use("triton"),
+            pytest.raises(ValueError, match=f"q must have a head_dim .* {head_dim}"),
+        ):
+            getattr(ops, name)(**args)
+        with ops.use("reference"):  # has no such limit
+            assert getattr(ops, name)(**args).shape == args["q"].shape
+    with ops.use("triton"), pytest.raises(TypeError, match=r"x must be bfloat16.*float64"):
+        ops.rms_norm(random(2, 4).double(), random(4).double(), 1e-5)
+    with pytest.raises(ValueError, match="x must have 1 to 65536 columns"):
+        contract.rms_norm(torch.zeros(1, 65537), torch.zeros(65537), 1e-5)

@@ -1,0 +1,170 @@
+"""Kernels that take each row alone, against their float64 specification."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from numerics import (
+    DEVICE,
+    DTYPES,
+    assert_earned,
+    double,
+    inside,
+    integers,
+    name,
+    poisoned,
+    random,
+)
+from omnigen_fast.kernels import guidance, modulate, reference, rms_norm, rope, swiglu
+
+ROWS = (0, 1, 63, 64, 65, 4097)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("rows", ROWS)
+def test_rms_norm(rows, dtype):
+    x, _ = inside(random(rows, 96, dtype=dtype))
+    weight = random(96, dtype=dtype, seed=1)
+    out, untouched = poisoned(rows, 96, dtype=dtype)
+    assert rms_norm.rms_norm(x, weight, 1e-5, out=out) is out
+    assert untouched()
+    exact = reference.rms_norm(*double(x, weight), 1e-5)
+    assert_earned(out, reference.rms_norm(x, weight, 1e-5), exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("rows", ROWS)
+def test_add_rms_norm(rows, dtype):
+    residual, residual_untouched = inside(random(rows, 96, dtype=dtype))
+    x, x_untouched = inside(random(rows, 96, dtype=dtype, seed=1), gap=5)
+    weight = random(96, dtype=dtype, seed=2)
+    plain_sum, exact_sum = residual.clone(), residual.double() + x.double()
+    plain = reference.add_rms_norm(plain_sum, x, weight, 1e-5)
+    exact = reference.rms_norm(*double(plain_sum, weight), 1e-5)
+    before = x.clone()
+    out, untouched = poisoned(rows, 96, dtype=dtype)
+    rms_norm.add_rms_norm(residual, x, weight, 1e-5, out=out)
+    assert untouched() and residual_untouched() and x_untouched() and torch.equal(x, before)
+    assert_earned(residual, plain_sum, exact_sum)
+    assert_earned(out, plain, exact)
+
+
+@pytest.mark.parametrize("hidden", (1, 64, 100, 3072))
+def test_norms_of_any_width(hidden):
+    x, weight = random(3, hidden), random(hidden, seed=1)
+    shift, scale = random(hidden, seed=2), random(hidden, seed=3)
+    out, untouched = poisoned(3, hidden, dtype=x.dtype, gap=0)
+    rms_norm.rms_norm(x, weight, 1e-5, out=out)
+    assert untouched()
+    exact = reference.rms_norm(*double(x, weight), 1e-5)
+    assert_earned(out, reference.rms_norm(x, weight, 1e-5), exact)
+    out, untouched = poisoned(3, hidden, dtype=x.dtype, gap=0)
+    modulate.modulate(x, shift, scale, 1e-6, out=out)
+    assert untouched()
+    exact = reference.modulate(*double(x, shift, scale), 1e-6)
+    assert_earned(out, reference.modulate(x, shift, scale, 1e-6), exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("rows", ROWS)
+def test_modulate(rows, dtype):
+    # far from zero, where a variance from the mean of squares would cancel
+    x, _ = inside(random(rows, 96, dtype=dtype) + 100)
+    shift, scale = random(2, 96, dtype=dtype, seed=1)
+    out, untouched = poisoned(rows, 96, dtype=dtype)
+    modulate.modulate(x, shift, scale, 1e-6, out=out)
+    assert untouched()
+    exact = reference.modulate(*double(x, shift, scale), 1e-6)
+    assert_earned(out, reference.modulate(x, shift, scale, 1e-6), exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize(("rows", "inner"), [*((rows, 96) for rows in ROWS), (3, 4500), (2, 1)])
+def test_swiglu(rows, inner, dtype):
+    gate_up, _ = inside(4 * random(rows, 2 * inner, dtype=dtype))
+    out, untouched = poisoned(rows, inner, dtype=dtype)
+    swiglu.swiglu(gate_up, out=out)
+    assert untouched()
+    assert_earned(out, reference.swiglu(gate_up), reference.swiglu(*double(gate_up)))
+
+
+def rotation(rows: int, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    angles = 100 * random(rows, head_dim // 2, seed=7)
+    return angles.cos(), angles.sin()
+
+
+ROTARY = [
+    *((rows, 2, 1, 96) for rows in (0, 1, 63, 64, 65)),
+    (65, 3, 3, 64),
+    (65, 4, 2, 128),
+    (5, 32, 32, 96),  # several blocks of pairs
+    (5, 1, 1, 34),
+    (1025, 1, 1, 64),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize(("rows", "heads", "kv_heads", "head_dim"), ROTARY)
+def test_rope(rows, heads, kv_heads, head_dim, dtype):
+    qkv, untouched = inside(random(rows, (heads + 2 * kv_heads) * head_dim, dtype=dtype))
+    cos, sin = rotation(rows, head_dim)
+    plain, exact = qkv.clone(), qkv.double()
+    reference.rope_(plain, cos, sin, heads, kv_heads)
+    reference.rope_(exact, *double(cos, sin), heads, kv_heads)
+    values = qkv[:, (heads + kv_heads) * head_dim :].clone()
+    rope.rope_(qkv, cos, sin, heads, kv_heads)
+    assert untouched()
+    assert torch.equal(qkv[:, (heads + kv_heads) * head_dim :], values)
+    assert_earned(qkv, plain, exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize(("rows", "heads", "kv_heads", "head_dim"), ROTARY)
+def test_rope_cache(rows, heads, kv_heads, head_dim, dtype):
+    qkv, untouched = inside(random(rows, (heads + 2 * kv_heads) * head_dim, dtype=dtype))
+    cos, sin = inside(rotation(rows, head_dim)[0])[0], rotation(rows, head_dim)[1]
+    keys, keys_untouched = poisoned(rows + 7, kv_heads, head_dim, dtype=dtype)
+    values, values_untouched = poisoned(rows + 7, kv_heads, head_dim, dtype=dtype, gap=0)
+    places = torch.randperm(rows + 7, generator=torch.Generator().manual_seed(3))
+    places, free = places[:rows].to(DEVICE), places[rows:].to(DEVICE)
+    same = qkv.clone()
+    rope.rope_cache_(qkv, cos, sin, heads, kv_heads, keys, values, places)
+    assert untouched() and keys_untouched() and values_untouched()
+    assert keys[free].isnan().all() and values[free].isnan().all()
+    # the cache holds exactly what qkv holds, and qkv what `rope_` makes of it
+    by_head = qkv.unflatten(1, (-1, head_dim))
+    assert torch.equal(keys[places], by_head[:, heads : heads + kv_heads])
+    assert torch.equal(values[places], by_head[:, heads + kv_heads :])
+    rope.rope_(same, cos, sin, heads, kv_heads)
+    assert torch.equal(qkv, same)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize(
+    ("cu_groups", "channels", "height", "width", "patch"),
+    [
+        ((0, 2), 4, 2, 2, 2),
+        ((0, 3), 4, 18, 14, 2),
+        ((0, 3, 5), 4, 16, 10, 2),
+        ((0, 1, 1, 5), 4, 6, 8, 2),  # an image without a branch stays as it is
+        ((0, 2), 3, 9, 6, 3),  # 27 values: not a power of two
+        ((0, 2), 4, 8, 8, 1),
+    ],
+    ids=str,
+)
+def test_guidance_step(cu_groups, channels, height, width, patch, dtype):
+    images, groups = len(cu_groups) - 1, cu_groups[-1]
+    tokens, values = height * width // patch**2, patch * patch * channels
+    latents, untouched = inside(random(images, channels, height, width), gap=0)
+    wide = random(groups, tokens, values + 8, dtype=dtype, seed=1)
+    wide[:, :, values:] = torch.nan
+    prediction = wide[:, :, :values]
+    coefficient = random(groups, seed=2)
+    dt = torch.tensor([9.0, 0.02], device=DEVICE)[1]  # not 16-byte aligned, like a table's entry
+    rest = (coefficient, integers(*cu_groups), dt, patch)
+    plain, exact = latents.clone(), latents.double()
+    reference.guidance_step_(plain, prediction, *rest)
+    reference.guidance_step_(exact, prediction.double(), *rest)
+    guidance.guidance_step_(latents, prediction, *rest)
+    assert untouched()
+    assert_earned(latents, plain, exact)
