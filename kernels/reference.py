@@ -2,11 +2,13 @@
 
 Rows of several guidance branches lie one behind the other in one tensor ("packed"); a *group* is a
 run of rows that attend as one sequence. Sums, exponentials and rotations are done in float32 at
-least (float64 inputs stay float64), results are rounded once to the input's dtype.
+least (float64 inputs stay float64), results are rounded once to the input's dtype. Where an
+operation takes `out`, that is where its result goes, so that a loop needs no new memory.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
@@ -19,6 +21,32 @@ _PREFILL_BLOCK = 256
 _PLAIN_SCORES = 1 << 26
 
 
+# On a CPU, rows are worked off in blocks whose float32 copies stay in the cache.
+_CPU_BLOCK_VALUES = 1 << 18
+
+
+def _blocks(x: Tensor, scratch: int) -> Iterator[tuple[slice, list[Tensor]]]:
+    """Slices of the rows of `x` to work off one after the other; all at once but on a CPU.
+
+    With each come `scratch` tensors of the slice's shape to accumulate in; all slices share their
+    memory, for a CPU's page faults cost more than the arithmetic.
+    """
+    rows, block = len(x), len(x)
+    if x.device.type == "cpu":
+        block = _CPU_BLOCK_VALUES * rows // max(1, x.numel())
+    block = min(max(1, block), rows)
+    wide = _wide(x.dtype)
+    shared = [x.new_empty(block, *x.shape[1:], dtype=wide) for _ in range(scratch)]
+    for start in range(0, rows, max(1, block)):
+        stop = min(start + block, rows)
+        yield slice(start, stop), [one[: stop - start] for one in shared]
+
+
+def _out(shape: torch.Size, like: Tensor, out: Tensor | None) -> Tensor:
+    """Where a result goes: what the caller gave, or new memory."""
+    return torch.empty(shape, dtype=like.dtype, device=like.device) if out is None else out
+
+
 def _wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype to accumulate in: float32, or float64 for float64 inputs."""
     return torch.promote_types(dtype, torch.float32)
@@ -28,10 +56,20 @@ def rms_norm(
     x: Tensor,  # [rows, hidden]
     weight: Tensor,  # [hidden]
     eps: float,
+    out: Tensor | None = None,  # [rows, hidden]
 ) -> Tensor:  # [rows, hidden]
     """`x / sqrt(mean(x^2) + eps) * weight` over the last axis (Zhang & Sennrich, 2019)."""
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=_wide(x.dtype))
-    return (x * torch.rsqrt(norm * norm / x.shape[-1] + eps)).to(x.dtype) * weight
+    out = _out(x.shape, x, out)
+    for rows, (wide,) in _blocks(x, 1):
+        _rms_norm_block(x[rows], weight, eps, out[rows], wide)
+    return out
+
+
+def _rms_norm_block(x: Tensor, weight: Tensor, eps: float, out: Tensor, wide: Tensor) -> None:
+    wide.copy_(x)
+    squares = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
+    wide.mul_(squares.div_(x.shape[-1]).add_(eps).rsqrt_())
+    out.copy_(wide).mul_(weight)
 
 
 def add_rms_norm(
@@ -39,10 +77,13 @@ def add_rms_norm(
     x: Tensor,  # [rows, hidden]
     weight: Tensor,  # [hidden]
     eps: float,
+    out: Tensor | None = None,  # [rows, hidden]
 ) -> Tensor:  # [rows, hidden]
     """`residual += x`, and the RMSNorm of the sum."""
-    residual.add_(x)
-    return rms_norm(residual, weight, eps)
+    out = _out(x.shape, x, out)
+    for rows, (wide,) in _blocks(x, 1):
+        _rms_norm_block(residual[rows].add_(x[rows]), weight, eps, out[rows], wide)
+    return out
 
 
 def rope_(
@@ -58,12 +99,14 @@ def rope_(
     """
     head_dim = qkv.shape[1] // (heads + 2 * kv_heads)
     half = head_dim // 2
-    rotated = qkv.unflatten(1, (-1, head_dim))[:, : heads + kv_heads]
-    a, b = rotated[..., :half], rotated[..., half:]
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    new_a = torch.addcmul(a * cos, b, sin, value=-1)
-    b.copy_(torch.addcmul(b * cos, a, sin))
-    a.copy_(new_a)
+    by_head = qkv.unflatten(1, (-1, head_dim))[:, : heads + kv_heads]
+    for rows, (wide, rotated) in _blocks(by_head, 2):
+        wide.copy_(by_head[rows])
+        a, b = wide[..., :half], wide[..., half:]
+        c, s = cos[rows].unsqueeze(1), sin[rows].unsqueeze(1)
+        torch.mul(a, c, out=rotated[..., :half]).addcmul_(b, s, value=-1)
+        torch.mul(b, c, out=rotated[..., half:]).addcmul_(a, s)
+        by_head[rows] = rotated
 
 
 def rope_cache_(
@@ -124,28 +167,34 @@ def attention_step(
     cache_start: Tensor,  # [groups], int32: its first cache row
     cache_len: Tensor,  # [groups], int32: how many cache rows it sees, may be 0
     max_rows: int,  # rows of the longest group
-) -> Tensor:  # [rows, heads, head_dim], contiguous
+    out: Tensor | None = None,  # [rows, heads, head_dim]
+) -> Tensor:  # [rows, heads, head_dim]
     """Attention of a denoising step: every row sees its group's cache rows and its own group.
 
     `softmax(q [K_cache, K]^T / sqrt(head_dim)) [V_cache, V]`, the two key segments joined by their
     log-sum-exp (Milakov & Gimelshein, 2018): no concatenation, no mask. Several groups may read
     the same cache rows.
     """
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = _out(q.shape, q, out)
     share = q.shape[1] // k.shape[1]
-    wide = _wide(q.dtype)
     groups = zip(pairwise(cu_rows.tolist()), cache_start.tolist(), cache_len.tolist())
     for (start, stop), first, length in groups:
         rows, cached = slice(start, stop), slice(first, first + length)
         queries = _by_head(q[rows], share)
         views = [_by_head(t, 1).expand(share, -1, -1, -1) for t in (k[rows], v[rows])]
-        joined, own_lse = _attend(queries, *views)
+        own, own_lse = _attend(queries, *views)
         if length:
             views = [_by_head(t[cached], 1).expand(share, -1, -1, -1) for t in (k_cache, v_cache)]
             cache_out, cache_lse = _attend(queries, *views)
-            share_of_cache = torch.sigmoid(cache_lse - own_lse).unsqueeze(-1)
-            joined = torch.lerp(joined.to(wide), cache_out.to(wide), share_of_cache)
-        _by_head(out[rows], share).copy_(joined)
+            weight = torch.sigmoid(cache_lse - own_lse)  # of the cache's part
+            target = out[rows].unflatten(1, (-1, share))
+            own, cache_out = own.permute(2, 1, 0, 3), cache_out.permute(2, 1, 0, 3)
+            weight = weight.permute(2, 1, 0).unsqueeze(-1)
+            for some, (a, b) in _blocks(own, 2):
+                a.copy_(own[some])
+                target[some] = a.lerp_(b.copy_(cache_out[some]), weight[some])
+        else:
+            _by_head(out[rows], share).copy_(own)
     return out
 
 
@@ -156,14 +205,15 @@ def attention_prefill(
     cu_rows: Tensor,  # [groups + 1], int32
     kv_end: Tensor,  # [rows], int32, counted from the first row of the row's group
     max_rows: int,  # rows of the longest group
-) -> Tensor:  # [rows, heads, head_dim], contiguous
+    out: Tensor | None = None,  # [rows, heads, head_dim]
+) -> Tensor:  # [rows, heads, head_dim]
     """Attention over the condition: a row sees its group's rows 0 to kv_end, and itself.
 
     For a text token kv_end is its own place + 1 (causal); for a token of an input image the end of
     that image; for a time token the end of the condition, so that time tokens, which stand behind
     the condition, do not see one another.
     """
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = _out(q.shape, q, out)
     share = q.shape[1] // k.shape[1]
     ends = kv_end.tolist()
     for start, stop in pairwise(cu_rows.tolist()):
@@ -189,10 +239,14 @@ def attention_prefill(
 
 def swiglu(
     gate_up: Tensor,  # [rows, 2 * intermediate], gate first
+    out: Tensor | None = None,  # [rows, intermediate]; may be gate_up's own first half
 ) -> Tensor:  # [rows, intermediate]
     """`silu(gate) * up` (Shazeer, 2020) on the fused gate-up product."""
     gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
+    out = _out(gate.shape, gate, out)
+    for rows, _ in _blocks(gate_up, 0):
+        torch.mul(F.silu(gate[rows]), up[rows], out=out[rows])
+    return out
 
 
 def modulate(

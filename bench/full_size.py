@@ -1,0 +1,190 @@
+"""Loads a full-size random checkpoint on the CPU, makes a small picture, and reports the memory.
+
+    python -m bench.full_size FOLDER [--side 256] [--steps 2] [--keep]
+
+Writes 3.8 B random parameters (bfloat16, original layout, 8.2 GB with the VAE) into FOLDER unless
+they are there, then loads them and makes one picture in a process of its own. The peak resident set
+counts mapped pages of the files too; it must stay below the checkpoint's size + 0.6 GB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from omnigen_fast.checkpoint import _ORIGINAL, _sources
+from omnigen_fast.config import ModelConfig
+
+from .common import TOKENIZER, long_rope, machine, write_result
+
+ALLOWED_OVERHEAD = 0.6e9
+VAE = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "block_out_channels": [128, 256, 512, 512],
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "norm_num_groups": 32,
+    "scaling_factor": 0.13025,
+}
+
+
+def full_config() -> ModelConfig:
+    """Sizes of the released model."""
+    short, long = long_rope(96)
+    return ModelConfig(
+        hidden_size=3072,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=32,
+        intermediate_size=8192,
+        vocab_size=32064,
+        rms_norm_eps=1e-5,
+        rope_theta=10000.0,
+        short_factor=short,
+        long_factor=long,
+        max_position_embeddings=131072,
+        original_max_position_embeddings=4096,
+        pos_embed_size=192,
+    )
+
+
+def write_checkpoint(folder: Path) -> None:
+    """Writes the checkpoint tensor by tensor: it need not fit into memory."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = full_config()
+    shutil.copy(TOKENIZER, folder)
+    (folder / "config.json").write_text(
+        json.dumps(
+            {
+                "hidden_size": config.hidden_size,
+                "num_hidden_layers": config.num_layers,
+                "num_attention_heads": config.num_heads,
+                "num_key_value_heads": config.num_kv_heads,
+                "intermediate_size": config.intermediate_size,
+                "vocab_size": config.vocab_size,
+                "rms_norm_eps": config.rms_norm_eps,
+                "rope_theta": config.rope_theta,
+                "max_position_embeddings": config.max_position_embeddings,
+                "original_max_position_embeddings": config.original_max_position_embeddings,
+                "rope_scaling": {
+                    "type": "su",
+                    "short_factor": config.short_factor,
+                    "long_factor": config.long_factor,
+                },
+            }
+        )
+    )
+    header, offset, tensors = {}, 0, []
+    for parameter, parts in _sources(config, _ORIGINAL).items():
+        for part in parts:
+            size = 2 * torch.Size(part.shape).numel()
+            header[part.name] = {
+                "dtype": "BF16",
+                "shape": part.shape,
+                "data_offsets": [offset, offset + size],
+            }
+            offset += size
+            tensors.append((parameter, part.shape))
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    generator = torch.Generator().manual_seed(0)
+    partial = folder / "model.safetensors.partial"
+    with open(partial, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for parameter, shape in tensors:
+            values = torch.empty(shape, dtype=torch.bfloat16).normal_(generator=generator)
+            if parameter.endswith("norm"):
+                values.mul_(0.1).add_(1)
+            elif parameter.endswith("bias") or parameter == "pos_embed":
+                values.mul_(0.02)
+            elif parameter != "embed_tokens":
+                values.mul_(values[0].numel() ** -0.5)
+            file.write(values.view(torch.uint8).numpy())
+    from diffusers import AutoencoderKL
+
+    AutoencoderKL.from_config(VAE).save_pretrained(folder / "vae")
+    partial.rename(folder / "model.safetensors")
+
+
+def run_picture(folder: Path, side: int, steps: int) -> None:
+    """In a process of its own: loads, makes a picture, prints peaks and times as JSON."""
+    from omnigen_fast import OmniGenPipeline
+
+    def peak() -> float:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+    start = time.perf_counter()
+    pipe = OmniGenPipeline.from_pretrained(folder, device="cpu")
+    loaded, loaded_peak = time.perf_counter() - start, peak()
+    start = time.perf_counter()
+    (image,) = pipe(
+        "A curly-haired man in a red shirt is drinking tea.",
+        height=side,
+        width=side,
+        num_inference_steps=steps,
+        seed=0,
+    )
+    assert image.size == (side, side)
+    print(
+        json.dumps(
+            {
+                "load_seconds": loaded,
+                "load_peak_gb": loaded_peak,
+                "picture_seconds": time.perf_counter() - start,
+                "peak_gb": peak(),
+            }
+        )
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--side", type=int, default=256, help="pixels of the picture")
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--keep", action="store_true", help="leave the checkpoint there")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    folder: Path = arguments.folder
+    if arguments.child:
+        run_picture(folder, arguments.side, arguments.steps)
+        return
+    if not (folder / "model.safetensors").exists():
+        write_checkpoint(folder)
+    sizes = {
+        name: os.path.getsize(folder / name) / 1e9
+        for name in ("model.safetensors", "vae/diffusion_pytorch_model.safetensors")
+    }
+    command = [sys.executable, "-m", "bench.full_size", str(folder), "--child"]
+    command += ["--side", str(arguments.side), "--steps", str(arguments.steps)]
+    child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    measured = json.loads(child.stdout.splitlines()[-1])
+    limit = sum(sizes.values()) + ALLOWED_OVERHEAD / 1e9
+    holds = measured["peak_gb"] < limit
+    print(
+        f"model file {sizes['model.safetensors']:.3f} GB, with the VAE {sum(sizes.values()):.3f} GB"
+    )
+    print(f"peak resident set after loading {measured['load_peak_gb']:.3f} GB")
+    print(f"peak resident set {measured['peak_gb']:.3f} GB, limit {limit:.3f} GB: {holds}")
+    result = {"machine": machine(), "side": arguments.side, "steps": arguments.steps}
+    write_result("full-size-cpu", {**result, "file_gb": sizes, "limit_gb": limit, **measured})
+    if not arguments.keep:
+        shutil.rmtree(folder)
+    if not holds:
+        sys.exit("the peak resident set is over its limit")
+
+
+if __name__ == "__main__":
+    main()

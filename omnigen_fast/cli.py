@@ -1,0 +1,274 @@
+"""The command line: `omnigen-fast generate` and `omnigen-fast env`."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import click
+
+from . import __version__
+from .errors import CheckpointError, OmniGenError, RequestError
+from .request import OUTPUT_TYPES
+
+_IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tiff")
+_SUFFIXES = {"pil": _IMAGE_SUFFIXES, "np": (".npy",), "pt": (".safetensors",)}
+_SUFFIXES["latent"] = _SUFFIXES["pt"]
+
+
+class _Failure(click.ClickException):
+    """One line on standard error; 2 where the request is at fault, else 1."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.exit_code = 2 if isinstance(error, RequestError) else 1
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="omnigen-fast")
+def main() -> None:
+    """Makes and edits images with OmniGen."""
+
+
+@main.command()
+@click.option("--model", default="Shitao/OmniGen-v1", show_default=True, help="Folder or hub id.")
+@click.option("--vae-path", help="Folder or hub id of the VAE, if the model has none.")
+@click.option("--revision", help="Branch, tag or commit on the hub.")
+@click.option("--cache-dir", help="Where hub files are kept.")
+@click.option("--local-files-only", is_flag=True, help="Do not ask the hub.")
+@click.option("--device", help="cuda, cuda:1, cpu, ...; the first GPU if there is one.")
+@click.option("--dtype", default="bfloat16", show_default=True, help="bfloat16 or float32.")
+@click.option("--lora", multiple=True, help="A LoRA folder, or FOLDER:WEIGHT. May be repeated.")
+@click.option("--prompt", multiple=True, required=True, help="May be repeated: a batch.")
+@click.option(
+    "--image",
+    "input_images",
+    multiple=True,
+    help="Input image, named in the prompt as <img><|image_1|></img>. May be repeated. "
+    "With several prompts: 2:FILE is an image of the second one.",
+)
+@click.option("--negative-prompt", multiple=True, help="One, or one for each prompt.")
+@click.option("--height", default=1024, show_default=True, help="Pixels, a multiple of 16.")
+@click.option("--width", default=1024, show_default=True, help="Pixels, a multiple of 16.")
+@click.option("--num-inference-steps", "--steps", default=50, show_default=True)
+@click.option("--guidance-scale", default=3.0, show_default=True, help="How much the text counts.")
+@click.option("--use-img-guidance/--no-img-guidance", default=True, show_default=True)
+@click.option("--img-guidance-scale", default=1.6, show_default=True, help="And the images.")
+@click.option("--max-input-image-size", default=1024, show_default=True, help="Pixels a side.")
+@click.option("--use-input-image-size-as-output", is_flag=True)
+@click.option("--separate-cfg-infer/--joint-cfg-infer", default=None, help="Same image either way.")
+@click.option("--use-kv-cache/--no-kv-cache", default=None, help="Same image either way.")
+@click.option("--offload-kv-cache/--keep-kv-cache", default=None)
+@click.option("--offload-model/--keep-model", default=None)
+@click.option("--num-images-per-prompt", default=1, show_default=True)
+@click.option("--seed", type=int, help="Makes the result repeatable.")
+@click.option(
+    "--latents",
+    type=click.Path(exists=True, dir_okay=False),
+    help="Initial noise: the one tensor of a safetensors file, as --output-type latent writes.",
+)
+@click.option(
+    "--output-type",
+    type=click.Choice(OUTPUT_TYPES),
+    default="pil",
+    show_default=True,
+    help="pil: image files; np: a .npy file; pt, latent: a .safetensors file.",
+)
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="File to write.")
+@click.option("--quiet", is_flag=True, help="No progress bar.")
+def generate(
+    model: str,
+    vae_path: str | None,
+    revision: str | None,
+    cache_dir: str | None,
+    local_files_only: bool,
+    device: str | None,
+    dtype: str,
+    lora: tuple[str, ...],
+    prompt: tuple[str, ...],
+    input_images: tuple[str, ...],
+    negative_prompt: tuple[str, ...],
+    latents: str | None,
+    output_type: str,
+    out: Path,
+    quiet: bool,
+    **arguments: Any,
+) -> None:
+    """Makes images from a prompt and writes them to --out.
+
+    Several images become NAME-1.png, NAME-2.png and so on. A file that is there is replaced.
+    """
+    try:
+        suffixes = _SUFFIXES[output_type]
+        if out.suffix.lower() not in suffixes:
+            raise RequestError(
+                f"--out must end in {' or '.join(suffixes)} for --output-type {output_type}, "
+                f"got {out}"
+            )
+        _check_writable(out)
+        loras = [_parse_lora(one) for one in lora]
+        images = _assign_images(input_images, len(prompt))
+        noise = _read_latents(latents) if latents else None
+        one = len(prompt) == 1
+        from .pipeline import OmniGenPipeline
+
+        pipe = OmniGenPipeline.from_pretrained(
+            model,
+            vae_path,
+            device=device,
+            dtype=dtype,
+            revision=revision,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
+        for path, weight in loras:
+            pipe.load_lora_weights(path, weight=weight)
+        result = pipe(
+            prompt=prompt[0] if one else list(prompt),
+            input_images=(images[0] if one else images) if input_images else None,
+            negative_prompt=(
+                None
+                if not negative_prompt
+                else negative_prompt[0]
+                if len(negative_prompt) == 1
+                else list(negative_prompt)
+            ),
+            latents=noise,
+            output_type=output_type,
+            progress=not quiet,
+            **arguments,
+        )
+        for path in _save(result, output_type, out):
+            click.echo(path)
+    except (OmniGenError, OSError) as error:
+        raise _Failure(error) from error
+
+
+@main.command()
+def env() -> None:
+    """Says which versions and devices are here, and what will run."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    click.echo(f"omnigen_fast  {__version__}")
+    click.echo(f"python        {platform.python_version()} on {platform.platform()}")
+    for package in ("torch", "triton", "safetensors", "tokenizers", "diffusers", "pillow"):
+        try:
+            found = version(package)
+        except PackageNotFoundError:
+            found = "not installed"
+        click.echo(f"{package:<13} {found}")
+    import torch
+
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            props = torch.cuda.get_device_properties(index)
+            click.echo(
+                f"cuda:{index}        {props.name}, {props.total_memory / 1e9:.1f} GB, "
+                f"capability {props.major}.{props.minor}"
+            )
+    else:
+        click.echo(f"cpu           {os.cpu_count()} cores, {torch.get_num_threads()} threads")
+    from .pipeline import _check_device
+
+    click.echo(f"will run on   {_check_device(None)}, transformer in bfloat16, VAE in float32")
+
+
+def _check_writable(out: Path) -> None:
+    """Fails before the work is done, not after."""
+    if out.is_dir():
+        raise RequestError(f"--out {out} is a folder; give a file name in it")
+    if not out.parent.is_dir():
+        raise RequestError(f"--out: the folder {out.parent} does not exist; make it first")
+    if not os.access(out.parent, os.W_OK):
+        raise RequestError(f"--out: the folder {out.parent} can't be written to")
+
+
+def _parse_lora(text: str) -> tuple[str, float]:
+    path, colon, weight = text.rpartition(":")
+    if not colon or os.path.isdir(text):
+        return text, 1.0
+    try:
+        return path, float(weight)
+    except ValueError as error:
+        raise RequestError(f"--lora {text}: {weight!r} is not a weight; give FOLDER:0.8") from error
+
+
+def _assign_images(images: tuple[str, ...], prompts: int) -> list[list[str]]:
+    """The images of each prompt."""
+    if prompts == 1:
+        return [list(images)]
+    lists: list[list[str]] = [[] for _ in range(prompts)]
+    for image in images:
+        match = re.fullmatch(r"(\d{1,4}):(.+)", image)
+        if not match or not 1 <= int(match[1]) <= prompts:
+            raise RequestError(
+                f"--image {image}: with {prompts} prompts, say which one it belongs to, as in "
+                f"1:{image}"
+            )
+        lists[int(match[1]) - 1].append(match[2])
+    return lists
+
+
+def _read_latents(path: str) -> Any:
+    import torch
+
+    from .checkpoint import read_tensors
+
+    tensors = read_tensors([path], torch.float32, torch.device("cpu"))
+    if len(tensors) != 1:
+        raise CheckpointError(f"{path} has {len(tensors)} tensors; it must hold the latents alone")
+    return next(iter(tensors.values()))
+
+
+def _save(result: Any, output_type: str, out: Path) -> list[Path]:
+    """Writes the result; each file appears whole or not at all."""
+    if output_type == "pil":
+        names = [out]
+        if len(result) > 1:
+            names = [out.with_stem(f"{out.stem}-{i + 1}") for i in range(len(result))]
+        for name, image in zip(names, result):
+            _write(name, lambda path, image=image: image.save(path))
+        return names
+    if output_type == "np":
+        import numpy as np
+
+        _write(out, lambda path: np.save(path, result))
+    else:
+        from safetensors.torch import save_file
+
+        name = "latents" if output_type == "latent" else "images"
+        _write(out, lambda path: save_file({name: result.cpu().contiguous()}, path))
+    return [out]
+
+
+def _write(name: Path, write: Any) -> None:
+    from safetensors import SafetensorError
+
+    temporary = None
+    try:
+        handle, temporary = tempfile.mkstemp(suffix=name.suffix, dir=name.parent)
+        os.close(handle)
+        write(temporary)
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, name)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OSError(f"{name} can't be written: {reason}") from error
+    finally:
+        if temporary and os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,196 @@
+"""Schedule, guidance and the loop from noise to latents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from .cache import ConditionCache, Span
+from .config import PATCH
+from .kernels import ops
+from .model import StepGroups, TimeEmbeddings, Transformer
+from .processor import EncodedBranch, lay_out
+
+
+def schedule(steps: int) -> Tensor:
+    """Times of the Euler steps, [steps + 1] float32 on the CPU, from 0 (noise) to 1 (image)."""
+    return torch.linspace(0, 1, steps + 1)
+
+
+@dataclass(frozen=True)
+class Velocity:
+    """A branch of a picture: its condition, where that lies in the cache, what it counts."""
+
+    branch: EncodedBranch
+    span: Span
+    coefficient: float
+
+
+@dataclass(frozen=True)
+class Pass:
+    """The groups that run together, one for each of some pictures' branches."""
+
+    places: Tensor  # [groups], int64: where their velocities stand in the prediction
+    groups: StepGroups
+    branches: tuple[Velocity, ...]  # without repetition
+    time_slots: Tensor  # [branches], int64, see `ConditionCache.select_step`
+
+
+# (latents, pass, index of the step [1]) -> velocities of the pass's groups, [groups, N, 16]
+VelocityOf = Callable[[Tensor, Pass, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class GuidancePlan:
+    """Which (picture, branch) groups run together, and how their velocities are combined."""
+
+    passes: tuple[Pass, ...]
+    coefficient: Tensor  # [groups], float32
+    cu_groups: Tensor  # [pictures + 1], int32
+
+    @classmethod
+    def make(
+        cls,
+        model: Transformer,
+        pictures: Sequence[Sequence[Velocity]],
+        noise_tokens: int,
+        branches_per_pass: int | None,
+    ) -> GuidancePlan:
+        """Plans the groups of all pictures.
+
+        Args:
+            model: gives rotary tables and the device.
+            pictures: the branches of each picture.
+            noise_tokens: of each picture.
+            branches_per_pass: so many branches of every picture at once; None for all.
+        """
+        device = model.device
+        most = max(map(len, pictures))
+        size = min(branches_per_pass or most, most)
+        offsets = [0, *accumulate(map(len, pictures))]
+        passes = []
+        space = model.workspace(sum(min(size, len(one)) for one in pictures) * noise_tokens)
+        for first in range(0, most, size):
+            members = [
+                (offset + first + i, picture, velocity)
+                for picture, (offset, velocities) in enumerate(zip(offsets, pictures))
+                for i, velocity in enumerate(velocities[first : first + size])
+            ]
+            branches = tuple({v.branch.key: v for _, _, v in members}.values())
+            groups = [(picture, v.span, v.branch.long) for _, picture, v in members]
+            passes.append(
+                Pass(
+                    places=torch.tensor([place for place, _, _ in members], device=device),
+                    groups=model.step_groups(groups, noise_tokens, space),
+                    branches=branches,
+                    time_slots=torch.tensor([v.span.time_slot for v in branches], device=device),
+                )
+            )
+        return cls(
+            passes=tuple(passes),
+            coefficient=torch.tensor(
+                [velocity.coefficient for velocities in pictures for velocity in velocities],
+                dtype=torch.float32,
+                device=device,
+            ),
+            cu_groups=torch.tensor(offsets, dtype=torch.int32, device=device),
+        )
+
+
+@dataclass(frozen=True)
+class Loop:
+    """What the steps of one call read and write.
+
+    Everything that differs from step to step hangs on `index`, which is on the device like the
+    rest: a step's work is the same each time, so it can be captured once and replayed.
+    """
+
+    latents: Tensor  # [pictures, 4, height / 8, width / 8], float32, updated by each step
+    index: Tensor  # [1], int64: the step that comes next
+    lengths: Tensor  # [steps], float32: of each Euler step
+    times: TimeEmbeddings
+    plan: GuidancePlan
+    velocity: VelocityOf
+
+    def step(self) -> None:
+        """One Euler step: `z += (t_{i+1} - t_i) * sum_b coefficient_b v_b(z, t_i)`."""
+        plan = self.plan
+        velocities = [self.velocity(self.latents, one, self.index) for one in plan.passes]
+        if len(velocities) == 1:  # its groups stand in the prediction's own order
+            prediction = velocities[0]
+        else:
+            shape = (len(plan.coefficient), *velocities[0].shape[1:])
+            prediction = velocities[0].new_empty(shape)
+            for one, values in zip(plan.passes, velocities):
+                prediction.index_copy_(0, one.places, values)
+        length = self.lengths.index_select(0, self.index)[0]
+        ops.guidance_step_(
+            self.latents, prediction, plan.coefficient, plan.cu_groups, length, PATCH
+        )
+        self.index.add_(1)
+
+    def tensors(self) -> list[Tensor]:
+        """All that another call of the same shapes has other values of."""
+        plan = self.plan
+        found = [self.latents, self.index, self.lengths, self.times.shift, self.times.scale]
+        found += [plan.coefficient, plan.cu_groups]
+        for one in plan.passes:
+            groups = one.groups
+            found += [one.places, one.time_slots, groups.picture, groups.cu_rows]
+            found += [groups.cache_start, groups.cache_len, groups.cos, groups.sin]
+        return found
+
+
+def cached_velocity(model: Transformer, cache: ConditionCache, times: TimeEmbeddings) -> VelocityOf:
+    """Velocities from a cache filled by prefill."""
+
+    def velocity(latents: Tensor, one: Pass, index: Tensor) -> Tensor:
+        cache.select_step(one.time_slots, index)
+        shift, scale = (t.index_select(0, index)[0] for t in (times.shift, times.scale))
+        return model.step(latents, one.groups, shift, scale, cache)
+
+    return velocity
+
+
+def recomputed_velocity(
+    model: Transformer,
+    cache: ConditionCache,
+    times: TimeEmbeddings,
+    image_latents: Mapping[str, Tensor],
+) -> VelocityOf:
+    """Velocities with the condition computed anew, layer by layer, in a cache of one layer."""
+
+    def velocity(latents: Tensor, one: Pass, index: Tensor) -> Tensor:
+        shift, scale = (t.index_select(0, index)[0] for t in (times.shift, times.scale))
+        time_token = times.tokens.index_select(0, index)
+        sequences = [lay_out(v.branch, 1, v.span.start, latents.device) for v in one.branches]
+        return model.step_recomputed(
+            latents,
+            one.groups,
+            shift,
+            scale,
+            sequences,
+            [model.embed_condition(s, image_latents, time_token) for s in sequences],
+            one.time_slots,
+            cache,
+        )
+
+    return velocity
+
+
+def denoise(loop: Loop, run: Callable[[], None], after_step: Callable[[int, Tensor], bool]) -> None:
+    """Integrates from noise to image (rectified flow; Liu et al., 2022), in `loop.latents`.
+
+    Args:
+        loop: at its first step.
+        run: takes the next step: `loop.step`, or a replay of it.
+        after_step: called with the step's index and the latents; returns whether to go on.
+    """
+    for index in range(len(loop.lengths)):
+        run()
+        if not after_step(index, loop.latents):
+            return

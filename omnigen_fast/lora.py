@@ -1,0 +1,150 @@
+"""LoRA adapters: PEFT folders, added to the weights that they change, undone exactly."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checkpoint import Checkpoint, find_weights, read_json, read_tensors
+from .errors import CheckpointError
+from .model import Transformer
+
+_KEY = re.compile(r"(?:base_model\.model\.|transformer\.)?(.+)\.lora_([AB])(?:\.\w+)?\.weight")
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """`scale * up @ down`, added to some rows of one parameter (Hu et al., 2021)."""
+
+    parameter: str
+    start: int  # first row
+    down: Tensor  # [rank, inputs], float32
+    up: Tensor  # [outputs, rank], float32
+    scale: float
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA and how strongly it counts."""
+
+    updates: tuple[LowRank, ...]
+    weight: float
+
+
+def read_adapter(
+    folder: str | os.PathLike[str], checkpoint: Checkpoint, weight: float = 1.0
+) -> Adapter:
+    """Reads a PEFT folder: `adapter_config.json` and `adapter_model.safetensors`.
+
+    Module names may be the original's or diffusers', whichever layout the checkpoint has.
+
+    Raises:
+        CheckpointError: files are missing or malformed, the adapter is of another kind, or it
+            doesn't fit the model (all that doesn't is named).
+    """
+    folder = os.fspath(folder)
+    if not os.path.isdir(folder):
+        raise CheckpointError(f"{folder} is no folder; give one with adapter_config.json")
+    config = read_json(os.path.join(folder, "adapter_config.json"))
+    _check_config(config, folder)
+    paths = find_weights(folder, "adapter_model")
+    tensors = read_tensors(paths, torch.float32, torch.device("cpu"))
+    pairs: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    unknown = []
+    for name, tensor in tensors.items():
+        match = _KEY.fullmatch(name)
+        if match and tensor.ndim >= 2 and match[2] not in pairs[match[1]]:
+            pairs[match[1]][match[2]] = tensor
+        else:
+            unknown.append(name)
+    updates = []
+    for module, pair in sorted(pairs.items()):
+        found = checkpoint.find(f"{module}.weight")
+        # a vector (a norm's weight) has no low-rank update
+        if found is None or pair.keys() != {"A", "B"} or len(found[1].shape) < 2:
+            unknown.append(module)
+            continue
+        parameter, source = found
+        down, up = pair["A"].flatten(1), pair["B"].flatten(1)
+        rows, inputs = source.shape[0], math.prod(source.shape[1:])
+        if down.shape != (len(down), inputs) or up.shape != (rows, len(down)) or not len(down):
+            raise CheckpointError(
+                f"{paths[0]}: {module} has A {list(pair['A'].shape)} and B {list(pair['B'].shape)},"
+                f" which do not make the model's {rows} x {inputs}"
+            )
+        scale = _scale(config, module, len(down))
+        updates.append(LowRank(parameter, source.start, down, up, scale))
+    if unknown or not updates:
+        names = ", ".join(sorted(unknown)[:8]) or "no LoRA tensors at all"
+        raise CheckpointError(f"{paths[0]} has tensors that belong to no OmniGen layer: {names}")
+    return Adapter(tuple(updates), weight)
+
+
+def apply_adapters(
+    model: Transformer,
+    checkpoint: Checkpoint,
+    adapters: Iterable[Adapter],
+    parameters: Iterable[str],
+) -> None:
+    """Sets `parameters` to the checkpoint's values plus all adapters' updates, rounded once.
+
+    Starting from the checkpoint each time makes the result independent of what was loaded before,
+    and with no adapter left gives the original weights back to the bit.
+    """
+    by_parameter: dict[str, list[tuple[LowRank, float]]] = defaultdict(list)
+    for adapter in adapters:
+        for update in adapter.updates:
+            by_parameter[update.parameter].append((update, adapter.weight))
+    for name in parameters:
+        target = model.parameter(name)
+        weight = checkpoint.read(target.dtype, target.device, [name])[name]
+        if updates := by_parameter.get(name):
+            # float32: a low-rank update is often below bfloat16's resolution of the weight
+            exact = weight.to(torch.float32, copy=True)
+            matrix = exact.flatten(1)
+            for update, strength in updates:
+                rows = matrix[update.start : update.start + len(update.up)]
+                up, down = update.up.to(rows.device), update.down.to(rows.device)
+                rows.addmm_(up, down, alpha=update.scale * strength)
+            weight = exact.to(target.dtype)
+        target.data = weight
+
+
+def _check_config(config: Mapping[str, Any], folder: str) -> None:
+    kind = config.get("peft_type", "LORA")
+    if kind != "LORA":
+        raise CheckpointError(f"{folder} holds a {kind} adapter; only LoRA is supported")
+    for option in (
+        "use_dora",
+        "use_qalora",
+        "fan_in_fan_out",
+        "modules_to_save",
+        "layer_replication",
+        "lora_bias",
+    ):
+        if config.get(option):
+            raise CheckpointError(f"{folder} uses {option}, which is not supported; merge it first")
+
+
+def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
+    """alpha / rank, or alpha / sqrt(rank) for rank-stabilised LoRA (Kalajdzievski, 2023)."""
+    alpha = config.get("lora_alpha", rank)
+    try:
+        for pattern, value in (config.get("alpha_pattern") or {}).items():
+            if re.fullmatch(rf"(.*\.)?({pattern})", module):
+                alpha = value
+                break
+    except (re.error, AttributeError) as error:
+        raise CheckpointError(f"adapter_config.json: alpha_pattern: {error}") from error
+    if not isinstance(alpha, int | float) or not abs(alpha) <= sys.float_info.max:
+        raise CheckpointError(f"adapter_config.json: lora_alpha must be a number, got {alpha!r}")
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)

@@ -1,0 +1,490 @@
+"""The transformer: prefill of the condition, and the step that runs the noise tokens alone.
+
+The keys and values of the condition and of the time tokens don't depend on the noise, so `prefill`
+computes them once for all steps. A step's queries are then exactly the noise tokens, and each sees
+every key of its branch: no mask, no padding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .cache import ConditionCache, Span
+from .config import LATENT_CHANNELS, PATCH, TIME_FREQUENCIES, ModelConfig
+from .kernels import ops
+from .processor import ConditionSequence
+
+_PATCH_VALUES = LATENT_CHANNELS * PATCH * PATCH
+_OUTPUT_NORM_EPS = 1e-6
+MLP_ROWS = 4096  # large enough that a product loses nothing, small enough to bound its memory
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every parameter of `Transformer`."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    qkv = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "embed_tokens": (config.vocab_size, hidden),
+        "noise_proj.weight": (hidden, LATENT_CHANNELS, PATCH, PATCH),
+        "noise_proj.bias": (hidden,),
+        "image_proj.weight": (hidden, LATENT_CHANNELS, PATCH, PATCH),
+        "image_proj.bias": (hidden,),
+        "norm": (hidden,),
+        "modulation.weight": (2 * hidden, hidden),
+        "modulation.bias": (2 * hidden,),
+        "output.weight": (_PATCH_VALUES, hidden),
+        "output.bias": (_PATCH_VALUES,),
+        "pos_embed": (1, config.pos_embed_size**2, hidden),
+    }
+    for embedder in ("time_token", "time_embed"):
+        shapes |= {
+            f"{embedder}.0.weight": (hidden, TIME_FREQUENCIES),
+            f"{embedder}.0.bias": (hidden,),
+            f"{embedder}.1.weight": (hidden, hidden),
+            f"{embedder}.1.bias": (hidden,),
+        }
+    for layer in range(config.num_layers):
+        shapes |= {
+            f"layers.{layer}.input_norm": (hidden,),
+            f"layers.{layer}.qkv_proj": (qkv, hidden),
+            f"layers.{layer}.o_proj": (hidden, hidden),
+            f"layers.{layer}.post_norm": (hidden,),
+            f"layers.{layer}.gate_up_proj": (2 * inner, hidden),
+            f"layers.{layer}.down_proj": (hidden, inner),
+        }
+    return shapes
+
+
+@dataclass(frozen=True)
+class TimeEmbeddings:
+    """What the transformer needs of the times of all steps, computed once."""
+
+    tokens: Tensor  # [steps, hidden]
+    shift: Tensor  # [steps, hidden]
+    scale: Tensor  # [steps, hidden]
+
+
+@dataclass(frozen=True)
+class StepGroups:
+    """The (picture, branch) pairs that one pass runs; each has the picture's N noise tokens."""
+
+    picture: Tensor  # [groups], int64: whose latents
+    cu_rows: Tensor  # [groups + 1], int32
+    max_rows: int
+    cache_start: Tensor  # [groups], int32
+    cache_len: Tensor  # [groups], int32: condition and the step's time token
+    cos: Tensor  # [groups * N, head_dim / 2], float32
+    sin: Tensor  # [groups * N, head_dim / 2], float32
+    space: Workspace
+
+
+@dataclass
+class _PrefillState:
+    """A branch on its way through the layers."""
+
+    sequence: ConditionSequence
+    cos: Tensor
+    sin: Tensor
+    residual: Tensor  # [rows, hidden]
+    delta: Tensor  # [rows, hidden], still to be added to it
+    space: Workspace
+
+
+class Workspace:
+    """Memory for the intermediate results of a layer, used again by every layer and step.
+
+    Per row the widths of QKV and twice the hidden size; the MLP's widest product is made for
+    `MLP_ROWS` rows at a time.
+    """
+
+    def __init__(self, config: ModelConfig, rows: int, like: Tensor) -> None:
+        width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+        self.qkv = like.new_empty(rows, width)
+        self.normed = like.new_empty(rows, config.hidden_size)
+        self.delta = like.new_empty(rows, config.hidden_size)
+        self.gate_up = like.new_empty(min(rows, MLP_ROWS), 2 * config.intermediate_size)
+
+
+class Block(nn.Module):
+    """One layer. The residual stream and what is still to be added to it travel apart.
+
+    So that adding and the next RMSNorm are one operation; `residual` is updated in place. What a
+    method returns lies in the workspace until the next call.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor], config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        for name, value in weights.items():
+            setattr(self, name, nn.Parameter(value, requires_grad=False))
+
+    def project(self, residual: Tensor, delta: Tensor | None, space: Workspace) -> Tensor:
+        """Fused QKV product of the normed stream, [rows, (heads + 2 kv_heads) * head_dim]."""
+        rows, eps = len(residual), self.config.rms_norm_eps
+        normed = space.normed[:rows]
+        if delta is None:
+            ops.rms_norm(residual, self.input_norm, eps, out=normed)
+        else:
+            ops.add_rms_norm(residual, delta, self.input_norm, eps, out=normed)
+        return torch.mm(normed, self.qkv_proj.t(), out=space.qkv[:rows])
+
+    def attended(self, space: Workspace, rows: int) -> Tensor:
+        """Where attention is to write, [rows, heads, head_dim]: the normed stream is done with."""
+        return space.normed[:rows].unflatten(1, (self.config.num_heads, -1))
+
+    def finish(self, residual: Tensor, attended: Tensor, delta: Tensor, space: Workspace) -> None:
+        """Output projection and MLP; `delta` [rows, hidden] becomes what is to be added."""
+        torch.mm(attended.flatten(1), self.o_proj.t(), out=delta)
+        normed = ops.add_rms_norm(
+            residual,
+            delta,
+            self.post_norm,
+            self.config.rms_norm_eps,
+            out=space.normed[: len(residual)],
+        )
+        for some, result in zip(normed.split(MLP_ROWS), delta.split(MLP_ROWS)):
+            gate_up = torch.mm(some, self.gate_up_proj.t(), out=space.gate_up[: len(some)])
+            inner = ops.swiglu(gate_up, out=gate_up[:, : gate_up.shape[1] // 2])
+            torch.mm(inner, self.down_proj.t(), out=result)
+
+
+class Transformer(nn.Module):
+    """OmniGen's transformer over given weights; see `parameter_shapes` for their names.
+
+    Args:
+        config: sizes.
+        weights: all of one floating dtype and on one device, but for `pos_embed`, which may stay
+            on the host: only the part that a picture's size needs is read.
+    """
+
+    def __init__(self, config: ModelConfig, weights: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.config = config
+        self.pos_embed = weights["pos_embed"].view(
+            config.pos_embed_size, config.pos_embed_size, config.hidden_size
+        )
+        self._pos_embed_crops: dict[tuple[int, int], Tensor] = {}
+        per_layer: list[dict[str, Tensor]] = [{} for _ in range(config.num_layers)]
+        for name, value in weights.items():
+            head, _, tail = name.partition(".")
+            if head == "layers":
+                layer, _, tail = tail.partition(".")
+                per_layer[int(layer)][tail] = value
+            elif name != "pos_embed":
+                self._set(name, value)
+        self.layers = nn.ModuleList(Block(values, config) for values in per_layer)
+        factors = torch.tensor([config.short_factor, config.long_factor], dtype=torch.float32)
+        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+        # [2, head_dim / 2]: short, long
+        self._inverse_frequencies = 1 / (factors * config.rope_theta**exponents)
+
+    def _set(self, name: str, value: Tensor) -> None:
+        self.register_parameter(name.replace(".", "_"), nn.Parameter(value, requires_grad=False))
+
+    def parameter(self, name: str) -> nn.Parameter:
+        """The weight called `name` in `parameter_shapes`, other than `pos_embed`."""
+        if name.startswith("layers."):
+            _, layer, tail = name.split(".")
+            return getattr(self.layers[int(layer)], tail)
+        return getattr(self, name.replace(".", "_"))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.norm.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.norm.device
+
+    def to(self, *args, **kwargs) -> Transformer:
+        """As `nn.Module.to`."""
+        self._pos_embed_crops.clear()
+        return super().to(*args, **kwargs)
+
+    def embed_times(self, times: Tensor) -> TimeEmbeddings:
+        """Embeds the times of all steps, [steps] in [0, 1], float32.
+
+        The sinusoid has its cosines first, frequencies 10000^(-i / 128).
+        """
+        half = TIME_FREQUENCIES // 2
+        exponents = torch.arange(half, dtype=torch.float32, device=times.device) / half
+        angles = times[:, None] * torch.exp(-math.log(10000) * exponents)
+        waves = torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.dtype)
+
+        def mlp(name: str) -> Tensor:
+            hidden = F.linear(
+                waves, self.parameter(f"{name}.0.weight"), self.parameter(f"{name}.0.bias")
+            )
+            return F.linear(
+                F.silu(hidden),
+                self.parameter(f"{name}.1.weight"),
+                self.parameter(f"{name}.1.bias"),
+            )
+
+        modulation = F.linear(
+            F.silu(mlp("time_embed")), self.modulation_weight, self.modulation_bias
+        )
+        shift, scale = modulation.chunk(2, dim=-1)
+        return TimeEmbeddings(mlp("time_token"), shift, scale)
+
+    def rotary(self, positions: Tensor, long: bool) -> tuple[Tensor, Tensor]:
+        """cos and sin, [rows, head_dim / 2] float32, of positions [rows] under LongRoPE.
+
+        Frequencies `1 / (factor_i * theta^(2i / head_dim))`, both results multiplied by
+        `config.rope_scale` (Ding et al., 2024); `long` chooses the factor.
+        """
+        frequencies = self._inverse_frequencies[int(long)].to(positions.device)
+        angles = positions.to(torch.float32).unsqueeze(1) * frequencies
+        return angles.cos() * self.config.rope_scale, angles.sin() * self.config.rope_scale
+
+    def step_groups(
+        self,
+        groups: Sequence[tuple[int, Span, bool]],
+        noise_tokens: int,
+        space: Workspace,
+    ) -> StepGroups:
+        """Everything about the groups of one pass that no step changes.
+
+        Args:
+            groups: picture, the branch's rows in the cache, and whether it takes the long factor.
+            noise_tokens: of each picture.
+            space: for at least `len(groups) * noise_tokens` rows.
+        """
+        device = self.device
+        places = torch.arange(noise_tokens, device=device)
+        tables = [self.rotary(places + span.condition + 1, long) for _, span, long in groups]
+
+        def integers(values: list[int], dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.tensor(values, dtype=dtype, device=device)
+
+        return StepGroups(
+            picture=integers([picture for picture, _, _ in groups], torch.int64),
+            cu_rows=integers([i * noise_tokens for i in range(len(groups) + 1)]),
+            max_rows=noise_tokens,
+            cache_start=integers([span.start for _, span, _ in groups]),
+            cache_len=integers([span.condition + 1 for _, span, _ in groups]),
+            cos=torch.cat([cos for cos, _ in tables]),
+            sin=torch.cat([sin for _, sin in tables]),
+            space=space,
+        )
+
+    def workspace(self, rows: int) -> Workspace:
+        """Memory for passes of at most so many rows."""
+        return Workspace(self.config, rows, self.norm)
+
+    def embed_condition(
+        self,
+        sequence: ConditionSequence,
+        image_latents: Mapping[str, Tensor],
+        time_tokens: Tensor,
+    ) -> Tensor:  # [rows, hidden]
+        """Embeddings of a branch's sequence.
+
+        Args:
+            sequence: the branch, with as many time tokens as are given.
+            image_latents: [4, height / 8, width / 8] of each image, by its digest.
+            time_tokens: [steps, hidden].
+        """
+        embedded = F.embedding(sequence.token_ids, self.embed_tokens)
+        for first, stop, image in sequence.branch.spans:
+            latents = image_latents[image.digest].unsqueeze(0)
+            embedded[first:stop] = self._embed_patches("image_proj", latents)[0]
+        embedded[sequence.branch.length :] = time_tokens
+        return embedded
+
+    def prefill(
+        self,
+        sequences: Sequence[ConditionSequence],
+        embedded: Sequence[Tensor],
+        cache: ConditionCache,
+    ) -> None:
+        """Runs condition and time tokens and writes their keys and values into the cache.
+
+        Layer by layer, so that the weights are passed over once.
+
+        Args:
+            sequences: the branches.
+            embedded: [rows, hidden] of each from `embed_condition`; overwritten.
+            cache: rows for the branches reserved.
+        """
+        states = self._prefill_states(sequences, embedded)
+        for layer in range(len(self.layers)):
+            self._prefill_layer(layer, states, cache)
+
+    def step(
+        self,
+        latents: Tensor,
+        groups: StepGroups,
+        shift: Tensor,
+        scale: Tensor,
+        cache: ConditionCache,
+    ) -> Tensor:
+        """Velocity of every group's noise tokens.
+
+        Args:
+            latents: [pictures, 4, height / 8, width / 8], float32.
+            groups: what to run.
+            shift: [hidden], this step's.
+            scale: [hidden], this step's.
+            cache: filled, this step's time tokens selected.
+
+        Returns:
+            [groups, N, 16]: (row, column, channel) of each token's patch.
+        """
+        residual = self._embed_noise(latents, groups)
+        for layer in range(len(self.layers)):
+            self._step_layer(layer, residual, groups, cache)
+        return self._predict(residual, groups, shift, scale)
+
+    def step_recomputed(
+        self,
+        latents: Tensor,
+        groups: StepGroups,
+        shift: Tensor,
+        scale: Tensor,
+        sequences: Sequence[ConditionSequence],
+        embedded: Sequence[Tensor],
+        time_slots: Tensor,
+        cache: ConditionCache,
+    ) -> Tensor:
+        """As `prefill` and `step` at once, keeping the keys and values of one layer at a time.
+
+        Args:
+            latents: as in `step`.
+            groups: as in `step`.
+            shift: as in `step`.
+            scale: as in `step`.
+            sequences: the branches of the groups, with this step's time token only.
+            embedded: their embeddings; overwritten.
+            time_slots: see `ConditionCache.select_step`.
+            cache: of one layer, which every layer overwrites.
+
+        Returns:
+            As `step`.
+        """
+        states = self._prefill_states(sequences, embedded)
+        residual = self._embed_noise(latents, groups)
+        for layer in range(len(self.layers)):
+            self._prefill_layer(layer, states, cache)
+            cache.select_step(time_slots, 0)
+            self._step_layer(layer, residual, groups, cache)
+        return self._predict(residual, groups, shift, scale)
+
+    def _prefill_states(
+        self, sequences: Sequence[ConditionSequence], embedded: Sequence[Tensor]
+    ) -> list[_PrefillState]:
+        space = self.workspace(max(map(len, embedded)))
+        return [
+            _PrefillState(
+                one,
+                *self.rotary(one.positions, one.branch.long),
+                residual,
+                torch.empty_like(residual),
+                space,
+            )
+            for one, residual in zip(sequences, embedded)
+        ]
+
+    def _prefill_layer(
+        self, layer: int, states: Sequence[_PrefillState], cache: ConditionCache
+    ) -> None:
+        config, block = self.config, self.layers[layer]
+        keys, values = cache.keys[layer % cache.layers], cache.values[layer % cache.layers]
+        for state in states:
+            one = state.sequence
+            qkv = block.project(state.residual, state.delta if layer else None, state.space)
+            ops.rope_cache_(
+                qkv,
+                state.cos,
+                state.sin,
+                config.num_heads,
+                config.num_kv_heads,
+                keys,
+                values,
+                one.cache_rows,
+            )
+            if layer == len(self.layers) - 1:
+                continue  # nothing reads the condition behind its last keys and values
+            attended = ops.attention_prefill(
+                *self._split(qkv),
+                one.cu_rows,
+                one.kv_end,
+                len(qkv),
+                out=block.attended(state.space, len(qkv)),
+            )
+            block.finish(state.residual, attended, state.delta, state.space)
+
+    def _step_layer(
+        self, layer: int, residual: Tensor, groups: StepGroups, cache: ConditionCache
+    ) -> None:
+        config, block, space = self.config, self.layers[layer], groups.space
+        delta = space.delta[: len(residual)]
+        qkv = block.project(residual, delta if layer else None, space)
+        ops.rope_(qkv, groups.cos, groups.sin, config.num_heads, config.num_kv_heads)
+        attended = ops.attention_step(
+            *self._split(qkv),
+            cache.keys[layer % cache.layers],
+            cache.values[layer % cache.layers],
+            groups.cu_rows,
+            groups.cache_start,
+            groups.cache_len,
+            groups.max_rows,
+            out=block.attended(space, len(residual)),
+        )
+        block.finish(residual, attended, delta, space)
+
+    def _split(self, qkv: Tensor) -> tuple[Tensor, ...]:
+        """q, k and v, [rows, heads, head_dim] views of the fused product."""
+        config = self.config
+        by_head = qkv.unflatten(1, (-1, config.head_dim))
+        return by_head.split((config.num_heads, config.num_kv_heads, config.num_kv_heads), dim=1)
+
+    def _embed_noise(self, latents: Tensor, groups: StepGroups) -> Tensor:
+        """[groups * N, hidden]: the noise tokens of each group's picture."""
+        return self._embed_patches("noise_proj", latents)[groups.picture].flatten(0, 1)
+
+    def _embed_patches(self, projection: str, latents: Tensor) -> Tensor:
+        """[pictures, N, hidden] of latents [pictures, 4, height, width], positions added.
+
+        The 2 x 2 convolution of stride 2, as a product over (channel, row, column).
+        """
+        height, width = latents.shape[2] // PATCH, latents.shape[3] // PATCH
+        patches = latents.to(self.dtype).unflatten(3, (width, PATCH)).unflatten(2, (height, PATCH))
+        patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        weight = self.parameter(f"{projection}.weight").flatten(1)
+        tokens = F.linear(patches, weight, self.parameter(f"{projection}.bias"))
+        return tokens + self._crop_pos_embed(height, width)
+
+    def _crop_pos_embed(self, height: int, width: int) -> Tensor:
+        """[height * width, hidden]: the centre of the position table."""
+        crop = self._pos_embed_crops.get((height, width))
+        if crop is None:
+            if len(self._pos_embed_crops) >= 16:
+                self._pos_embed_crops.clear()
+            top, left = ((self.config.pos_embed_size - side) // 2 for side in (height, width))
+            crop = self.pos_embed[top : top + height, left : left + width].flatten(0, 1)
+            crop = crop.to(self.device, self.dtype)
+            self._pos_embed_crops[height, width] = crop
+        return crop
+
+    def _predict(
+        self, residual: Tensor, groups: StepGroups, shift: Tensor, scale: Tensor
+    ) -> Tensor:
+        """The output layer: final RMSNorm, modulated LayerNorm, product; [groups, N, 16]."""
+        rows, space = len(residual), groups.space
+        normed = ops.add_rms_norm(
+            residual,
+            space.delta[:rows],
+            self.norm,
+            self.config.rms_norm_eps,
+            out=space.normed[:rows],
+        )
+        modulated = ops.modulate(normed, shift, scale, _OUTPUT_NORM_EPS)
+        values = F.linear(modulated, self.output_weight, self.output_bias)
+        return values.view(len(groups.picture), groups.max_rows, _PATCH_VALUES)

@@ -1,0 +1,201 @@
+"""From prompts and images to the condition sequences that the transformer reads."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Hashable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .config import ModelConfig
+from .errors import CheckpointError, RequestError
+from .images import InputImage
+from .request import PLACEHOLDER, Guidance, Prompt
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+_BEFORE = "<|user|>\nGenerate an image according to the following instructions\n"
+_AFTER = "<|end|>\n<|assistant|>\n<|diffusion|>"
+_BOS = "<s>"
+_SPECIAL = ("<|user|>", "<|end|>", "<|assistant|>", "<|diffusion|>", "<img>", "</img>")
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A guidance branch: the condition of one velocity that guidance combines."""
+
+    text: str
+    images: tuple[InputImage, ...] = ()
+
+
+@dataclass(frozen=True)
+class EncodedBranch:
+    """A branch as tokens. Equal `key`s have equal keys and values in every layer."""
+
+    token_ids: np.ndarray  # [condition tokens], int64, 0 in the slots of images
+    kv_end: np.ndarray  # [condition tokens], int32: each sees the tokens before this place
+    spans: tuple[tuple[int, int, InputImage], ...]  # (first, past the last) slot of each image
+    long: bool  # whether its rotary embedding takes the long factor
+    key: Hashable
+
+    @property
+    def length(self) -> int:
+        """Condition tokens."""
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True)
+class ConditionSequence:
+    """A branch laid out for prefill: `[condition | the time tokens of all steps]`.
+
+    Each branch is its own sequence, so that its keys and values have the same bits whatever else
+    is computed beside it.
+    """
+
+    branch: EncodedBranch
+    token_ids: Tensor  # [rows], int64, 0 where an image or a time token stands
+    positions: Tensor  # [rows], int64; time tokens all stand behind the condition
+    kv_end: Tensor  # [rows], int32, see kernels.reference.attention_prefill
+    cu_rows: Tensor  # [2], int32: 0 and the number of rows
+    cache_rows: Tensor  # [rows], int64: where each row's key and value go
+
+
+def guidance_branches(prompt: Prompt, guidance: Guidance) -> list[tuple[Branch, float]]:
+    """The branches of one prompt and what the velocity of each counts.
+
+    `v = uncond + w_img (img - uncond) + w (cond - img)` with image guidance, else
+    `v = uncond + w (cond - uncond)`, collected by branch; a branch that counts 0 is left out, which
+    changes no value.
+    """
+    text, image = guidance.text, guidance.image
+    cond, uncond = Branch(prompt.text, prompt.images), Branch(prompt.negative)
+    if guidance.use_image and prompt.images:
+        tags = " ".join(f"<img><|image_{i + 1}|></img>" for i in range(len(prompt.images)))
+        branches = [(cond, text), (uncond, 1 - image), (Branch(tags, prompt.images), image - text)]
+    else:
+        branches = [(cond, text), (uncond, 1 - text)]
+    return [(branch, coefficient) for branch, coefficient in branches if coefficient]
+
+
+class Processor:
+    """Tokenizes branches; remembers the latest 256 texts."""
+
+    def __init__(self, tokenizer: Tokenizer, config: ModelConfig) -> None:
+        self.config = config
+        self._tokenizer = tokenizer
+        self._bos = tokenizer.token_to_id(_BOS)
+        if self._bos is None:
+            raise CheckpointError(
+                f"the tokenizer has no token {_BOS}; this is not OmniGen's tokenizer.json"
+            )
+        lacking = [token for token in _SPECIAL if tokenizer.token_to_id(token) is None]
+        if lacking:
+            # the original would spell them out in smaller tokens, and so does this
+            warnings.warn(
+                f"the tokenizer has no token {', '.join(lacking)}; is it OmniGen's tokenizer.json?",
+                UserWarning,
+                stacklevel=3,
+            )
+        self._tokens = lru_cache(maxsize=256)(self._tokenize)
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str], config: ModelConfig) -> Processor:
+        """Reads a `tokenizer.json`.
+
+        Raises CheckpointError if it is missing or malformed.
+        """
+        from tokenizers import Tokenizer
+
+        if not os.path.isfile(path):
+            raise CheckpointError(f"{path} does not exist; the model folder needs a tokenizer.json")
+        try:
+            tokenizer = Tokenizer.from_file(os.fspath(path))
+        except Exception as error:  # the library raises bare Exception on malformed files
+            raise CheckpointError(f"{path} is not a tokenizer: {error}") from error
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        return cls(tokenizer, config)
+
+    def encode(self, branch: Branch, noise_tokens: int, steps: int) -> EncodedBranch:
+        """Tokens of one branch that is followed by a time token and `noise_tokens` noise tokens.
+
+        Raises:
+            RequestError: the branch is longer than the model's positions.
+        """
+        ids, kv_end, places = self._tokens(branch.text, tuple(i.tokens for i in branch.images))
+        total = len(ids) + 1 + noise_tokens
+        if total > self.config.max_position_embeddings:
+            raise RequestError(
+                f"a prompt of {len(ids)} tokens with {noise_tokens} for the picture is more than "
+                f"the model's {self.config.max_position_embeddings} positions; shorten the prompt, "
+                "or make its images or the picture smaller"
+            )
+        spans = tuple((first, stop, branch.images[number]) for first, stop, number in places)
+        long = self.config.uses_long_factor(total)
+        images = tuple((image.digest, image.size) for _, _, image in spans)
+        return EncodedBranch(ids, kv_end, spans, long, (branch.text, images, long, steps))
+
+    def clear(self) -> None:
+        """Forgets the remembered texts."""
+        self._tokens.cache_clear()
+
+    def _tokenize(
+        self, text: str, image_tokens: tuple[int, ...]
+    ) -> tuple[np.ndarray, np.ndarray, tuple[tuple[int, int, int], ...]]:
+        """Token ids, kv_end, and the (first, past the last) slot and index of each image."""
+        # split() with a group: text, image number, text, image number, ..., text
+        pieces = PLACEHOLDER.split(_BEFORE + text + _AFTER)
+        ids, kv_end, places = [self._bos], [1], []
+        for index, piece in enumerate(pieces):
+            start = len(ids)
+            if index % 2 == 0:
+                ids += self._tokenizer.encode(piece, add_special_tokens=False).ids
+                kv_end += range(start + 1, len(ids) + 1)
+            else:
+                number = int(piece) - 1
+                slots = image_tokens[number]
+                ids += [0] * slots
+                kv_end += [start + slots] * slots
+                places.append((start, start + slots, number))
+        if max(ids) >= self.config.vocab_size:
+            raise CheckpointError(
+                f"the tokenizer gives token {max(ids)}, the model has {self.config.vocab_size}; "
+                "tokenizer.json and the weights do not belong together"
+            )
+        return np.array(ids, np.int64), np.array(kv_end, np.int32), tuple(places)
+
+
+def lay_out(
+    branch: EncodedBranch, steps: int, cache_start: int, device: torch.device
+) -> ConditionSequence:
+    """Lays a branch out for prefill.
+
+    Args:
+        branch: what to compute.
+        steps: how many time tokens stand behind it.
+        cache_start: its first cache row; its rows there are
+            `[condition | the current step's time token | time tokens]`.
+        device: where the sequence is to be.
+    """
+    length = branch.length
+    rows = length + steps
+    positions = torch.arange(rows, device=device)
+    kv_end = torch.full((rows,), length, dtype=torch.int32)
+    kv_end[:length] = torch.from_numpy(branch.kv_end)
+    token_ids = torch.zeros(rows, dtype=torch.int64)
+    token_ids[:length] = torch.from_numpy(branch.token_ids)
+    return ConditionSequence(
+        branch=branch,
+        token_ids=token_ids.to(device),
+        positions=positions.clamp(max=length),
+        kv_end=kv_end.to(device),
+        cu_rows=torch.tensor([0, rows], dtype=torch.int32, device=device),
+        cache_rows=cache_start + positions + (positions >= length),
+    )

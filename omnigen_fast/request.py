@@ -1,0 +1,402 @@
+"""Request: one call's arguments, validated once, on the way in."""
+
+from __future__ import annotations
+
+import math
+import operator
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .config import LATENT_CHANNELS, TOKEN_PIXELS, VAE_SCALE, ModelConfig
+from .errors import RequestError
+from .images import InputImage, read_image
+
+if TYPE_CHECKING:
+    import torch
+
+# The original's built-in negative prompt.
+DEFAULT_NEGATIVE_PROMPT = (
+    "low quality, jpeg artifacts, ugly, duplicate, morbid, mutilated, extra fingers, "
+    "mutated hands, poorly drawn hands, poorly drawn face, mutation, deformed, blurry, "
+    "dehydrated, bad anatomy, bad proportions, extra limbs, cloned face, disfigured, "
+    "gross proportions, malformed limbs, missing arms, missing legs, extra arms, extra legs, "
+    "fused fingers, too many fingers."
+)
+OUTPUT_TYPES = ("pil", "pt", "np", "latent")
+MAX_STEPS = 1000
+MAX_GUIDANCE = 1000  # beyond it float32 velocities and then pictures are nothing but noise
+MAX_IMAGES = 1024  # in one call; far beyond any memory, and a guard against a slipped digit
+_MAX_NUMERAL = 9  # digits in the name of an image
+
+PLACEHOLDER = re.compile(r"<\|image_(\d+)\|>")
+_TAG = re.compile(r"<img>|</img>|<\|image_(?:\d+\|>)?")
+_WELL_FORMED = re.compile(r"<img>\s*<\|image_\d+\|>\s*</img>")
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance over text and, after InstructPix2Pix (2023), over input images."""
+
+    text: float
+    image: float
+    use_image: bool
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt with the images that its placeholders name, and what to steer away from."""
+
+    text: str
+    images: tuple[InputImage, ...]
+    negative: str
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one call asks for. Nothing downstream checks a user's input again."""
+
+    prompts: tuple[Prompt, ...]
+    images_per_prompt: int
+    height: int
+    width: int
+    steps: int
+    guidance: Guidance
+    branches_per_pass: int | None  # guidance branches of a picture in one pass; None: all
+    use_cache: bool
+    seed: int | None
+    generator: Any  # None, a torch.Generator, or one for each image
+    latents: Any  # None, or a tensor [images, 4, height / 8, width / 8]
+    output_type: str
+
+    @property
+    def images(self) -> int:
+        """How many pictures come out."""
+        return len(self.prompts) * self.images_per_prompt
+
+    @property
+    def noise_tokens(self) -> int:
+        """Noise tokens of one picture."""
+        return (self.height // TOKEN_PIXELS) * (self.width // TOKEN_PIXELS)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int, int]:
+        return latent_shape(self.images, self.height, self.width)
+
+
+def latent_shape(images: int, height: int, width: int) -> tuple[int, int, int, int]:
+    """Shape of the latents of pictures of `height` x `width` pixels."""
+    return images, LATENT_CHANNELS, height // VAE_SCALE, width // VAE_SCALE
+
+
+def make_request(
+    config: ModelConfig,
+    *,
+    prompt: str | Sequence[str],
+    input_images: Any,
+    height: int,
+    width: int,
+    num_inference_steps: int,
+    guidance_scale: float,
+    use_img_guidance: bool,
+    img_guidance_scale: float,
+    max_input_image_size: int,
+    separate_cfg_infer: bool | None,
+    use_kv_cache: bool | None,
+    use_input_image_size_as_output: bool,
+    seed: int | None,
+    output_type: str,
+    negative_prompt: str | Sequence[str] | None,
+    num_images_per_prompt: int,
+    generator: Any,
+    latents: torch.Tensor | None,
+) -> Request:
+    """Checks every argument of a call and reads its images.
+
+    The arguments are `OmniGenPipeline.__call__`'s, described there.
+
+    Raises:
+        RequestError: the first thing that can't be used: what was given, what is allowed, what to
+            do about it.
+    """
+    texts, image_lists = _prompts_and_images(prompt, input_images)
+    for index, (text, images) in enumerate(zip(texts, image_lists)):
+        _check_prompt(text, len(images), "prompt" if len(texts) == 1 else f"prompt[{index}]")
+    negatives = _negatives(negative_prompt, len(texts))
+
+    if not isinstance(output_type, str) or output_type not in OUTPUT_TYPES:
+        raise RequestError(
+            f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {_show(output_type)}"
+        )
+    steps = _integer("num_inference_steps", num_inference_steps, 1, MAX_STEPS)
+    per_prompt = _integer("num_images_per_prompt", num_images_per_prompt, 1, MAX_IMAGES)
+    if len(texts) * per_prompt > MAX_IMAGES:
+        raise RequestError(
+            f"{len(texts)} prompts with {per_prompt} images each are more than {MAX_IMAGES} "
+            "pictures; make them in several calls"
+        )
+    guidance = Guidance(
+        _scale("guidance_scale", guidance_scale),
+        _scale("img_guidance_scale", img_guidance_scale),
+        _switch("use_img_guidance", use_img_guidance) and any(image_lists),
+    )
+    max_size = _integer("max_input_image_size", max_input_image_size, TOKEN_PIXELS, 1 << 16)
+    if seed is not None:
+        seed = _integer("seed", seed, -(1 << 63), (1 << 64) - 1)
+        if generator is not None:
+            raise RequestError("give seed or generator, not both")
+    separate = separate_cfg_infer is not None and _switch("separate_cfg_infer", separate_cfg_infer)
+    if _switch("use_input_image_size_as_output", use_input_image_size_as_output):
+        if len(texts) != 1 or len(image_lists[0]) != 1:
+            raise RequestError(
+                "use_input_image_size_as_output needs one prompt with one image, got "
+                f"{len(texts)} prompt(s) with {sum(map(len, image_lists))} image(s); give height "
+                "and width instead"
+            )
+    else:
+        height = _side("height", height, config)
+        width = _side("width", width, config)
+
+    prompts = tuple(
+        Prompt(
+            text,
+            tuple(
+                read_image(
+                    image,
+                    max_size,
+                    config.max_image_side,
+                    f"input_images[{i}]" if len(texts) == 1 else f"input_images[{index}][{i}]",
+                )
+                for i, image in enumerate(images)
+            ),
+            negative,
+        )
+        for index, (text, images, negative) in enumerate(zip(texts, image_lists, negatives))
+    )
+    if use_input_image_size_as_output:
+        height, width = prompts[0].images[0].size
+    images = len(texts) * per_prompt
+    _check_generator(generator, images)
+    _check_latents(latents, latent_shape(images, height, width))
+    return Request(
+        prompts=prompts,
+        images_per_prompt=per_prompt,
+        height=height,
+        width=width,
+        steps=steps,
+        guidance=guidance,
+        branches_per_pass=1 if separate else None,
+        use_cache=use_kv_cache is None or _switch("use_kv_cache", use_kv_cache),
+        seed=seed,
+        generator=generator,
+        latents=latents,
+        output_type=output_type,
+    )
+
+
+def _prompts_and_images(prompt: Any, input_images: Any) -> tuple[list[str], list[list[Any]]]:
+    """Prompts, and for each the list of its images, from the shapes that a call may take."""
+    if isinstance(prompt, str):
+        if input_images is None:
+            images: list[Any] = []
+        elif isinstance(input_images, list | tuple):
+            images = list(input_images)
+        else:
+            images = [input_images]
+        if any(isinstance(image, list | tuple) for image in images):
+            raise RequestError(
+                "input_images is a list of lists but prompt is one string; give one flat list, "
+                "or a list of prompts"
+            )
+        return [prompt], [images]
+    if not isinstance(prompt, list | tuple):
+        raise RequestError(f"prompt must be a string or a list of strings, got {_kind(prompt)}")
+    if not prompt:
+        raise RequestError("prompt is an empty list; give at least one prompt")
+    for index, text in enumerate(prompt):
+        if not isinstance(text, str):
+            raise RequestError(f"prompt[{index}] must be a string, got {_kind(text)}")
+    if input_images is None:
+        return list(prompt), [[] for _ in prompt]
+    if not isinstance(input_images, list | tuple) or not all(
+        images is None or isinstance(images, list | tuple) for images in input_images
+    ):
+        raise RequestError(
+            "with a list of prompts, input_images must be a list of lists, one for each prompt "
+            "([] where it has no image)"
+        )
+    if len(input_images) != len(prompt):
+        raise RequestError(
+            f"{len(prompt)} prompts but {len(input_images)} lists of input_images; give one list "
+            "for each prompt ([] where it has no image)"
+        )
+    return list(prompt), [list(images or ()) for images in input_images]
+
+
+def _check_prompt(text: str, images: int, name: str) -> None:
+    if not text.strip():
+        raise RequestError(f"{name} is empty; say what to draw")
+    _check_unicode(text, name)
+    if stray := _TAG.search(_WELL_FORMED.sub("\0", text)):
+        raise RequestError(
+            f"{name} has a stray {stray.group()}; write each image as <img><|image_1|></img>"
+        )
+    numerals = PLACEHOLDER.findall(text)
+    longest = max(map(len, numerals), default=0)
+    if longest > _MAX_NUMERAL:
+        raise RequestError(
+            f"{name} names an image by a number of {longest} digits; number images from 1"
+        )
+    numbers = sorted(set(map(int, numerals)))
+    if numbers and not images:
+        raise RequestError(
+            f"{name} names image {numbers[0]} but input_images has none for it; "
+            "give the image or remove its placeholder"
+        )
+    if numbers != list(range(1, len(numbers) + 1)):
+        raise RequestError(
+            f"{name} names images {_show(numbers)}; number them 1 to {len(numbers)} without a gap"
+        )
+    if len(numbers) < images:
+        raise RequestError(
+            f"{name} has {images} image(s) but names {len(numbers)} of them; "
+            f"add <img><|image_{len(numbers) + 1}|></img> where it belongs, or drop the image"
+        )
+    if len(numbers) > images:
+        raise RequestError(
+            f"{name} names image {numbers[-1]} but input_images has {images}; "
+            "give the image or remove its placeholder"
+        )
+
+
+def _check_unicode(text: str, name: str) -> None:
+    """Python strings can hold halves of characters, for instance from undecodable bytes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"{name} holds {text[error.start]!r} at {error.start}, which is no character; "
+            "was it decoded from UTF-8?"
+        ) from error
+
+
+def _negatives(negative_prompt: Any, prompts: int) -> list[str]:
+    if negative_prompt is None:
+        return [DEFAULT_NEGATIVE_PROMPT] * prompts
+    if isinstance(negative_prompt, str):
+        negatives = [negative_prompt] * prompts
+    elif isinstance(negative_prompt, list | tuple):
+        negatives = list(negative_prompt)
+    else:
+        raise RequestError(
+            f"negative_prompt must be a string or a list of strings, got {_kind(negative_prompt)}"
+        )
+    if len(negatives) != prompts:
+        raise RequestError(
+            f"{len(negatives)} negative prompts for {prompts} prompt(s); give one, or one for each"
+        )
+    for negative in negatives:
+        if not isinstance(negative, str):
+            raise RequestError(f"a negative prompt must be a string, got {_kind(negative)}")
+        _check_unicode(negative, "negative_prompt")
+        if tag := _TAG.search(negative):
+            raise RequestError(f"negative_prompt holds {tag.group()}; it can't name images")
+    return negatives
+
+
+def _side(name: str, value: Any, config: ModelConfig) -> int:
+    side = _integer(name, value, TOKEN_PIXELS, config.max_image_side, " pixels")
+    if side % TOKEN_PIXELS:
+        below = side - side % TOKEN_PIXELS
+        raise RequestError(
+            f"{name} must be a multiple of {TOKEN_PIXELS}, got {side}; "
+            f"the nearest are {below} and {below + TOKEN_PIXELS}"
+        )
+    return side
+
+
+def _integer(name: str, value: Any, low: int, high: int, unit: str = "") -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool):
+        raise RequestError(f"{name} must be an integer, got {_show(value)}")
+    if not low <= number <= high:
+        raise RequestError(f"{name} must be from {low} to {high}{unit}, got {_show(number)}")
+    return number
+
+
+def finite(name: str, value: Any) -> float:
+    """The number that a caller gave; raises RequestError unless it is finite."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last: torch's
+        number = math.nan
+    if not math.isfinite(number) or isinstance(value, bool | str):
+        raise RequestError(f"{name} must be a finite number, got {_show(value)}")
+    return number
+
+
+def _scale(name: str, value: Any) -> float:
+    number = finite(name, value)
+    if abs(number) > MAX_GUIDANCE:
+        raise RequestError(
+            f"{name} must be from -{MAX_GUIDANCE} to {MAX_GUIDANCE}, got {_show(value)}; "
+            "1 to 5 is usual"
+        )
+    return number
+
+
+def _switch(name: str, value: Any) -> bool:
+    # a string such as "no" would count as true
+    if isinstance(value, bool) or type(value).__name__ in ("bool_", "bool"):
+        return bool(value)
+    raise RequestError(f"{name} must be True or False, got {_show(value)}")
+
+
+def _check_generator(generator: Any, images: int) -> None:
+    if generator is None:
+        return
+    import torch
+
+    generators = generator if isinstance(generator, list | tuple) else [generator]
+    if not all(isinstance(one, torch.Generator) for one in generators):
+        raise RequestError(
+            f"generator must be a torch.Generator or a list of them, got {_kind(generator)}"
+        )
+    if isinstance(generator, list | tuple) and len(generators) != images:
+        raise RequestError(f"{len(generators)} generators for {images} images; give one for each")
+
+
+def _check_latents(latents: Any, shape: tuple[int, ...]) -> None:
+    if latents is None:
+        return
+    import torch
+
+    if not isinstance(latents, torch.Tensor):
+        raise RequestError(f"latents must be a tensor, got {_kind(latents)}")
+    dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    if latents.dtype not in dtypes or latents.layout != torch.strided or latents.is_meta:
+        raise RequestError(
+            "latents must be a dense floating-point tensor, got "
+            f"{latents.dtype}, {latents.layout}, on {latents.device}"
+        )
+    if tuple(latents.shape) != shape:
+        raise RequestError(f"latents must have shape {shape}, got {tuple(latents.shape)}")
+    if not torch.isfinite(latents.to(torch.float32)).all():
+        raise RequestError("latents hold NaN or infinity in float32")
+
+
+def _kind(value: Any) -> str:
+    return type(value).__name__
+
+
+def _show(value: Any) -> str:
+    """A value as an error shows it, cut short."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no integer of more than 4300 digits
+        return f"an enormous {_kind(value)}"
+    return text if len(text) <= 100 else f"{text[:97]}..."

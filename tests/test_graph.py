@@ -1,0 +1,143 @@
+"""A step recorded once and replayed is the step itself, for every step and every later call.
+
+Without a GPU the recording is a trace of the operations on the very tensors of the loop: like a
+CUDA graph it knows nothing of what Python would have done differently the next time.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from conftest import GOLDEN, relative_error
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from omnigen_fast.graph import StepGraphs
+
+REQUEST = {
+    "prompt": "A cat on a mat.",
+    "height": 64,
+    "width": 48,
+    "num_inference_steps": 5,
+    "seed": 11,
+    "progress": False,
+    "output_type": "latent",
+}
+EDIT = {
+    **REQUEST,
+    "prompt": "<img><|image_1|></img> remove the cup",
+    "input_images": [str(GOLDEN / "images" / "coffee.png")],
+    "max_input_image_size": 96,
+}
+
+
+def trace(work):
+    """Records the operations of a loop's step on the tensors that they touch.
+
+    Tracing runs what it records, a CUDA graph's capture does not: what it did is undone.
+    """
+    loop = work.__self__
+    before = [(tensor, tensor.clone()) for tensor in (loop.latents, loop.index)]
+    recorded = make_fx(lambda: work())()
+    for tensor, value in before:
+        tensor.copy_(value)
+    return recorded
+
+
+@pytest.fixture
+def captured(load_pipe):
+    """A pipeline whose steps are traced, and the list of what was traced and replayed."""
+    pipe = load_pipe()
+    events = []
+
+    def capture(work):
+        replay = trace(work)
+        events.append("capture")
+        return lambda: events.append("replay") or replay()
+
+    pipe._graphs = StepGraphs(capture)
+    return pipe, events
+
+
+@pytest.mark.parametrize("request_", [REQUEST, EDIT], ids=["text", "edit"])
+def test_replayed_steps_are_eager_steps(pipe, captured, request_):
+    recording, events = captured
+    assert torch.equal(recording(**request_), pipe(**request_))
+    assert events[0] == "capture" and events.count("capture") == 1
+    assert events.count("replay") == 4
+
+
+def test_a_later_call_replays_with_its_own_values(pipe, captured):
+    recording, events = captured
+    first = recording(**REQUEST)
+    kept = first.clone()
+    for changes in (
+        {"seed": 12},
+        {"guidance_scale": 1.5, "seed": 13},
+    ):
+        found = recording(**{**REQUEST, **changes})
+        assert torch.equal(found, pipe(**{**REQUEST, **changes})), changes
+    assert torch.equal(first, kept)  # what a caller holds is not written again
+    assert events.count("capture") == 1
+
+
+def test_other_shapes_are_captured_apart_and_the_oldest_dropped(pipe, captured):
+    recording, events = captured
+    for width, captures in ((48, 1), (64, 2), (48, 2), (80, 3), (48, 3), (64, 4)):
+        changes = {**REQUEST, "width": width}
+        assert torch.equal(recording(**changes), pipe(**changes))
+        assert events.count("capture") == captures
+
+
+def test_a_callback_changes_replayed_steps_too(pipe, captured):
+    recording, _ = captured
+
+    def halve(_, step, time, tensors):
+        return {"latents": tensors["latents"] / 2} if step == 2 else None
+
+    def halve_in_place(_, step, time, tensors):
+        if step == 2:
+            tensors["latents"].div_(2)
+
+    expected = pipe(**REQUEST, callback_on_step_end=halve)
+    assert relative_error(expected, pipe(**REQUEST)) > 0.01
+    for callback in (halve, halve, halve_in_place):
+        assert torch.equal(recording(**REQUEST, callback_on_step_end=callback), expected)
+
+
+def test_weights_that_change_end_a_capture(pipe, captured):
+    recording, events = captured
+    recording(**REQUEST)
+    recording.load_lora_weights(GOLDEN / "lora")
+    pipe.load_lora_weights(GOLDEN / "lora")
+    try:
+        assert torch.equal(recording(**REQUEST), pipe(**REQUEST))
+    finally:
+        pipe.unload_lora_weights()
+    assert events.count("capture") == 2
+
+
+def test_without_memory_steps_run_eagerly(pipe, load_pipe, caplog):
+    tries = []
+
+    def capture(work):
+        tries.append(1)
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+    recording = load_pipe()
+    recording._graphs = StepGraphs(capture)
+    with caplog.at_level(logging.WARNING, "omnigen_fast"):
+        for seed in (1, 2):
+            changes = {**REQUEST, "seed": seed}
+            assert torch.equal(recording(**changes), pipe(**changes))
+    assert len(tries) == 1
+    assert [record.getMessage() for record in caplog.records] == [
+        "a step can't be captured (CUDA out of memory.); steps run one kernel at a time"
+    ]
+
+
+def test_few_steps_are_not_worth_a_capture(captured):
+    recording, events = captured
+    recording(**{**REQUEST, "num_inference_steps": 2})
+    assert not events

@@ -1,0 +1,109 @@
+"""How the project is built: imports go one way, and what it may not need."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# Each module may import those before it. `errors` and `config` stand under all.
+ORDER = [
+    "errors",
+    "config",
+    "images",
+    "request",
+    "processor",
+    "cache",
+    "model",
+    "checkpoint",
+    "vae",
+    "lora",
+    "denoise",
+    "graph",
+    "pipeline",
+    "cli",
+]
+USE_KERNELS = {"model", "denoise", "vae"}
+
+
+def _imports(path: Path) -> set[tuple[int, str]]:
+    """(level, module) of every import, also those inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+            found |= {(node.level, name) for name in names}
+        elif isinstance(node, ast.Import):
+            found |= {(0, alias.name) for alias in node.names}
+    return found
+
+
+def test_every_module_has_its_place():
+    modules = {path.stem for path in (ROOT / "omnigen_fast").glob("*.py")} - {"__init__"}
+    assert modules == set(ORDER)
+
+
+@pytest.mark.parametrize("module", ORDER)
+def test_imports_go_one_way(module):
+    allowed = set(ORDER[: ORDER.index(module)])
+    if module in USE_KERNELS:
+        allowed.add("kernels")
+    if module == "cli":
+        allowed.add("__version__")
+    local = {name for level, name in _imports(ROOT / "omnigen_fast" / f"{module}.py") if level}
+    assert local <= allowed, f"{module} imports {local - allowed}"
+
+
+def test_kernels_import_torch_and_triton_only():
+    for path in (ROOT / "kernels").glob("*.py"):
+        for level, name in _imports(path):
+            root = name.split(".")[0]
+            allowed = root in {"torch", "triton"} or root in sys.stdlib_module_names
+            assert level == 1 or allowed, f"{path.name} imports {name}"
+
+
+# peft itself needs transformers and accelerate: these three go together
+@pytest.mark.parametrize(
+    "packages",
+    [{"torchvision", "timm"}, {"transformers", "accelerate", "peft"}],
+    ids=["images", "language"],
+)
+def test_runs_without(packages):
+    """A whole picture, with packages made impossible to find."""
+    code = f"""
+import importlib.machinery, importlib.metadata, sys
+finder, version = importlib.machinery.PathFinder.find_spec, importlib.metadata.version
+def find_spec(name, path=None, target=None):
+    return None if name.split(".")[0] in {packages!r} else finder(name, path, target)
+def absent(name):
+    if name in {packages!r}:
+        raise importlib.metadata.PackageNotFoundError(name)
+    return version(name)
+importlib.machinery.PathFinder.find_spec, importlib.metadata.version = find_spec, absent
+from omnigen_fast import OmniGenPipeline
+pipe = OmniGenPipeline.from_pretrained({str(ROOT / "tests/golden/tiny")!r}, dtype="float32")
+image, = pipe("<img><|image_1|></img> at night", [{str(ROOT / "tests/golden/images/cat.png")!r}],
+              height=64, width=64, num_inference_steps=1, max_input_image_size=64, progress=False)
+assert image.size == (64, 64)
+assert not {packages!r} & set(sys.modules)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_importing_needs_no_heavy_package():
+    code = """
+import sys, omnigen_fast
+heavy = {"torch", "triton", "diffusers", "transformers", "PIL", "numpy"} & set(sys.modules)
+assert not heavy, heavy
+import omnigen_fast.pipeline
+heavy = {"triton", "diffusers", "transformers", "huggingface_hub", "tokenizers"} & set(sys.modules)
+assert not heavy, heavy
+import omnigen_fast.cli
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
