@@ -10,7 +10,7 @@ import logging
 
 import pytest
 import torch
-from conftest import GOLDEN, relative_error
+from golden_cases import GOLDEN, relative_error
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from omnigen_fast.graph import StepGraphs

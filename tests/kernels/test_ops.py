@@ -90,8 +90,11 @@ def test_schemas_have_the_references_arguments():
     for name in OPERATIONS:
         schema = getattr(torch.ops.omnigen_fast, name).default._schema
         expected = list(reference.__dict__[name].__annotations__)[:-1]
-        assert [argument.name for argument in schema.arguments] == expected
         assert list(getattr(ops, name).__annotations__)[:-1] == expected
+        # a compiled graph plans its own memory
+        assert [argument.name for argument in schema.arguments] == [
+            name for name in expected if name != "out"
+        ]
 
 
 def test_every_operation_is_on_the_door():
