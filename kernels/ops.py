@@ -116,11 +116,27 @@ def use(
         _choice.reset(token)
 
 
+# Operations that write where the caller wants, and how many arguments stand before `out`.
+_BEFORE_OUT = {
+    "rms_norm": 3,
+    "add_rms_norm": 4,
+    "attention_step": 9,
+    "attention_prefill": 6,
+    "swiglu": 1,
+}
+
+
 def _checked(name: str) -> Callable:
     check, run = getattr(contract, name), getattr(reference, name)
+    before_out = _BEFORE_OUT.get(name)
 
     def checked(*args):
-        check(*args)
+        check(*args[:before_out])
+        if before_out is not None and len(args) > before_out and args[-1] is not None:
+            like = args[0]
+            if name == "swiglu":
+                like = like[:, : like.shape[1] // 2]
+            contract.same("out", args[-1], like)
         return run(*args)
 
     return checked
@@ -217,10 +233,16 @@ def _call(name: str, x: Tensor, *args):
     return run(x, *args)
 
 
+def _into(out: Tensor | None, result: Tensor) -> Tensor:
+    """A compiled graph plans its own memory; a result that is wanted elsewhere is copied there."""
+    return result if out is None else out.copy_(result)
+
+
 def rms_norm(
     x: Tensor,  # [rows, hidden]
     weight: Tensor,  # [hidden]
     eps: float,
+    out: Tensor | None = None,  # [rows, hidden]
 ) -> Tensor:  # [rows, hidden]
     """See `reference.rms_norm`.
 
@@ -228,8 +250,8 @@ def rms_norm(
         TypeError, ValueError: see `contract.rms_norm`.
     """
     if torch.compiler.is_compiling():
-        return torch.ops.omnigen_fast.rms_norm(x, weight, eps)
-    return _call("rms_norm", x, weight, eps)
+        return _into(out, torch.ops.omnigen_fast.rms_norm(x, weight, eps))
+    return _call("rms_norm", x, weight, eps, out)
 
 
 def add_rms_norm(
@@ -237,6 +259,7 @@ def add_rms_norm(
     x: Tensor,  # [rows, hidden]
     weight: Tensor,  # [hidden]
     eps: float,
+    out: Tensor | None = None,  # [rows, hidden]
 ) -> Tensor:  # [rows, hidden]
     """See `reference.add_rms_norm`.
 
@@ -244,8 +267,8 @@ def add_rms_norm(
         TypeError, ValueError: see `contract.add_rms_norm`.
     """
     if torch.compiler.is_compiling():
-        return torch.ops.omnigen_fast.add_rms_norm(residual, x, weight, eps)
-    return _call("add_rms_norm", residual, x, weight, eps)
+        return _into(out, torch.ops.omnigen_fast.add_rms_norm(residual, x, weight, eps))
+    return _call("add_rms_norm", residual, x, weight, eps, out)
 
 
 def rope_(
@@ -298,7 +321,8 @@ def attention_step(
     cache_start: Tensor,  # [groups], int32: its first cache row
     cache_len: Tensor,  # [groups], int32: how many cache rows it sees, may be 0
     max_rows: int,  # rows of the longest group
-) -> Tensor:  # [rows, heads, head_dim], contiguous
+    out: Tensor | None = None,  # [rows, heads, head_dim]
+) -> Tensor:  # [rows, heads, head_dim]
     """See `reference.attention_step`.
 
     Raises:
@@ -306,8 +330,8 @@ def attention_step(
     """
     args = (q, k, v, k_cache, v_cache, cu_rows, cache_start, cache_len, max_rows)
     if torch.compiler.is_compiling():
-        return torch.ops.omnigen_fast.attention_step(*args)
-    return _call("attention_step", *args)
+        return _into(out, torch.ops.omnigen_fast.attention_step(*args))
+    return _call("attention_step", *args, out)
 
 
 def attention_prefill(
@@ -317,19 +341,22 @@ def attention_prefill(
     cu_rows: Tensor,  # [groups + 1], int32
     kv_end: Tensor,  # [rows], int32, counted from the first row of the row's group
     max_rows: int,  # rows of the longest group
-) -> Tensor:  # [rows, heads, head_dim], contiguous
+    out: Tensor | None = None,  # [rows, heads, head_dim]
+) -> Tensor:  # [rows, heads, head_dim]
     """See `reference.attention_prefill`.
 
     Raises:
         TypeError, ValueError: see `contract.attention_prefill`.
     """
+    args = (q, k, v, cu_rows, kv_end, max_rows)
     if torch.compiler.is_compiling():
-        return torch.ops.omnigen_fast.attention_prefill(q, k, v, cu_rows, kv_end, max_rows)
-    return _call("attention_prefill", q, k, v, cu_rows, kv_end, max_rows)
+        return _into(out, torch.ops.omnigen_fast.attention_prefill(*args))
+    return _call("attention_prefill", *args, out)
 
 
 def swiglu(
     gate_up: Tensor,  # [rows, 2 * intermediate], gate first
+    out: Tensor | None = None,  # [rows, intermediate]; may be gate_up's own first half
 ) -> Tensor:  # [rows, intermediate]
     """See `reference.swiglu`.
 
@@ -337,8 +364,8 @@ def swiglu(
         TypeError, ValueError: see `contract.swiglu`.
     """
     if torch.compiler.is_compiling():
-        return torch.ops.omnigen_fast.swiglu(gate_up)
-    return _call("swiglu", gate_up)
+        return _into(out, torch.ops.omnigen_fast.swiglu(gate_up))
+    return _call("swiglu", gate_up, out)
 
 
 def modulate(
