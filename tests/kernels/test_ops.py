@@ -454,3 +454,27 @@ def test_kernels_refuse_what_they_are_not_written_for():
         ops.rms_norm(random(2, 4).double(), random(4).double(), 1e-5)
     with pytest.raises(ValueError, match="x must have 1 to 65536 columns"):
         contract.rms_norm(torch.zeros(1, 65537), torch.zeros(65537), 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "part"), (("attention_step", "k_cache"), ("attention_prefill", "q"))
+)
+def test_offsets_of_32_bits_are_not_passed(name, part):
+    """Rows that far apart would be read from a wrong place. On "meta" they need no memory."""
+    args = arguments(name)
+    for key, value in args.items():
+        if isinstance(value, torch.Tensor):
+            args[key] = value.to("meta")
+    rows = args[part].shape[0]
+    stride = (1 << 31) // (rows if part == "k_cache" else args["max_rows"])
+    fits, far = (
+        torch.empty((rows, step), dtype=args[part].dtype, device="meta").as_strided(
+            args[part].shape, (step, HEAD_DIM, 1)
+        )
+        for step in (stride - 1, stride + 1)
+    )
+    check = getattr(contract, name)
+    check(**{**args, part: fits}, fused=True)
+    with pytest.raises(ValueError, match=rf"{part} must have less than 2\^31 elements"):
+        check(**{**args, part: far}, fused=True)
+    check(**{**args, part: far})  # the reference has no such limit
