@@ -8,7 +8,7 @@ operation takes `out`, that is where its result goes, so that a loop needs no ne
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import torch
@@ -25,21 +25,28 @@ _PLAIN_SCORES = 1 << 26
 _CPU_BLOCK_VALUES = 1 << 18
 
 
-def _blocks(x: Tensor, scratch: int) -> Iterator[tuple[slice, list[Tensor]]]:
-    """Slices of the rows of `x` to work off one after the other; all at once but on a CPU.
-
-    With each come `scratch` tensors of the slice's shape to accumulate in; all slices share their
-    memory, for a CPU's page faults cost more than the arithmetic.
-    """
-    rows, block = len(x), len(x)
+def _block_rows(x: Tensor) -> int:
+    """Rows of `x` to work off at once: all of them but on a CPU."""
     if x.device.type == "cpu":
-        block = _CPU_BLOCK_VALUES * rows // max(1, x.numel())
-    block = min(max(1, block), rows)
-    wide = _wide(x.dtype)
-    shared = [x.new_empty(block, *x.shape[1:], dtype=wide) for _ in range(scratch)]
-    for start in range(0, rows, max(1, block)):
-        stop = min(start + block, rows)
-        yield slice(start, stop), [one[: stop - start] for one in shared]
+        return min(max(1, _CPU_BLOCK_VALUES * len(x) // max(1, x.numel())), len(x))
+    return len(x)
+
+
+def _scratch(x: Tensor, count: int) -> list[Tensor]:
+    """Tensors for a block of `x` to accumulate in.
+
+    Made once and used by all blocks: fresh pages cost a CPU more than the arithmetic on them.
+    """
+    shape = (_block_rows(x), *x.shape[1:])
+    return [x.new_empty(shape, dtype=_wide(x.dtype)) for _ in range(count)]
+
+
+def _blocks(x: Tensor, scratch: Sequence[Tensor] = ()) -> Iterator[tuple[slice, list[Tensor]]]:
+    """Slices of the rows of `x` to work off one after the other, and as many rows of `scratch`."""
+    rows = len(scratch[0]) if scratch else _block_rows(x)
+    for start in range(0, len(x), max(1, rows)):
+        stop = min(start + rows, len(x))
+        yield slice(start, stop), [one[: stop - start] for one in scratch]
 
 
 def _out(shape: torch.Size, like: Tensor, out: Tensor | None) -> Tensor:
@@ -60,7 +67,7 @@ def rms_norm(
 ) -> Tensor:  # [rows, hidden]
     """`x / sqrt(mean(x^2) + eps) * weight` over the last axis (Zhang & Sennrich, 2019)."""
     out = _out(x.shape, x, out)
-    for rows, (wide,) in _blocks(x, 1):
+    for rows, (wide,) in _blocks(x, _scratch(x, 1)):
         _rms_norm_block(x[rows], weight, eps, out[rows], wide)
     return out
 
@@ -81,7 +88,7 @@ def add_rms_norm(
 ) -> Tensor:  # [rows, hidden]
     """`residual += x`, and the RMSNorm of the sum."""
     out = _out(x.shape, x, out)
-    for rows, (wide,) in _blocks(x, 1):
+    for rows, (wide,) in _blocks(x, _scratch(x, 1)):
         _rms_norm_block(residual[rows].add_(x[rows]), weight, eps, out[rows], wide)
     return out
 
@@ -100,7 +107,7 @@ def rope_(
     head_dim = qkv.shape[1] // (heads + 2 * kv_heads)
     half = head_dim // 2
     by_head = qkv.unflatten(1, (-1, head_dim))[:, : heads + kv_heads]
-    for rows, (wide, rotated) in _blocks(by_head, 2):
+    for rows, (wide, rotated) in _blocks(by_head, _scratch(by_head, 2)):
         wide.copy_(by_head[rows])
         a, b = wide[..., :half], wide[..., half:]
         c, s = cos[rows].unsqueeze(1), sin[rows].unsqueeze(1)
@@ -177,6 +184,7 @@ def attention_step(
     """
     out = _out(q.shape, q, out)
     share = q.shape[1] // k.shape[1]
+    scratch = _scratch(q[:max_rows].unflatten(1, (-1, share)), 2)
     groups = zip(pairwise(cu_rows.tolist()), cache_start.tolist(), cache_len.tolist())
     for (start, stop), first, length in groups:
         rows, cached = slice(start, stop), slice(first, first + length)
@@ -190,7 +198,7 @@ def attention_step(
             target = out[rows].unflatten(1, (-1, share))
             own, cache_out = own.permute(2, 1, 0, 3), cache_out.permute(2, 1, 0, 3)
             weight = weight.permute(2, 1, 0).unsqueeze(-1)
-            for some, (a, b) in _blocks(own, 2):
+            for some, (a, b) in _blocks(own, scratch):
                 a.copy_(own[some])
                 target[some] = a.lerp_(b.copy_(cache_out[some]), weight[some])
         else:
@@ -244,7 +252,7 @@ def swiglu(
     """`silu(gate) * up` (Shazeer, 2020) on the fused gate-up product."""
     gate, up = gate_up.chunk(2, dim=-1)
     out = _out(gate.shape, gate, out)
-    for rows, _ in _blocks(gate_up, 0):
+    for rows, _ in _blocks(gate_up):
         torch.mul(F.silu(gate[rows]), up[rows], out=out[rows])
     return out
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, TINY
+from golden_cases import GOLDEN, TINY
 from safetensors.torch import load_file, save_file
 
 from omnigen_fast import CheckpointError, OmniGenPipeline

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import GOLDEN, TINY
+from golden_cases import GOLDEN, TINY
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file

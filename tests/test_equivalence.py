@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import CASES, GOLDEN, golden_request, golden_result, relative_error
+from golden_cases import CASES, GOLDEN, golden_request, golden_result, relative_error
 
 from omnigen_fast.errors import RequestError
 from omnigen_fast.model import Transformer

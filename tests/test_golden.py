@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CASES, GOLDEN, TINY, golden_request, golden_result, relative_error
+from golden_cases import CASES, GOLDEN, TINY, golden_request, golden_result, relative_error
 from safetensors.torch import load_file, save_file
 
 from omnigen_fast.checkpoint import _DIFFUSERS, Checkpoint, _sources

@@ -10,7 +10,7 @@ import logging
 
 import pytest
 import torch
-from conftest import GOLDEN, relative_error
+from golden_cases import GOLDEN, relative_error
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from omnigen_fast.graph import StepGraphs
@@ -35,11 +35,15 @@ EDIT = {
 def trace(work):
     """Records the operations of a loop's step on the tensors that they touch.
 
-    Tracing runs what it records, a CUDA graph's capture does not: what it did is undone.
+    Ours are recorded as they are called under torch.compile, whole: like a kernel they then read
+    lengths and places on the device. Tracing runs what it records, a CUDA graph's capture does not:
+    what it did is undone.
     """
     loop = work.__self__
     before = [(tensor, tensor.clone()) for tensor in (loop.latents, loop.index)]
-    recorded = make_fx(lambda: work())()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        recorded = make_fx(lambda: work())()
     for tensor, value in before:
         tensor.copy_(value)
     return recorded
@@ -80,6 +84,19 @@ def test_a_later_call_replays_with_its_own_values(pipe, captured):
         assert torch.equal(found, pipe(**{**REQUEST, **changes})), changes
     assert torch.equal(first, kept)  # what a caller holds is not written again
     assert events.count("capture") == 1
+
+
+def test_a_capture_serves_other_conditions(pipe, captured):
+    """Longer and shorter prompts, in other places of the same cache."""
+    recording, events = captured
+    prompts = ["A cat.", "A dog that sleeps on a red sofa beside a window.", "A bird, small."]
+    for prompt in prompts:  # until the cache has room for all
+        recording(**{**REQUEST, "prompt": prompt})
+    before = events.count("capture")
+    for seed, prompt in enumerate(prompts * 2):
+        changes = {**REQUEST, "prompt": prompt, "seed": seed}
+        assert torch.equal(recording(**changes), pipe(**changes)), prompt
+    assert events.count("capture") == before
 
 
 def test_other_shapes_are_captured_apart_and_the_oldest_dropped(pipe, captured):

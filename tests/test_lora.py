@@ -8,7 +8,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from conftest import GOLDEN
+from golden_cases import GOLDEN
 from safetensors.torch import load_file, save_file
 from torch import nn
 

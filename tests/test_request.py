@@ -9,7 +9,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN
+from golden_cases import GOLDEN
 from PIL import Image
 
 from omnigen_fast import RequestError
