@@ -20,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import contract, launch
 
@@ -83,6 +84,55 @@ def _store(ptr, o_row, m_row, stride_row, b_a, b_b, HEAD_A: tl.constexpr, HEAD_B
     if HEAD_B:
         p_b = p_row + HEAD_A + tl.arange(0, HEAD_B)[None, :]
         tl.store(p_b, b_b, mask=m_row[:, None])
+
+
+@triton.jit
+def _tails(
+    q_a,
+    q_b,
+    acc_a,
+    acc_b,
+    b_max,
+    b_sum,
+    scale,
+    k_ptr,
+    v_ptr,
+    stride_k_row,
+    stride_v_row,
+    rows,
+    k_cache_ptr,
+    v_cache_ptr,
+    stride_k_cache_row,
+    stride_v_cache_row,
+    cached,
+    HEAD_A: tl.constexpr,
+    HEAD_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """What the whole blocks leave of either segment: the only blocks whose columns are masked.
+
+    The segment without a remainder gives no turn, so every block has a visible key and the maximum
+    stays finite.
+    """
+    o_n = tl.arange(0, BLOCK_N)
+    cache_tail = cached % BLOCK_N
+    own_tail = rows % BLOCK_N
+    from_cache = (cache_tail > 0).to(tl.int32)
+    for i_tail in tl.range(0, from_cache + (own_tail > 0).to(tl.int32), num_stages=1):
+        in_cache = i_tail < from_cache
+        tail = tl.where(in_cache, cache_tail, own_tail)
+        o_row = tl.where(in_cache, cached, rows) - tail + o_n
+        p_k = tl.where(in_cache, k_cache_ptr, k_ptr)
+        p_v = tl.where(in_cache, v_cache_ptr, v_ptr)
+        stride_k = tl.where(in_cache, stride_k_cache_row, stride_k_row)
+        stride_v = tl.where(in_cache, stride_v_cache_row, stride_v_row)
+        m_n = o_n < tail
+        k_a, k_b = _load_some(p_k, o_row, m_n, stride_k, HEAD_A, HEAD_B)
+        b_s = _scores(q_a, q_b, k_a, k_b, HEAD_B)
+        b_s = tl.where(m_n[None, :], b_s, float("-inf"))
+        v_a, v_b = _load_some(p_v, o_row, m_n, stride_v, HEAD_A, HEAD_B)
+        acc_a, acc_b, b_max, b_sum = _fold(b_s, v_a, v_b, acc_a, acc_b, b_max, b_sum, scale, HEAD_B)
+    return acc_a, acc_b, b_max, b_sum
 
 
 @triton.jit
@@ -154,26 +204,110 @@ def attention_step_kernel(
         v_a, v_b = _load(p_v, o_row, stride_v, HEAD_A, HEAD_B)
         acc_a, acc_b, b_max, b_sum = _fold(b_s, v_a, v_b, acc_a, acc_b, b_max, b_sum, scale, HEAD_B)
 
-    # What is left of either: the only blocks whose columns are masked. The segment without a
-    # remainder gives no turn, so every block has a visible key and the maximum stays finite.
-    cache_tail = cached % BLOCK_N
-    own_tail = rows % BLOCK_N
-    from_cache = (cache_tail > 0).to(tl.int32)
-    for i_tail in tl.range(0, from_cache + (own_tail > 0).to(tl.int32), num_stages=1):
-        in_cache = i_tail < from_cache
-        tail = tl.where(in_cache, cache_tail, own_tail)
-        o_row = tl.where(in_cache, cached, rows) - tail + o_n
-        p_k = tl.where(in_cache, k_cache_ptr, k_ptr)
-        p_v = tl.where(in_cache, v_cache_ptr, v_ptr)
-        stride_k = tl.where(in_cache, stride_k_cache_row, stride_k_row)
-        stride_v = tl.where(in_cache, stride_v_cache_row, stride_v_row)
-        m_n = o_n < tail
-        k_a, k_b = _load_some(p_k, o_row, m_n, stride_k, HEAD_A, HEAD_B)
+    acc_a, acc_b, b_max, b_sum = _tails(
+        q_a, q_b, acc_a, acc_b, b_max, b_sum, scale,
+        k_ptr, v_ptr, stride_k_row, stride_v_row, rows,
+        k_cache_ptr, v_cache_ptr, stride_k_cache_row, stride_v_cache_row, cached,
+        HEAD_A, HEAD_B, BLOCK_N,
+    )  # fmt: skip
+    b_scale = 1.0 / b_sum[:, None]
+    acc_a = (acc_a * b_scale).to(out_ptr.dtype.element_ty)
+    acc_b = (acc_b * b_scale).to(out_ptr.dtype.element_ty)
+    _store(out_ptr, o_m, m_m, stride_out_row, acc_a, acc_b, HEAD_A, HEAD_B)
+
+
+@triton.jit
+def _load_map(a_map, b_map, o_row, o_head, HEAD_A: tl.constexpr, HEAD_B: tl.constexpr):
+    """As `_load`, through tensor maps: Hopper's copy engine computes the addresses."""
+    b_a = a_map.load([o_row, o_head])
+    b_b = b_a
+    if HEAD_B:
+        b_b = b_map.load([o_row, o_head + HEAD_A])
+    return b_a, b_b
+
+
+@triton.jit
+def attention_step_maps_kernel(
+    q_ptr,
+    k_a_map,
+    k_b_map,
+    v_a_map,
+    v_b_map,
+    k_cache_a_map,
+    k_cache_b_map,
+    v_cache_a_map,
+    v_cache_b_map,
+    k_ptr,
+    v_ptr,
+    k_cache_ptr,
+    v_cache_ptr,
+    out_ptr,
+    cu_rows_ptr,
+    cache_start_ptr,
+    cache_len_ptr,
+    stride_q_row,
+    stride_k_row,
+    stride_v_row,
+    stride_k_cache_row,
+    stride_v_cache_row,
+    stride_out_row,
+    scale,  # log2(e) / sqrt(head_dim)
+    SHARE: tl.constexpr,  # query heads per key head
+    HEAD_A: tl.constexpr,
+    HEAD_B: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    i_tile, i_head, i_group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    first = tl.load(cu_rows_ptr + i_group)
+    rows = tl.load(cu_rows_ptr + i_group + 1) - first
+    if i_tile * BLOCK_M >= rows:
+        return
+    cached_first = tl.load(cache_start_ptr + i_group)
+    cached = tl.load(cache_len_ptr + i_group)
+
+    # int64 only here: a row's place times its stride may pass 2^31, offsets in a group do not
+    o_q_head = i_head * (HEAD_A + HEAD_B)
+    o_k_head = (i_head // SHARE) * (HEAD_A + HEAD_B)
+    q_ptr += first.to(tl.int64) * stride_q_row + o_q_head
+    out_ptr += first.to(tl.int64) * stride_out_row + o_q_head
+    k_ptr += first.to(tl.int64) * stride_k_row + o_k_head
+    v_ptr += first.to(tl.int64) * stride_v_row + o_k_head
+    k_cache_ptr += cached_first.to(tl.int64) * stride_k_cache_row + o_k_head
+    v_cache_ptr += cached_first.to(tl.int64) * stride_v_cache_row + o_k_head
+
+    o_m = i_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_m = o_m < rows
+    q_a, q_b = _load_some(q_ptr, o_m, m_m, stride_q_row, HEAD_A, HEAD_B)
+
+    acc_a = tl.zeros([BLOCK_M, HEAD_A], tl.float32)
+    acc_b = acc_a
+    if HEAD_B:
+        acc_b = tl.zeros([BLOCK_M, HEAD_B], tl.float32)
+    b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    b_sum = tl.zeros([BLOCK_M], tl.float32)
+
+    # Two loops, since a map can't be chosen at run time. The maps know the tensors' ends, not the
+    # groups', so only whole blocks are read through them.
+    for i_block in range(cached // BLOCK_N):
+        o_row = cached_first + i_block * BLOCK_N
+        k_a, k_b = _load_map(k_cache_a_map, k_cache_b_map, o_row, o_k_head, HEAD_A, HEAD_B)
         b_s = _scores(q_a, q_b, k_a, k_b, HEAD_B)
-        b_s = tl.where(m_n[None, :], b_s, float("-inf"))
-        v_a, v_b = _load_some(p_v, o_row, m_n, stride_v, HEAD_A, HEAD_B)
+        v_a, v_b = _load_map(v_cache_a_map, v_cache_b_map, o_row, o_k_head, HEAD_A, HEAD_B)
+        acc_a, acc_b, b_max, b_sum = _fold(b_s, v_a, v_b, acc_a, acc_b, b_max, b_sum, scale, HEAD_B)
+    for i_block in range(rows // BLOCK_N):
+        o_row = first + i_block * BLOCK_N
+        k_a, k_b = _load_map(k_a_map, k_b_map, o_row, o_k_head, HEAD_A, HEAD_B)
+        b_s = _scores(q_a, q_b, k_a, k_b, HEAD_B)
+        v_a, v_b = _load_map(v_a_map, v_b_map, o_row, o_k_head, HEAD_A, HEAD_B)
         acc_a, acc_b, b_max, b_sum = _fold(b_s, v_a, v_b, acc_a, acc_b, b_max, b_sum, scale, HEAD_B)
 
+    acc_a, acc_b, b_max, b_sum = _tails(
+        q_a, q_b, acc_a, acc_b, b_max, b_sum, scale,
+        k_ptr, v_ptr, stride_k_row, stride_v_row, rows,
+        k_cache_ptr, v_cache_ptr, stride_k_cache_row, stride_v_cache_row, cached,
+        HEAD_A, HEAD_B, BLOCK_N,
+    )  # fmt: skip
     b_scale = 1.0 / b_sum[:, None]
     acc_a = (acc_a * b_scale).to(out_ptr.dtype.element_ty)
     acc_b = (acc_b * b_scale).to(out_ptr.dtype.element_ty)
@@ -290,8 +424,17 @@ def attention_step(
     head_a, head_b = _PARTS[head_dim]
     chosen = launch.choose("attention_step", q, head_dim)
     grid = (triton.cdiv(max_rows, chosen.block_m), heads, groups)
-    attention_step_kernel[grid](
+    kernel, maps = attention_step_kernel, ()
+    if chosen.tensor_maps and all(map(_mappable, (k, v, k_cache, v_cache))):
+        kernel = attention_step_maps_kernel
+        maps = [
+            _map(x, chosen.block_n, part or head_a)
+            for x in (k, v, k_cache, v_cache)
+            for part in (head_a, head_b)
+        ]
+    kernel[grid](
         q,
+        *maps,
         k,
         v,
         k_cache,
@@ -375,3 +518,14 @@ def _output(q: Tensor, out: Tensor | None) -> Tensor:
         return torch.empty(q.shape, dtype=q.dtype, device=q.device)
     contract.same("out", out, q)
     return out
+
+
+def _mappable(x: Tensor) -> bool:
+    """Whether a tensor map can describe the rows of `x`: all of 16 bytes, and some."""
+    return bool(x.shape[0]) and not (x.data_ptr() | x.stride(0) * x.element_size()) % 16
+
+
+def _map(x: Tensor, block: int, part: int) -> TensorDescriptor:
+    """A tensor map of blocks of rows by a part of a head."""
+    shape = [x.shape[0], x.shape[1] * x.shape[2]]
+    return TensorDescriptor(x, shape, [x.stride(0), 1], [block, part])

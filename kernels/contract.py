@@ -248,6 +248,10 @@ def attention_step(
         _numbers(name, numbers, torch.int32, "q", q)
         _shape(name, numbers, (groups,))
     _longest(max_rows, q.shape[0], groups)
+    if fused:
+        cached = k_cache.shape[0]
+        _near((("q", q, max_rows), ("k", k, max_rows), ("v", v, max_rows)))
+        _near((("k_cache", k_cache, cached), ("v_cache", v_cache, cached)))
 
 
 def attention_prefill(
@@ -270,6 +274,18 @@ def attention_prefill(
     _numbers("kv_end", kv_end, torch.int32, "q", q)
     _shape("kv_end", kv_end, (q.shape[0],))
     _longest(max_rows, q.shape[0], cu_rows.shape[0] - 1)
+    if fused:
+        _near((("q", q, max_rows), ("k", k, max_rows), ("v", v, max_rows)))
+
+
+def _near(x_rows: tuple[tuple[str, Tensor, int], ...]) -> None:
+    """The kernels count elements from a group's first row in 32 bits."""
+    for name, x, rows in x_rows:
+        if rows * x.stride(0) >= 1 << 31:
+            raise ValueError(
+                f"{name} must have less than 2^31 elements between a group's first and last row, "
+                f"got {rows} rows of {x.stride(0)}"
+            )
 
 
 def _longest(max_rows: int, rows: int, groups: int) -> None:

@@ -25,6 +25,8 @@ class Launch:
         block_n: keys of a block (attention).
         block: columns (swiglu), pairs (rope_) or tokens (guidance_step_) of a block. The norms
             take a whole row.
+        tensor_maps: whether whole blocks of keys come through Hopper's copy engine
+            (attention_step on 9.0 and later); rows that it can't describe come as ever.
     """
 
     num_warps: int
@@ -32,6 +34,7 @@ class Launch:
     block_m: int = 0
     block_n: int = 0
     block: int = 0
+    tensor_maps: bool = False
 
 
 # Compute capability -> kernel, for attention with head_dim and the bits of the dtype. In 32 bits

@@ -28,14 +28,16 @@ HEAD_DIMS = (64, 96, 128)
 _BEGIN, _END = "# table: begin\n", "# table: end\n"
 
 
-def candidates(kernel: str) -> Iterator[Launch]:
-    """Configurations worth a try."""
+def candidates(kernel: str, capability: int) -> Iterator[Launch]:
+    """Configurations worth a try on a generation."""
     if kernel.startswith("attention"):
         for block_m, block_n, num_warps, num_stages in product(
             (64, 128, 256), (32, 64, 128), (4, 8), (2, 3, 4)
         ):
             if 16 <= block_m // num_warps <= 32:  # rows of the accumulator that a warp holds
                 yield Launch(num_warps, num_stages, block_m, block_n)
+                if kernel == "attention_step" and capability >= 90:
+                    yield Launch(num_warps, num_stages, block_m, block_n, tensor_maps=True)
     elif kernel == "guidance_step_":
         for num_warps, block in product((1, 2, 4), (32, 64, 128)):
             yield Launch(num_warps, block=block)
@@ -75,7 +77,7 @@ def tune(kernel: str, head_dim: int, now: Launch, device: torch.device) -> Launc
     if first is not None and again is not None:
         best_seconds = min(first, again) - abs(first - again)
         print(f"{label}: {now} {first * 1e6:.1f} us, again {again * 1e6:.1f} us")
-    for candidate in candidates(kernel):
+    for candidate in candidates(kernel, launch.capability_of(device.index)):
         if candidate == now:
             continue
         took = measure(case, candidate, device)

@@ -60,11 +60,13 @@ class Case:
     head_dim: int  # 0 where the kernel has none
     dtype: str
     capability: int
+    tensor_maps: bool = False
 
     @property
     def id(self) -> str:
         head = f"-d{self.head_dim}" if self.head_dim else ""
-        return f"{self.kernel}{head}-{self.dtype}-sm_{self.capability}"
+        maps = "-maps" if self.tensor_maps else ""
+        return f"{self.kernel}{head}{maps}-{self.dtype}-sm_{self.capability}"
 
     @property
     def is_attention(self) -> bool:
@@ -85,11 +87,17 @@ class Compiled:
     wide_loads: int  # of 16 bytes a thread
     narrow_loads: int  # of less than 4 bytes a thread
     async_copies: int
+    map_copies: int  # of them by tensor maps
     config: str
 
 
 def cases() -> Iterator[Case]:
-    """Every entry of the launch table; entries without a width of their own in both dtypes."""
+    """Every entry of the launch table; entries without a width of their own in both dtypes.
+
+    And what the tuner may put into it: attention through tensor maps.
+    """
+    for head_dim in (64, 96, 128):
+        yield Case("attention_step", head_dim, "bf16", 90, tensor_maps=True)
     for capability, kernels in launch.TABLE.items():
         for key in kernels:
             kernel, _, rest = key.partition("/")
@@ -171,10 +179,16 @@ def _record(case: Case):
         "rope_cache_": "rope_kernel",
         "guidance_step_": "guidance_step_kernel",
     }.get(case.kernel, f"{case.kernel}_kernel")
+    chosen = launch.lookup(
+        case.kernel, case.capability, case.head_dim, 8 * _DTYPES[case.dtype].itemsize
+    )
+    if case.tensor_maps:
+        name = "attention_step_maps_kernel"
+        chosen = launch.Launch(8, 3, 128, 64, tensor_maps=True)
     kernel, recorder = getattr(module, name), _Recorder()
     with (
         mock.patch.object(module, name, recorder),
-        mock.patch.object(launch, "_INTERPRETED", case.capability),
+        mock.patch.object(launch, "choose", return_value=chosen),
     ):
         getattr(module, case.kernel)(*_arguments(case))
     return kernel, recorder.args, recorder.kwargs
@@ -197,6 +211,9 @@ def compile_case(case: Case) -> Compiled:
             aligned = not value.data_ptr() % 16 and not parameter.do_not_specialize_on_alignment
         elif isinstance(value, float):
             signature[name] = "fp32"
+        elif hasattr(value, "block_shape"):
+            assert value.base.dtype == torch.bfloat16
+            signature[name] = f"tensordesc<bf16{value.block_shape}>"
         elif value == 1:  # as a launch does
             constants[name] = 1
         else:
@@ -252,6 +269,7 @@ def _read(compiled, case: Case, options: dict, constants: dict) -> Compiled:
         wide_loads=count(r"\bLDG\.E[.\w]*\.128\b|\bLDGSTS\.E[.\w]*\.128\b"),
         narrow_loads=count(r"\bLDG\.E[.\w]*\.[US](?:8|16)\b"),
         async_copies=count(r"\bLDGSTS\b|\bUTMALDG\b"),
+        map_copies=count(r"\bUTMALDG\b"),
         config=" ".join([*blocks, *(f"{name}={value}" for name, value in options.items())]),
     )
 

@@ -73,6 +73,7 @@ def test_machine_code(case, compiled):
     elif case.dtype == "bf16":
         assert code.hgmma if case.capability == 90 else code.hmma
         assert code.async_copies
+        assert bool(code.map_copies) == case.tensor_maps
     else:  # exact products are not the matrix units'
         assert not code.hgmma and not code.hmma
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import accumulate, pairwise
 from unittest import mock
 
@@ -107,6 +108,37 @@ def test_step_grouped_heads_and_every_tile(heads, kv_heads, capability):
     chosen = launch.lookup("attention_step", capability, 96)
     with mock.patch.object(launch, "choose", return_value=chosen):
         check_step(*args)
+
+
+@pytest.mark.parametrize("head_dim", (64, 96, 128))
+def test_step_through_tensor_maps(head_dim):
+    """Whole blocks through maps, what is left through pointers; to the bit as without maps."""
+    args = step_arguments(*STEPS["mixed"], 4, 2, head_dim, torch.bfloat16)
+    plain = launch.Launch(num_warps=8, block_m=64, block_n=32)
+    maps = replace(plain, tensor_maps=True)
+    with (
+        mock.patch.object(launch, "choose", return_value=maps),
+        mock.patch.object(attention, "attention_step_kernel", None),  # not the one that runs
+    ):
+        if DEVICE == "cpu" or torch.cuda.get_device_capability() >= (9, 0):
+            check_step(*args)
+            found = attention.attention_step(*args)
+        else:
+            pytest.skip("tensor maps need compute capability 9.0")
+    with mock.patch.object(launch, "choose", return_value=plain):
+        torch.testing.assert_close(found, attention.attention_step(*args), rtol=0, atol=0)
+
+
+def test_step_without_maps_where_rows_are_not_aligned():
+    q, k, v, *rest = step_arguments(*STEPS["mixed"], 2, 2, 64, torch.bfloat16)
+    k, v = (inside(x, gap=3)[0] for x in (k, v))
+    assert not attention._mappable(k)
+    maps = launch.Launch(num_warps=8, block_m=64, block_n=32, tensor_maps=True)
+    with (
+        mock.patch.object(launch, "choose", return_value=maps),
+        mock.patch.object(attention, "attention_step_maps_kernel", None),
+    ):
+        check_step(q, k, v, *rest)
 
 
 def test_step_no_rows():

@@ -14,7 +14,7 @@ from unittest import mock
 import omnigen_fast.kernels
 import pytest
 import torch
-from numerics import DEVICE, integers, random
+from numerics import DEVICE, integers, poisoned, random
 from omnigen_fast.kernels import contract, ops, reference
 
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, ROWS, CACHE_ROWS = 4, 2, 64, 32, 6, 9
@@ -87,14 +87,46 @@ def test_opcheck(name, kernels):
 
 
 def test_schemas_have_the_references_arguments():
+    """But for `out`: a compiled graph plans its own memory."""
     for name in OPERATIONS:
-        schema = getattr(torch.ops.omnigen_fast, name).default._schema
-        expected = list(reference.__dict__[name].__annotations__)[:-1]
+        expected = list(getattr(reference, name).__annotations__)[:-1]
         assert list(getattr(ops, name).__annotations__)[:-1] == expected
-        # a compiled graph plans its own memory
-        assert [argument.name for argument in schema.arguments] == [
-            name for name in expected if name != "out"
-        ]
+        schema = getattr(torch.ops.omnigen_fast, name).default._schema
+        expected = [argument for argument in expected if argument != "out"]
+        assert [argument.name for argument in schema.arguments] == expected
+
+
+WITH_OUT = tuple(name for name in OPERATIONS if "out" in getattr(reference, name).__annotations__)
+
+
+@pytest.mark.parametrize("kernels", ("reference", "triton"))
+@pytest.mark.parametrize("name", WITH_OUT)
+def test_results_go_where_the_caller_wants(name, kernels):
+    operation = getattr(ops, name)
+    with ops.use(kernels):
+        expected = operation(**arguments(name))
+        out, untouched = poisoned(*expected.shape, dtype=expected.dtype)
+        assert operation(**arguments(name), out=out) is out
+        assert untouched() and torch.equal(out, expected)
+        for wrong, error in (
+            (out.double(), TypeError),
+            (out[:-1], ValueError),
+            (shared_row(out), ValueError),
+            (doubled(out), ValueError),
+            (out.to("meta"), ValueError),
+        ):
+            with pytest.raises(error, match=r"\bout\b"):
+                operation(**arguments(name), out=wrong)
+
+
+@pytest.mark.parametrize("kernels", ("reference", "triton"))
+def test_swiglu_in_the_place_of_its_gate(kernels):
+    gate_up = arguments("swiglu")["gate_up"]
+    up = gate_up[:, HIDDEN:].clone()
+    with ops.use(kernels):
+        expected = ops.swiglu(gate_up)
+        ops.swiglu(gate_up, out=gate_up[:, :HIDDEN])
+    assert torch.equal(gate_up[:, :HIDDEN], expected) and torch.equal(gate_up[:, HIDDEN:], up)
 
 
 def test_every_operation_is_on_the_door():
@@ -422,3 +454,27 @@ def test_kernels_refuse_what_they_are_not_written_for():
         ops.rms_norm(random(2, 4).double(), random(4).double(), 1e-5)
     with pytest.raises(ValueError, match="x must have 1 to 65536 columns"):
         contract.rms_norm(torch.zeros(1, 65537), torch.zeros(65537), 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "part"), (("attention_step", "k_cache"), ("attention_prefill", "q"))
+)
+def test_offsets_of_32_bits_are_not_passed(name, part):
+    """Rows that far apart would be read from a wrong place. On "meta" they need no memory."""
+    args = arguments(name)
+    for key, value in args.items():
+        if isinstance(value, torch.Tensor):
+            args[key] = value.to("meta")
+    rows = args[part].shape[0]
+    stride = (1 << 31) // (rows if part == "k_cache" else args["max_rows"])
+    fits, far = (
+        torch.empty((rows, step), dtype=args[part].dtype, device="meta").as_strided(
+            args[part].shape, (step, HEAD_DIM, 1)
+        )
+        for step in (stride - 1, stride + 1)
+    )
+    check = getattr(contract, name)
+    check(**{**args, part: fits}, fused=True)
+    with pytest.raises(ValueError, match=rf"{part} must have less than 2\^31 elements"):
+        check(**{**args, part: far}, fused=True)
+    check(**{**args, part: far})  # the reference has no such limit

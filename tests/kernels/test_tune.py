@@ -56,7 +56,7 @@ def test_a_new_table_is_read_back(tune):
 def test_every_kernel_has_candidates(tune):
     for key in launch.TABLE[90]:
         kernel = key.partition("/")[0]
-        tried = list(tune.candidates(kernel))
+        tried = list(tune.candidates(kernel, 90))
         assert len(tried) == len(set(tried)) > 3
         names = {"attention_step": "block_m", "attention_prefill": "block_n"}
         assert all(getattr(one, names.get(kernel, "num_warps")) for one in tried)
@@ -96,6 +96,7 @@ def test_the_fastest_right_configuration_wins(tune):
     with (
         mock.patch.object(workload, "build", return_value=case),
         mock.patch.object(workload, "seconds", seconds),
+        mock.patch.object(launch, "capability_of", return_value=80),
         pytest.raises(AssertionError, match="swiglu: kernels is off"),
     ):
         tune.tune("swiglu", 0, now, torch.device(DEVICE))
@@ -103,6 +104,7 @@ def test_the_fastest_right_configuration_wins(tune):
     with (
         mock.patch.object(workload, "build", return_value=case),
         mock.patch.object(workload, "seconds", seconds),
+        mock.patch.object(launch, "capability_of", return_value=80),
     ):
         assert (
             tune.tune("swiglu", 0, replace(now, num_warps=8), torch.device(DEVICE)).num_warps == 4
