@@ -7,6 +7,7 @@ setup(
     python_requires=">=3.10",
     packages=["omnigen_fast", "omnigen_fast.kernels", "omnigen_fast.profiles"],
     package_dir={"omnigen_fast.kernels": "kernels", "omnigen_fast.profiles": "profiles"},
+    package_data={"omnigen_fast.profiles": ["*.json"]},
     install_requires=[
         "torch>=2.11,<2.14",
         "triton>=3.6,<3.8; platform_system == 'Linux' and platform_machine == 'x86_64'",
