@@ -8,6 +8,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from .denoise import (
 from .errors import OmniGenError, RequestError
 from .graph import StepGraphs, capture_cuda
 from .images import InputImage
+from .kernels import ops
 from .lora import Adapter, apply_adapters, read_adapter
 from .model import Transformer
 from .processor import EncodedBranch, Processor, guidance_branches, lay_out
@@ -459,8 +461,12 @@ class OmniGenPipeline:
         return ConditionCache(self.config, self.dtype, self.device, self._cache_bytes, layers)
 
     def _new_graphs(self) -> StepGraphs:
-        cuda = self.device.type == "cuda" and self._capture_steps
-        return StepGraphs(capture_cuda if cuda else None)
+        device = self.device
+        if device.type != "cuda" or not self._capture_steps:
+            return StepGraphs(None)
+        return StepGraphs(
+            partial(capture_cuda, device=device), possible=lambda: ops.capturable(device)
+        )
 
     def _forget(self) -> None:
         """Drops what depends on weights or device."""

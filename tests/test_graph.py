@@ -6,7 +6,9 @@ CUDA graph it knows nothing of what Python would have done differently the next 
 
 from __future__ import annotations
 
+import gc
 import logging
+import weakref
 
 import pytest
 import torch
@@ -141,3 +143,37 @@ def test_few_steps_are_not_worth_a_capture(captured):
     recording, events = captured
     recording(**{**REQUEST, "num_inference_steps": 2})
     assert not events
+
+
+def test_steps_are_eager_while_they_can_not_be_captured(pipe, load_pipe):
+    allowed, tries = [], []
+
+    def capture(work):
+        tries.append(1)
+        return work
+
+    recording = load_pipe()
+    recording._graphs = StepGraphs(capture, possible=lambda: bool(allowed))
+    assert torch.equal(recording(**REQUEST), pipe(**REQUEST))
+    assert not tries
+    allowed.append(1)
+    assert torch.equal(recording(**REQUEST), pipe(**REQUEST))
+    assert len(tries) == 1
+
+
+def test_a_capture_keeps_what_it_reads(load_pipe):
+    """The model's table of cut position embeddings forgets; a captured step reads on."""
+    recording = load_pipe()
+    recording._graphs = StepGraphs(lambda work: work)
+    recording(**REQUEST)
+    crops = [weakref.ref(crop) for crop in recording.model._pos_embed_crops.values()]
+    recording.model._pos_embed_crops.clear()
+    gc.collect()
+    assert len(crops) == 1 and crops[0]() is not None
+    recording._graphs.clear()
+    gc.collect()
+    assert crops[0]() is None
+
+
+def test_no_capture_without_a_gpu(pipe):
+    assert pipe._new_graphs()._capture is None
