@@ -11,12 +11,13 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 
 from .cache import ConditionCache
 from .denoise import Loop
+from .kernels import ops
 
 _log = logging.getLogger("omnigen_fast")
 
@@ -72,6 +73,14 @@ class StepGraphs:
         self._possible = possible
         self._captured: OrderedDict[Hashable, _Captured] = OrderedDict()
         self._refused: set[Hashable] = set()  # shapes that could not be captured
+
+    @classmethod
+    def on(cls, device: torch.device) -> StepGraphs:
+        """Captures on a GPU while the kernels run there; none on other devices."""
+        if device.type != "cuda":
+            return cls(None)
+        capture = partial(capture_cuda, device=device)
+        return cls(capture, possible=lambda: ops.capturable(device))
 
     def clear(self) -> None:
         """Drops all captures: weights or their places have changed."""

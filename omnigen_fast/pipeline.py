@@ -8,7 +8,6 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,9 +27,8 @@ from .denoise import (
     schedule,
 )
 from .errors import OmniGenError, RequestError
-from .graph import StepGraphs, capture_cuda
+from .graph import StepGraphs
 from .images import InputImage
-from .kernels import ops
 from .lora import Adapter, apply_adapters, read_adapter
 from .model import Transformer
 from .processor import EncodedBranch, Processor, guidance_branches, lay_out
@@ -461,12 +459,7 @@ class OmniGenPipeline:
         return ConditionCache(self.config, self.dtype, self.device, self._cache_bytes, layers)
 
     def _new_graphs(self) -> StepGraphs:
-        device = self.device
-        if device.type != "cuda" or not self._capture_steps:
-            return StepGraphs(None)
-        return StepGraphs(
-            partial(capture_cuda, device=device), possible=lambda: ops.capturable(device)
-        )
+        return StepGraphs.on(self.device) if self._capture_steps else StepGraphs(None)
 
     def _forget(self) -> None:
         """Drops what depends on weights or device."""

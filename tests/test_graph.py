@@ -10,6 +10,7 @@ import gc
 import logging
 import weakref
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -181,6 +182,11 @@ def test_a_capture_keeps_what_it_reads(load_pipe):
 
 def test_no_capture_without_a_gpu(pipe):
     assert pipe._new_graphs()._capture is None
+    with mock.patch.object(ops, "_why_not", return_value=None):
+        graphs = StepGraphs.on(torch.device("cuda", 0))
+        assert graphs._capture is not None and graphs._possible()
+        with ops.use(attention="library"):
+            assert not graphs._possible()
 
 
 class OffDevice(TorchDispatchMode):
