@@ -23,15 +23,20 @@ RESULTS = ROOT / "bench" / "results"
 TOKENIZER = ROOT / "tests" / "golden" / "tiny" / "tokenizer.json"
 
 
-def random_weights(config: ModelConfig, dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
-    """Weights that keep activations near one, as trained ones do.
+def random_weights(
+    config: ModelConfig,
+    dtype: torch.dtype,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> dict[str, Tensor]:
+    """Weights that keep activations near one, as trained ones do; drawn on the device.
 
     Products are N(0, 1 / inputs), norms near one, biases and the position table small.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     weights = {}
     for name, shape in parameter_shapes(config).items():
-        values = torch.randn(shape, generator=generator)
+        values = torch.randn(shape, generator=generator, device=device)
         if name.endswith("norm"):
             values = 1 + 0.1 * values
         elif name.endswith("bias"):

@@ -170,7 +170,8 @@ class Peer:
         ordered = sorted(branches, key=lambda pair: -pair[0].length)
         longest, noise_tokens = ordered[0][0].length, noise[0, 0].numel() // PATCH**2
         total = longest + 1 + noise_tokens
-        self.coefficient = torch.tensor([c for _, c in ordered]).view(-1, 1, 1, 1)
+        device = noise.device
+        self.coefficient = torch.tensor([c for _, c in ordered], device=device).view(-1, 1, 1, 1)
         ids = torch.full((len(ordered), longest), 3)
         mask = torch.zeros(len(ordered), total, total)
         positions = torch.zeros(len(ordered), total, dtype=torch.int64)
@@ -187,8 +188,8 @@ class Peer:
             for first, stop, image in branch.spans:
                 self.sizes.setdefault(row, []).append([pad + first, pad + stop])
                 self.latents.append(images[image.digest][None].to(self.dtype))
-        self.ids, self.mask, self.positions = ids, mask, positions
-        self.times = times
+        self.ids, self.mask, self.positions = (x.to(device) for x in (ids, mask, positions))
+        self.times = times.to(device)
         self.noisy = noise.clone()
 
     def velocity(self, latents: Tensor, index: int) -> Tensor:

@@ -29,6 +29,7 @@ __all__ = [
     "add_rms_norm",
     "attention_prefill",
     "attention_step",
+    "capturable",
     "choice",
     "guidance_step_",
     "modulate",
@@ -190,6 +191,21 @@ def _why_not(device: int | None) -> str | None:
     except ImportError as error:
         return f"triton can't be imported ({error})"
     return None
+
+
+def capturable(device: torch.device) -> bool:
+    """Whether the operations on a device can be captured in a CUDA graph, as `use` has them now.
+
+    That takes the Triton kernels: reference and library attention read lengths on the host, so they
+    wait for the device.
+    """
+    chosen = _choice.get()
+    return (
+        device.type == "cuda"
+        and chosen.kernels != "reference"
+        and chosen.attention == "triton"
+        and _why_not(device.index) is None
+    )
 
 
 @lru_cache(maxsize=1)

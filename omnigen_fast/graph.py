@@ -11,26 +11,40 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from functools import lru_cache, partial
 
 import torch
 
 from .cache import ConditionCache
 from .denoise import Loop
+from .kernels import ops
 
 _log = logging.getLogger("omnigen_fast")
 
 Replay = Callable[[], None]
 
 
-def capture_cuda(work: Replay) -> Replay:
-    """Records what `work` launches; the returned function launches it again.
+def capture_cuda(work: Replay, device: torch.device) -> Replay:
+    """Records what `work` launches on a device; the returned function launches it again.
 
     Raises RuntimeError where it can't be recorded or the graph's own memory can't be had.
     """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # A capture is of one stream, so of one device: on another's it would hold nothing. The stream
+    # that is current is named too, since a capture that fails leaves its own one current.
+    with (
+        torch.cuda.device(device),
+        torch.cuda.stream(torch.cuda.current_stream(device)),
+        torch.cuda.graph(graph, stream=_capture_stream(device)),
+    ):
         work()
     return graph.replay
+
+
+@lru_cache(maxsize=16)
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures of a device: the matrix products keep a work space for each stream."""
+    return torch.cuda.Stream(device)
 
 
 @dataclass(frozen=True)
@@ -45,13 +59,28 @@ class StepGraphs:
     Args:
         capture: records a step; None where steps can't be captured, so all run eagerly.
         most: how many shapes are kept; each holds the memory of one step's intermediate results.
+        possible: asked at every call whether steps can be captured now.
     """
 
-    def __init__(self, capture: Callable[[Replay], Replay] | None, most: int = 2) -> None:
+    def __init__(
+        self,
+        capture: Callable[[Replay], Replay] | None,
+        most: int = 2,
+        possible: Callable[[], bool] = lambda: True,
+    ) -> None:
         self._capture = capture
         self._most = most
+        self._possible = possible
         self._captured: OrderedDict[Hashable, _Captured] = OrderedDict()
         self._refused: set[Hashable] = set()  # shapes that could not be captured
+
+    @classmethod
+    def on(cls, device: torch.device) -> StepGraphs:
+        """Captures on a GPU while the kernels run there; none on other devices."""
+        if device.type != "cuda":
+            return cls(None)
+        capture = partial(capture_cuda, device=device)
+        return cls(capture, possible=lambda: ops.capturable(device))
 
     def clear(self) -> None:
         """Drops all captures: weights or their places have changed."""
@@ -67,7 +96,7 @@ class StepGraphs:
             cache: the one that the loop's velocities come from.
         """
         key = _key(loop, cache)
-        if self._capture is None or key in self._refused:
+        if self._capture is None or key in self._refused or not self._possible():
             return loop.step
         if key in self._captured:
             self._captured.move_to_end(key)

@@ -109,6 +109,9 @@ class Workspace:
         self.normed = like.new_empty(rows, config.hidden_size)
         self.delta = like.new_empty(rows, config.hidden_size)
         self.gate_up = like.new_empty(min(rows, MLP_ROWS), 2 * config.intermediate_size)
+        # what a step adds to the noise: a captured step reads it long after the model's table of
+        # such crops may have dropped it
+        self.pos_embed: Tensor | None = None
 
 
 class Block(nn.Module):
@@ -447,6 +450,8 @@ class Transformer(nn.Module):
 
     def _embed_noise(self, latents: Tensor, groups: StepGroups) -> Tensor:
         """[groups * N, hidden]: the noise tokens of each group's picture."""
+        height, width = latents.shape[2] // PATCH, latents.shape[3] // PATCH
+        groups.space.pos_embed = self._crop_pos_embed(height, width)
         return self._embed_patches("noise_proj", latents)[groups.picture].flatten(0, 1)
 
     def _embed_patches(self, projection: str, latents: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from .denoise import (
     schedule,
 )
 from .errors import OmniGenError, RequestError
-from .graph import StepGraphs, capture_cuda
+from .graph import StepGraphs
 from .images import InputImage
 from .lora import Adapter, apply_adapters, read_adapter
 from .model import Transformer
@@ -459,8 +459,7 @@ class OmniGenPipeline:
         return ConditionCache(self.config, self.dtype, self.device, self._cache_bytes, layers)
 
     def _new_graphs(self) -> StepGraphs:
-        cuda = self.device.type == "cuda" and self._capture_steps
-        return StepGraphs(capture_cuda if cuda else None)
+        return StepGraphs.on(self.device) if self._capture_steps else StepGraphs(None)
 
     def _forget(self) -> None:
         """Drops what depends on weights or device."""

@@ -6,12 +6,19 @@ CUDA graph it knows nothing of what Python would have done differently the next 
 
 from __future__ import annotations
 
+import gc
 import logging
+import weakref
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 from golden_cases import GOLDEN, relative_error
+from omnigen_fast.kernels import contract, ops
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from omnigen_fast.graph import StepGraphs
 
@@ -158,3 +165,110 @@ def test_few_steps_are_not_worth_a_capture(captured):
     recording, events = captured
     recording(**{**REQUEST, "num_inference_steps": 2})
     assert not events
+
+
+def test_steps_are_eager_while_they_can_not_be_captured(pipe, load_pipe):
+    allowed, tries = [], []
+
+    def capture(work):
+        tries.append(1)
+        return work
+
+    recording = load_pipe()
+    recording._graphs = StepGraphs(capture, possible=lambda: bool(allowed))
+    assert torch.equal(recording(**REQUEST), pipe(**REQUEST))
+    assert not tries
+    allowed.append(1)
+    assert torch.equal(recording(**REQUEST), pipe(**REQUEST))
+    assert len(tries) == 1
+
+
+def test_a_capture_keeps_what_it_reads(load_pipe):
+    """The model's table of cut position embeddings forgets; a captured step reads on."""
+    recording = load_pipe()
+    recording._graphs = StepGraphs(lambda work: work)
+    recording(**REQUEST)
+    crops = [weakref.ref(crop) for crop in recording.model._pos_embed_crops.values()]
+    recording.model._pos_embed_crops.clear()
+    gc.collect()
+    assert len(crops) == 1 and crops[0]() is not None
+    recording._graphs.clear()
+    gc.collect()
+    assert crops[0]() is None
+
+
+def test_no_capture_without_a_gpu(pipe):
+    assert pipe._new_graphs()._capture is None
+    with mock.patch.object(ops, "_why_not", return_value=None):
+        graphs = StepGraphs.on(torch.device("cuda", 0))
+        assert graphs._capture is not None and graphs._possible()
+        with ops.use(attention="library"):
+            assert not graphs._possible()
+
+
+class OffDevice(TorchDispatchMode):
+    """Collects the operations that touch a tensor of another device."""
+
+    def __init__(self, device):
+        super().__init__()
+        self.device, self.found, self.count = device, [], 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        result = function(*arguments, **(named or {}))
+        tensors = [
+            x for x in tree_leaves((arguments, named, result)) if isinstance(x, torch.Tensor)
+        ]
+        self.count += 1
+        if any(x.device.type != self.device for x in tensors):
+            self.found.append(str(function))
+        return result
+
+
+@pytest.mark.parametrize("branches_apart", [False, True], ids=["together", "apart"])
+@pytest.mark.parametrize("request_", [REQUEST, EDIT], ids=["text", "edit"])
+def test_a_step_stays_on_the_device(load_pipe, monkeypatch, request_, branches_apart):
+    """On a device without values: reading one would raise, a tensor elsewhere is found.
+
+    A capture can do neither. The operations allow what the kernels allow.
+    """
+    checked = set()
+
+    def stand_in(name):
+        def run(*arguments):
+            checked.add(name)
+            before_out = ops._BEFORE_OUT.get(name)
+            getattr(contract, name)(*arguments[:before_out], fused=True)
+            if name.endswith("_"):
+                return None
+            x = arguments[0][:, : arguments[0].shape[1] // (2 if name == "swiglu" else 1)]
+            out = arguments[-1] if before_out and len(arguments) > before_out else None
+            if out is None:
+                return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+            contract.same("out", out, x)
+            return out
+
+        return run
+
+    stand_ins = SimpleNamespace(**{name: stand_in(name) for name in ops._FILES})
+    pipe = load_pipe(dtype="bfloat16")
+    with monkeypatch.context() as patch:
+        patch.setattr(ops, "_implementation", lambda x: stand_ins)
+        patch.setattr(pipe, "_image_latent", empty_latents)
+        pipe.model.to("meta")
+        pipe._forget()
+        loops = []
+        noise = torch.empty(1, 4, 8, 6, device="meta")
+        patch.setattr(pipe, "_draw_noise", lambda request: noise)
+        patch.setattr("omnigen_fast.pipeline.denoise", lambda loop, *_: loops.append(loop))
+        pipe(**request_, separate_cfg_infer=branches_apart)
+        (loop,) = loops
+        loop.step()  # as a capture comes after the first step
+        with OffDevice("meta") as off:
+            loop.step()
+    assert not off.found and off.count > 20
+    assert checked == set(ops._FILES)
+
+
+def empty_latents(image):
+    height, width = image.size
+    return torch.empty(4, height // 8, width // 8, device="meta")

@@ -27,7 +27,7 @@ ORDER = [
     "pipeline",
     "cli",
 ]
-USE_KERNELS = {"model", "denoise", "vae"}
+USE_KERNELS = {"model", "denoise", "graph", "vae"}
 
 
 def _imports(path: Path) -> set[tuple[int, str]]:

@@ -263,6 +263,21 @@ def test_import_is_lazy_and_cpu_kernels_need_the_interpreter():
     assert (done.returncode, done.stdout) == (0, "refused\n"), done.stderr
 
 
+def test_only_the_kernels_can_be_captured():
+    gpu = torch.device("cuda", 0)
+    assert not ops.capturable(torch.device("cpu"))
+    with mock.patch.object(ops, "_why_not", return_value=None):
+        assert ops.capturable(gpu)
+        for arguments in ({"kernels": "reference"}, {"attention": "library"}):
+            with ops.use(**arguments):
+                assert not ops.capturable(gpu), arguments
+        with ops.use("triton"):
+            assert ops.capturable(gpu)
+            assert not ops.capturable(torch.device("cpu"))  # in the interpreter
+    with mock.patch.object(ops, "_why_not", return_value="compute capability 7.5 is below 8.0"):
+        assert not ops.capturable(gpu)
+
+
 def test_kernels_import_torch_and_triton_only():
     folder = Path(omnigen_fast.kernels.__file__).parent
     for file in folder.glob("*.py"):

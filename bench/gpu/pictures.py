@@ -1,0 +1,386 @@
+"""Whole pictures by a random model of full size: prefill, steps, memory; and diffusers beside it.
+
+No checkpoint is needed: weights are drawn on the device, latents of input images too. Pictures end
+as latents, so the VAE is left out.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from omnigen_fast.kernels import ops
+from torch import Tensor
+
+from omnigen_fast.config import PATCH, TOKEN_PIXELS, ModelConfig
+from omnigen_fast.denoise import Loop, denoise, schedule
+from omnigen_fast.images import InputImage
+from omnigen_fast.model import Transformer
+from omnigen_fast.pipeline import OmniGenPipeline
+from omnigen_fast.processor import EncodedBranch, Processor
+from omnigen_fast.request import make_request
+
+from ..common import TOKENIZER, random_weights
+from .measure import Clock, clocks, datasheet_rate, described
+from .run import FAILED, NO_GPU, NO_TIME, NOT_MEASURED, OK, NotMeasured, Run, first_line
+
+_PROMPTS = (
+    "A curly-haired man in a red shirt is drinking tea.",
+    "<img><|image_1|></img> Make it a winter evening, with snow on the roofs.",
+    "The cup of <img><|image_1|></img> stands beside the cat of <img><|image_2|></img>.",
+)
+_NAMES = ("text", "one image", "two images")
+# Error that diffusers' and our bfloat16 may have against each other, and float32 in the small model
+_PEER_BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+
+
+class _DrawnVae:
+    """Latents drawn by the image's content."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def encode(self, image: InputImage) -> Tensor:
+        generator = torch.Generator().manual_seed(int(image.digest[:15], 16))
+        shape = (4, *(side // 8 for side in image.size))
+        return torch.randn(shape, generator=generator).to(self._device)
+
+
+def make_pipeline(
+    config: ModelConfig, weights: dict[str, Tensor], device: torch.device
+) -> OmniGenPipeline:
+    """A pipeline without checkpoint and VAE."""
+    return OmniGenPipeline(
+        SimpleNamespace(config=config),
+        Transformer(config, weights),
+        _DrawnVae(device),
+        Processor.from_file(TOKENIZER, config),
+    )
+
+
+def arguments_of(side: int, images: int, steps: int) -> dict[str, Any]:
+    """A call of the pipeline, with input images of the output's size."""
+    draw = np.random.default_rng(0)
+    pixels = [draw.integers(0, 256, (side, side, 3), dtype=np.uint8) for _ in range(images)]
+    return {
+        "prompt": _PROMPTS[images],
+        "input_images": pixels or None,
+        "height": side,
+        "width": side,
+        "max_input_image_size": side,
+        "num_inference_steps": steps,
+        "guidance_scale": 2.5,
+        "img_guidance_scale": 1.6,
+        "seed": 1,
+        "output_type": "latent",
+        "progress": False,
+    }
+
+
+# What `make_request` wants to hear of besides.
+_DEFAULTS = {
+    "use_img_guidance": True,
+    "separate_cfg_infer": None,
+    "use_kv_cache": None,
+    "use_input_image_size_as_output": False,
+    "negative_prompt": None,
+    "num_images_per_prompt": 1,
+    "generator": None,
+    "latents": None,
+}
+
+
+@dataclass
+class Taken:
+    """A picture that was made, and its times in seconds."""
+
+    latents: Tensor
+    loop: Loop | None  # dropped to free what it holds
+    branches: list[EncodedBranch]
+    prepare: float  # all before the first step
+    steps: list[float]
+    total: float
+
+
+@torch.no_grad()
+def take(
+    pipe: OmniGenPipeline, arguments: dict[str, Any], clock: Clock, captured: bool, most: int
+) -> Taken:
+    """What a call of the pipeline does, its parts timed, and at most so many steps."""
+    given = {name: value for name, value in arguments.items() if name != "progress"}
+    request = make_request(pipe.config, **(_DEFAULTS | given))
+    begin = clock.wait()
+    pictures = pipe._encode(request)
+    latents = pipe._draw_noise(request)
+    loop = pipe._prepare(request, pictures, latents, schedule(request.steps))
+    prepared = clock.wait()
+    run = pipe._graphs.runner(loop, pipe._cache) if captured else loop.step
+    marks = [clock.mark()]
+
+    def after_step(step: int, _: Tensor) -> bool:
+        marks.append(clock.mark())
+        return step + 1 < most
+
+    denoise(loop, run, after_step)
+    end = clock.wait()
+    steps = [clock.between(*pair) for pair in pairwise(marks)]
+    branches = list({branch.key: branch for picture in pictures for branch, _ in picture}.values())
+    return Taken(latents.clone(), loop, branches, prepared - begin, steps, end - begin)
+
+
+def _layer_flops(config: ModelConfig) -> tuple[int, int]:
+    """Operations of one row in a layer's QKV product, and in its other products."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    qkv = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    return 2 * hidden * qkv, 2 * (hidden**2 + 3 * hidden * inner)
+
+
+def step_flops(config: ModelConfig, noise: int, cached: Sequence[int]) -> int:
+    """Matrix operations of a step; `cached` keys beside the noise's own, for each branch."""
+    layer = sum(_layer_flops(config)) * noise * len(cached)
+    layer += 4 * config.hidden_size * noise * sum(noise + one for one in cached)
+    ends = 2 * 2 * PATCH**2 * 4 * config.hidden_size * noise * len(cached)
+    return config.num_layers * layer + ends
+
+
+def prefill_flops(config: ModelConfig, branches: Sequence[EncodedBranch], steps: int) -> int:
+    """Matrix operations of the layers; the last one only makes keys and values."""
+    qkv, rest = _layer_flops(config)
+    rows = sum(branch.length + steps for branch in branches)
+    seen = sum(int(one.kv_end.sum()) + steps * (one.length + 1) for one in branches)
+    layers = config.num_layers
+    return layers * rows * qkv + (layers - 1) * (rows * rest + 4 * config.hidden_size * seen)
+
+
+def _full_model(run: Run) -> dict[str, Tensor]:
+    return run.keep(
+        "weights",
+        lambda: random_weights(run.sizes.config, torch.bfloat16, device=run.device),
+    )
+
+
+def _pipeline(run: Run) -> OmniGenPipeline:
+    weights = _full_model(run)
+    return run.keep("pipeline", lambda: make_pipeline(run.sizes.config, weights, run.device))
+
+
+def _fresh(run: Run, pipe: OmniGenPipeline) -> None:
+    """Nothing kept, no memory held but the weights, peaks forgotten."""
+    pipe.clear_cache()
+    if run.on_gpu:
+        gc.collect()
+        torch.cuda.synchronize(run.device)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(run.device)
+
+
+def _cases(run: Run) -> list[tuple[int, int]]:
+    return [(side, images) for side in run.sizes.sides for images in range(len(_NAMES))]
+
+
+def pictures(run: Run, found: dict[str, Any]) -> None:
+    """Every size and kind of request, first eagerly, then captured, then once more."""
+    clock, rows = Clock(run.device), found.setdefault("rows", [])
+    start = clock.wait()
+    pipe = _pipeline(run)
+    found["weights_seconds"] = clock.wait() - start
+    found["parameters"] = sum(one.numel() for one in _full_model(run).values())
+    for side, images in _cases(run):
+        row: dict[str, Any] = {
+            "case": f"{side} px, {_NAMES[images]}",
+            "status": NOT_MEASURED,
+            "why": NO_TIME,
+        }
+        rows.append(row)
+        try:
+            _picture(run, pipe, clock, side, images, row)
+        except Exception as error:  # memory, most likely: others may fit
+            row.update(status=FAILED, why=first_line(error))
+        run.save()
+    failed = [row["case"] for row in rows if row["status"] == FAILED]
+    if failed:
+        raise RuntimeError(f"failed: {', '.join(failed)}")
+    if all(row.get("why") == NO_TIME for row in rows):
+        raise NotMeasured(NO_TIME)
+
+
+def _picture(
+    run: Run, pipe: OmniGenPipeline, clock: Clock, side: int, images: int, row: dict[str, Any]
+) -> None:
+    config, steps, few = run.sizes.config, run.sizes.steps, run.sizes.eager_steps
+    noise = (side // TOKEN_PIXELS) ** 2
+    # before anything is known, a step is taken to reach half of the measured matrix rate
+    branches = 3 if images else 2
+    cached = [images * noise + 200] * branches
+    guess = 2 * step_flops(config, noise, cached) / run.limits.flops_per_second
+    fixed = 3 if run.on_gpu else 0
+    steps_run = min(steps, int((run.left() - fixed) / guess - few - 10) // 2)
+    if steps_run < min(steps, 8):
+        return
+    arguments = arguments_of(side, images, steps)
+    # the first picture compiles
+    prepares, eager = [], None
+    for _ in range(3):
+        eager = None
+        _fresh(run, pipe)
+        eager = take(pipe, arguments, clock, captured=False, most=few + 2)
+        prepares.append(eager.prepare)
+    flops = step_flops(config, noise, [branch.length + 1 for branch in eager.branches])
+    early = prefill_flops(config, eager.branches, steps)
+    row.update(
+        side=side,
+        images=images,
+        noise_tokens=noise,
+        condition_tokens=[branch.length for branch in eager.branches],
+        tflop_per_step=flops / 1e12,
+        prefill_tflop=early / 1e12,
+        prefill=described(prepares[1:]),
+        first_prefill_seconds=prepares[0],  # with compilation, where this case is the first
+        eager_step=described(eager.steps[2:]),
+        eager_peaks=_peaks(run),
+        clocks=clocks(run.device),
+    )
+    eager.loop = None
+    _fresh(run, pipe)
+    first = take(pipe, arguments, clock, captured=True, most=steps_run)
+    row["peaks"] = _peaks(run)
+    row.update(steps_of_a_picture=steps, steps_run=steps_run)
+    row["captured"] = bool(pipe._graphs._captured)
+    if row["captured"]:
+        row["captured_step"] = described(first.steps[2:])  # one eager, one with the capture
+    else:
+        row["why_not_captured"] = "the capture was refused" if pipe._graphs._refused else NO_GPU
+    step = row["captured_step" if row["captured"] else "eager_step"]["seconds"]
+    row["share_of_measured_rate"] = flops / step / run.limits.flops_per_second
+    peak = datasheet_rate(run.device)
+    row["share_of_datasheet_peak"] = flops / step / peak if peak else None
+    key = "picture_seconds" if steps_run == steps else "seconds_of_the_steps_run"
+    row[key] = first.total
+    second = take(pipe, arguments | {"seed": 2}, clock, captured=True, most=steps_run)
+    median = described(second.steps)["seconds"]
+    row["second_picture"] = {
+        "seconds": second.total,
+        "prepare_seconds": second.prepare,
+        "overhead_seconds": second.total - steps_run * median,
+        "overhead_share": (second.total - steps_run * median) / (steps_run * median),
+    }
+    finite = all(bool(one.latents.isfinite().all()) for one in (eager, first, second))
+    if not finite:
+        row.update(status=FAILED, why="latents that are not finite")
+    elif run.on_gpu and not row["captured"]:
+        row.update(status=FAILED, why=row["why_not_captured"])
+    else:
+        row["status"] = OK
+        del row["why"]
+
+
+def _peaks(run: Run) -> dict[str, float] | None:
+    """Bytes since the case began, weights included."""
+    if not run.on_gpu:
+        return None
+    return {
+        "allocated_gb": torch.cuda.max_memory_allocated(run.device) / 1e9,
+        "reserved_gb": torch.cuda.max_memory_reserved(run.device) / 1e9,
+    }
+
+
+def peer(run: Run, found: dict[str, Any]) -> None:
+    """diffusers' transformer, eager, on the same weights, its steps interleaved with ours."""
+    if find_spec("diffusers") is None:
+        raise NotMeasured("diffusers is not installed")
+    found["small_model_difference"] = _agreement(run)
+    run.save()
+    clock, pipe, rows = Clock(run.device), _pipeline(run), found.setdefault("rows", [])
+    for side, images in _cases(run):
+        row: dict[str, Any] = {"case": f"{side} px, {_NAMES[images]}"}
+        rows.append(row)
+        try:
+            row.update(_beside(run, pipe, clock, side, images))
+        except Exception as error:
+            row.update(status=FAILED, why=first_line(error))
+        run.save()
+    failed = [row["case"] for row in rows if row["status"] == FAILED]
+    if failed:
+        raise RuntimeError(f"failed: {', '.join(failed)}")
+
+
+def _agreement(run: Run) -> float:
+    """Difference of the first velocities of both in float32, in the small model."""
+    from ..cpu_peer import Peer
+
+    config = run.sizes.check
+    weights = random_weights(config, torch.float32, device=run.device)
+    pipe = make_pipeline(config, weights, run.device)
+    with ops.use("reference"):
+        other = Peer(config, weights, torch.float32)
+        difference = _first_difference(run, pipe, other, run.sizes.check_side, 1)
+    if not difference <= _PEER_BOUNDS[torch.float32]:
+        raise RuntimeError(f"diffusers computes something else: {difference:.1e} apart")
+    return difference
+
+
+@torch.no_grad()
+def _start(
+    run: Run, pipe: OmniGenPipeline, other: Any, side: int, images: int, most: int
+) -> tuple[Taken, Tensor]:
+    """Both at the same picture; ours took `most` steps, diffusers none. And the noise."""
+    steps = run.sizes.steps
+    noise = torch.randn(1, 4, side // 8, side // 8, device=run.device).bfloat16().float()
+    arguments = arguments_of(side, images, steps) | {"seed": None, "latents": noise}
+    taken = take(pipe, arguments, Clock(run.device), captured=most > 1, most=most)
+    spans = [(branch, image) for branch in taken.branches for _, _, image in branch.spans]
+    latents = {image.digest: pipe._image_latents[image.digest] for _, image in spans}
+    coefficients = taken.loop.plan.coefficient.tolist()
+    branches = list(zip(taken.branches, coefficients))
+    other.start(branches, latents, noise, schedule(steps))
+    return taken, noise
+
+
+@torch.no_grad()
+def _first_difference(run: Run, pipe: OmniGenPipeline, other: Any, side: int, images: int) -> float:
+    taken, noise = _start(run, pipe, other, side, images, 1)
+    theirs = other.run_step(0) - noise
+    ours = taken.latents - noise
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+@torch.no_grad()
+def _beside(
+    run: Run, pipe: OmniGenPipeline, clock: Clock, side: int, images: int
+) -> dict[str, Any]:
+    from ..cpu_peer import Peer
+
+    if run.left() < (10 if run.on_gpu else 0):
+        return {"status": NOT_MEASURED, "why": NO_TIME}
+    _fresh(run, pipe)
+    other = run.keep("peer", lambda: Peer(run.sizes.config, _full_model(run), torch.bfloat16))
+    difference = _first_difference(run, pipe, other, side, images)
+    if not difference <= _PEER_BOUNDS[torch.bfloat16]:
+        why = f"results differ by {difference:.1e}; no times are reported"
+        return {"status": FAILED, "why": why, "difference": difference}
+    taken, _ = _start(run, pipe, other, side, images, 3)
+    loop = taken.loop
+    step = pipe._graphs.runner(loop, pipe._cache)
+    ours: list[float] = []
+    theirs: list[float] = []
+    for index in range(4):
+        loop.index.zero_()
+        marks = [clock.mark()]
+        step()
+        marks.append(clock.mark())
+        other.run_step(0)
+        marks.append(clock.mark())
+        if index:  # the first is the warm-up
+            ours.append(clock.between(*marks[:2]))
+            theirs.append(clock.between(*marks[1:]))
+    result = {"status": OK, "difference": difference}
+    result |= {"ours": described(ours), "diffusers": described(theirs)}
+    result["captured"] = bool(pipe._graphs._captured)
+    return result | {"ratio": result["diffusers"]["seconds"] / result["ours"]["seconds"]}
