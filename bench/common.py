@@ -8,6 +8,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,40 @@ def long_rope(head_dim: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return short, long
 
 
+def full_config() -> ModelConfig:
+    """Sizes of the released model."""
+    short, long = long_rope(96)
+    return ModelConfig(
+        hidden_size=3072,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=32,
+        intermediate_size=8192,
+        vocab_size=32064,
+        rms_norm_eps=1e-5,
+        rope_theta=10000.0,
+        short_factor=short,
+        long_factor=long,
+        max_position_embeddings=131072,
+        original_max_position_embeddings=4096,
+        pos_embed_size=192,
+    )
+
+
+def small_config() -> ModelConfig:
+    """A model that two CPU cores run in a moment."""
+    return replace(
+        full_config(),
+        hidden_size=768,
+        num_layers=8,
+        num_heads=8,
+        num_kv_heads=8,
+        intermediate_size=2048,
+        vocab_size=640,
+        pos_embed_size=64,
+    )
+
+
 def interleave(
     variants: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 1
 ) -> dict[str, list[float]]:
@@ -79,7 +114,13 @@ def spread(seconds: Sequence[float]) -> str:
 
 def machine() -> dict[str, Any]:
     """What a result was measured on."""
-    from importlib.metadata import version
+    from importlib.metadata import PackageNotFoundError, version
+
+    def version_of(name: str) -> str | None:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return None
 
     cpu = platform.processor()
     if os.path.exists("/proc/cpuinfo"):
@@ -91,7 +132,7 @@ def machine() -> dict[str, Any]:
         "cpu": cpu,
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "versions": {name: version(name) for name in ("torch", "diffusers")},
+        "versions": {name: version_of(name) for name in ("torch", "diffusers")},
     }
 
 

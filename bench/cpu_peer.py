@@ -40,7 +40,15 @@ from omnigen_fast.processor import (
 )
 from omnigen_fast.request import DEFAULT_NEGATIVE_PROMPT, Guidance, Prompt
 
-from .common import TOKENIZER, interleave, long_rope, machine, random_weights, spread, write_result
+from .common import (
+    TOKENIZER,
+    interleave,
+    machine,
+    random_weights,
+    small_config,
+    spread,
+    write_result,
+)
 
 PROMPT = "A curly-haired man in a red shirt is drinking tea."
 EDIT = "<img><|image_1|></img> Make it a winter evening, with snow on the roofs."
@@ -60,25 +68,6 @@ CASES = (
     Case("512 px, one 512 px image", 512, 512, 3.0),
     Case("256 px, one 512 px image", 256, 512, 5.0),
 )
-
-
-def small_config() -> ModelConfig:
-    short, long = long_rope(96)
-    return ModelConfig(
-        hidden_size=768,
-        num_layers=8,
-        num_heads=8,
-        num_kv_heads=8,
-        intermediate_size=2048,
-        vocab_size=640,
-        rms_norm_eps=1e-5,
-        rope_theta=10000.0,
-        short_factor=short,
-        long_factor=long,
-        max_position_embeddings=131072,
-        original_max_position_embeddings=4096,
-        pos_embed_size=64,
-    )
 
 
 class Ours:

@@ -22,9 +22,8 @@ from pathlib import Path
 import torch
 
 from omnigen_fast.checkpoint import _ORIGINAL, _sources
-from omnigen_fast.config import ModelConfig
 
-from .common import TOKENIZER, long_rope, machine, write_result
+from .common import TOKENIZER, full_config, machine, write_result
 
 ALLOWED_OVERHEAD = 0.6e9
 VAE = {
@@ -38,26 +37,6 @@ VAE = {
     "norm_num_groups": 32,
     "scaling_factor": 0.13025,
 }
-
-
-def full_config() -> ModelConfig:
-    """Sizes of the released model."""
-    short, long = long_rope(96)
-    return ModelConfig(
-        hidden_size=3072,
-        num_layers=32,
-        num_heads=32,
-        num_kv_heads=32,
-        intermediate_size=8192,
-        vocab_size=32064,
-        rms_norm_eps=1e-5,
-        rope_theta=10000.0,
-        short_factor=short,
-        long_factor=long,
-        max_position_embeddings=131072,
-        original_max_position_embeddings=4096,
-        pos_embed_size=192,
-    )
 
 
 def write_checkpoint(folder: Path) -> None:

@@ -20,8 +20,7 @@ import torch
 
 from omnigen_fast.config import ModelConfig
 
-from ..common import long_rope
-from ..full_size import full_config
+from ..common import full_config, long_rope
 from ..kernels import workload
 
 OK, FAILED, CUT_OFF, NOT_MEASURED = "ok", "failed", "cut off", "not measured"
