@@ -2,8 +2,8 @@
 
 `reference` says what each operation computes, `contract` what it demands of its arguments. Tensors
 on a CUDA device of capability 8.0 or later go to the Triton kernels, all others to the reference;
-where a CUDA device can't have the kernels, one warning is logged and the reference runs. Called
-eagerly, an operation is a plain call. Under `torch.compile` it is a custom operator of the
+where a CUDA device can't have the kernels, one warning is logged and the reference runs. On meta
+tensors, which have no values, an operation only allocates what its kernel would. Called eagerly, an operation is a plain call. Under `torch.compile` it is a custom operator of the
 namespace `omnigen_fast`, so graphs do not break. Forward only: no operation has a derivative.
 """
 
@@ -146,6 +146,44 @@ def _checked(name: str) -> Callable:
 _REFERENCE = SimpleNamespace(**{name: _checked(name) for name in _FILES})
 
 
+def _fresh(x: Tensor, *_) -> Tensor:
+    """What the operations allocate: the shape of their first argument, rows close together."""
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _nothing(*_) -> None:
+    return None
+
+
+# What each operation allocates and returns, without values.
+_FAKE = {
+    "rms_norm": _fresh,
+    "add_rms_norm": _fresh,
+    "attention_step": _fresh,
+    "attention_prefill": _fresh,
+    "modulate": _fresh,
+    "swiglu": lambda gate_up: gate_up.new_empty((gate_up.shape[0], gate_up.shape[1] // 2)),
+    "rope_": _nothing,
+    "rope_cache_": _nothing,
+    "guidance_step_": _nothing,
+}
+
+
+def _shaped(name: str) -> Callable:
+    fake, before_out = _FAKE[name], _BEFORE_OUT.get(name)
+
+    def shaped(*args):
+        if before_out is not None and len(args) > before_out and args[-1] is not None:
+            return args[-1]
+        return fake(*args[:before_out])
+
+    return shaped
+
+
+# For meta tensors: a run of the model without values takes the memory that the kernels take.
+_SHAPES = SimpleNamespace(**{name: _shaped(name) for name in _FILES})
+
+
 @lru_cache(maxsize=1)
 def _triton() -> SimpleNamespace:
     """The Triton launchers; imported here, since that takes a second.
@@ -220,6 +258,8 @@ def _implementation(x: Tensor) -> SimpleNamespace:
         return _REFERENCE
     if not isinstance(x, Tensor):
         return _REFERENCE  # whose check says so
+    if x.is_meta:
+        return _SHAPES
     if chosen.kernels == "auto":
         if not x.is_cuda:
             return _REFERENCE
@@ -435,28 +475,6 @@ _SCHEMAS = (
     "guidance_step_(Tensor(a!) latents, Tensor prediction, Tensor coefficient, Tensor cu_groups, "
     "Tensor dt, int patch) -> ()",
 )
-
-
-def _fresh(x: Tensor, *_) -> Tensor:
-    """What the operations allocate: the shape of their first argument, rows close together."""
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-
-def _nothing(*_) -> None:
-    return None
-
-
-_FAKE = {
-    "rms_norm": _fresh,
-    "add_rms_norm": _fresh,
-    "attention_step": _fresh,
-    "attention_prefill": _fresh,
-    "modulate": _fresh,
-    "swiglu": lambda gate_up: gate_up.new_empty((gate_up.shape[0], gate_up.shape[1] // 2)),
-    "rope_": _nothing,
-    "rope_cache_": _nothing,
-    "guidance_step_": _nothing,
-}
 
 
 def _register() -> torch.library.Library:
