@@ -3,8 +3,9 @@
 `reference` says what each operation computes, `contract` what it demands of its arguments. Tensors
 on a CUDA device of capability 8.0 or later go to the Triton kernels, all others to the reference;
 where a CUDA device can't have the kernels, one warning is logged and the reference runs. On meta
-tensors, which have no values, an operation only allocates what its kernel would. Called eagerly, an operation is a plain call. Under `torch.compile` it is a custom operator of the
-namespace `omnigen_fast`, so graphs do not break. Forward only: no operation has a derivative.
+tensors, which have no values, an operation only allocates what its kernel would. Called eagerly, an
+operation is a plain call. Under `torch.compile` it is a custom operator of the namespace
+`omnigen_fast`, so graphs do not break. Forward only: no operation has a derivative.
 """
 
 from __future__ import annotations
@@ -258,7 +259,7 @@ def _implementation(x: Tensor) -> SimpleNamespace:
         return _REFERENCE
     if not isinstance(x, Tensor):
         return _REFERENCE  # whose check says so
-    if x.is_meta:
+    if x.device.type == "meta":
         return _SHAPES
     if chosen.kernels == "auto":
         if not x.is_cuda:

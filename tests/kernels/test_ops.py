@@ -17,6 +17,8 @@ import torch
 from numerics import DEVICE, integers, poisoned, random
 from omnigen_fast.kernels import contract, ops, reference
 
+from bench.tracker import MemoryTracker
+
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, ROWS, CACHE_ROWS = 4, 2, 64, 32, 6, 9
 
 
@@ -201,6 +203,18 @@ def test_use_ends_with_its_block():
 
 def test_cpu_tensors_take_the_reference():
     assert ops._implementation(torch.zeros(1)) is ops._REFERENCE
+
+
+def test_meta_tensors_take_the_memory_of_the_kernels():
+    x = torch.empty(4, 64, device="meta")
+    out = torch.empty_like(x)
+    with MemoryTracker() as memory:
+        assert ops.rms_norm(x, x[0], 1e-5, out=out) is out
+        assert ops.swiglu(x, out=x[:, :32]).shape == (4, 32)
+        assert memory.allocations == 0
+        result = ops.swiglu(x)
+    assert result.shape == (4, 32)
+    assert memory.peak_bytes == 4 * 32 * 4
 
 
 def on_a_gpu() -> mock.Mock:
