@@ -20,6 +20,8 @@ ORDER = [
     "cache",
     "model",
     "checkpoint",
+    "vae_cost",
+    "strips",
     "vae",
     "lora",
     "denoise",
