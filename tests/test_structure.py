@@ -22,6 +22,8 @@ ORDER = [
     "processor",
     "model",
     "checkpoint",
+    "vae_cost",
+    "strips",
     "vae",
     "lora",
     "weights",
