@@ -1,4 +1,4 @@
-"""Every plan gives the same image, on real requests; where the arithmetic is the same, to the bit."""
+"""Every plan gives the same image; where the arithmetic is the same, to the bit."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from golden_cases import GOLDEN, golden_request, relative_error
 
 from omnigen_fast.memory.plan import MemoryPlan
 
-LAYERS = 2  # of the golden checkpoint
+LAYERS = 3  # of the golden checkpoint
 PLAIN = MemoryPlan(
     resident_layers=LAYERS,
     cache="device",
