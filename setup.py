@@ -5,7 +5,12 @@ setup(
     version="0.1.0",
     description="A fast, exact runtime for the OmniGen image generation model",
     python_requires=">=3.10",
-    packages=["omnigen_fast", "omnigen_fast.kernels", "omnigen_fast.profiles"],
+    packages=[
+        "omnigen_fast",
+        "omnigen_fast.kernels",
+        "omnigen_fast.memory",
+        "omnigen_fast.profiles",
+    ],
     package_dir={"omnigen_fast.kernels": "kernels", "omnigen_fast.profiles": "profiles"},
     package_data={"omnigen_fast.profiles": ["*.json"]},
     install_requires=[

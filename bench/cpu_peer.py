@@ -35,8 +35,9 @@ from omnigen_fast.model import Transformer
 from omnigen_fast.processor import (
     EncodedBranch,
     Processor,
+    cache_entries,
     guidance_branches,
-    lay_out,
+    lay_out_all,
 )
 from omnigen_fast.request import DEFAULT_NEGATIVE_PROMPT, Guidance, Prompt
 
@@ -86,21 +87,19 @@ class Ours:
         """Prefill, and all that a loop needs."""
         model, steps = self.model, len(times) - 1
         self.cache = ConditionCache(model.config, model.dtype, model.device, 0)
-        self.cache.reserve({branch.key: (branch.length, steps) for branch, _ in branches})
+        entries = cache_entries([[branch for branch, _ in branches]], steps)
+        self.cache.reserve(list(entries))
         embedded = model.embed_times(times[:-1])
-        sequences = [
-            lay_out(branch, steps, self.cache[branch.key].start, model.device)
-            for branch, _ in branches
-        ]
+        sequences = lay_out_all(entries, self.cache, model.device)
         rows = [model.embed_condition(one, images, embedded.tokens) for one in sequences]
         model.prefill(sequences, rows, self.cache)
-        velocities = [Velocity(branch, self.cache[branch.key], c) for branch, c in branches]
+        velocities = Velocity.of([branches], entries, self.cache)
         self.loop = Loop(
             latents=noise.clone(),
             index=torch.zeros(1, dtype=torch.int64),
             lengths=times.diff(),
             times=embedded,
-            plan=GuidancePlan.make(model, [velocities], noise[0, 0].numel() // PATCH**2, None),
+            plan=GuidancePlan.make(model, velocities, noise[0, 0].numel() // PATCH**2, None),
             velocity=cached_velocity(model, self.cache, embedded),
         )
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,6 +33,8 @@ class Vae:
 
     def __init__(self, autoencoder: AutoencoderKL) -> None:
         self.autoencoder = autoencoder.eval().requires_grad_(False)
+        self._device = self.device
+        self._resident = True
         self._scale = autoencoder.config.scaling_factor
         self._shift = autoencoder.config.shift_factor or 0.0
 
@@ -60,7 +64,36 @@ class Vae:
         return next(self.autoencoder.parameters()).device
 
     def to(self, device: torch.device) -> None:
-        self.autoencoder.to(device)
+        """Where it computes; its weights come there at once, or when they are used (`place`)."""
+        self._device = device
+        if self._resident:
+            self.autoencoder.to(device)
+
+    def place(self, resident: bool) -> None:
+        """Keeps the weights on the device, or on the host while `loaded` does not need them."""
+        if resident != self._resident:
+            self._resident = False
+            try:
+                self.autoencoder.to(self._device if resident else "cpu")
+            except BaseException:
+                self.autoencoder.to("cpu")  # the part that came
+                raise
+            self._resident = resident
+
+    @contextmanager
+    def loaded(self) -> Iterator[None]:
+        """The weights are on the device inside."""
+        if self._resident or self._device.type == "cpu":
+            yield
+            return
+        kept = {parameter: parameter.data for parameter in self.autoencoder.parameters()}
+        try:
+            for parameter, value in kept.items():
+                parameter.data = value.to(self._device)
+            yield
+        finally:  # the host's copies are the masters: nothing is copied back
+            for parameter, value in kept.items():
+                parameter.data = value
 
     @torch.no_grad()
     def encode(

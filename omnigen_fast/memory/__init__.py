@@ -1,1 +1,1 @@
-"""How a request fits a device: what it costs, which plan is the fastest that fits, how it is done."""
+"""How a request fits a device: its cost, the fastest plan that fits, and its execution."""
