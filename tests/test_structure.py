@@ -14,9 +14,13 @@ ROOT = Path(__file__).parents[1]
 ORDER = [
     "errors",
     "config",
+    "vae_cost",
     "memory.plan",
     "memory.terms",
     "memory.original",
+    "memory.estimate",
+    "memory.planner",
+    "memory.report",
     "memory.offload",
     "images",
     "request",
@@ -24,7 +28,6 @@ ORDER = [
     "processor",
     "model",
     "checkpoint",
-    "vae_cost",
     "strips",
     "vae",
     "lora",
@@ -35,7 +38,7 @@ ORDER = [
     "cli",
 ]
 USE_KERNELS = {"model", "denoise", "graph", "vae"}
-USE_PROFILES = {"memory.original"}
+USE_PROFILES = {"memory.original", "memory.estimate", "memory.planner"}
 
 
 def _imports(path: Path) -> set[tuple[int, str]]:

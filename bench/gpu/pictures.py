@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import pairwise
@@ -22,8 +23,9 @@ from torch import Tensor
 from omnigen_fast.config import PATCH, TOKEN_PIXELS, ModelConfig
 from omnigen_fast.denoise import Loop, denoise, schedule
 from omnigen_fast.images import InputImage
+from omnigen_fast.memory.plan import MemoryPlan
 from omnigen_fast.model import Transformer
-from omnigen_fast.pipeline import OmniGenPipeline
+from omnigen_fast.pipeline import OmniGenPipeline, RunningCall
 from omnigen_fast.processor import EncodedBranch, Processor
 from omnigen_fast.request import make_request
 
@@ -47,7 +49,13 @@ class _DrawnVae:
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
-    def encode(self, image: InputImage) -> Tensor:
+    def place(self, resident: bool) -> None:
+        """There are no weights."""
+
+    def loaded(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def encode(self, image: InputImage, *_: Any, **__: Any) -> Tensor:
         generator = torch.Generator().manual_seed(int(image.digest[:15], 16))
         shape = (4, *(side // 8 for side in image.size))
         return torch.randn(shape, generator=generator).to(self._device)
@@ -62,6 +70,7 @@ def make_pipeline(
         Transformer(config, weights),
         _DrawnVae(device),
         Processor.from_file(TOKENIZER, config),
+        memory=MemoryPlan.plain(config.num_layers, 2 << 30, capture=True),
     )
 
 
@@ -89,6 +98,8 @@ _DEFAULTS = {
     "use_img_guidance": True,
     "separate_cfg_infer": None,
     "use_kv_cache": None,
+    "offload_kv_cache": None,
+    "offload_model": None,
     "use_input_image_size_as_output": False,
     "negative_prompt": None,
     "num_images_per_prompt": 1,
@@ -117,11 +128,14 @@ def take(
     given = {name: value for name, value in arguments.items() if name != "progress"}
     request = make_request(pipe.config, **(_DEFAULTS | given))
     begin = clock.wait()
-    pictures = pipe._encode(request)
-    latents = pipe._draw_noise(request)
-    loop = pipe._prepare(request, pictures, latents, schedule(request.steps))
+    noise = pipe._draw_noise(request)
+    plan = MemoryPlan.plain(pipe.config.num_layers, 2 << 30, captured)
+    task = RunningCall(request, pipe._encode(request), noise, schedule(request.steps))
+    pipe._arrange(plan, task)
+    loop, cache = pipe._prepare(plan, task)
+    latents = loop.latents
     prepared = clock.wait()
-    run = pipe._graphs.runner(loop, pipe._cache) if captured else loop.step
+    run = pipe._graphs.runner(loop, cache) if captured else loop.step
     marks = [clock.mark()]
 
     def after_step(step: int, _: Tensor) -> bool:
@@ -131,8 +145,12 @@ def take(
     denoise(loop, run, after_step)
     end = clock.wait()
     steps = [clock.between(*pair) for pair in pairwise(marks)]
-    branches = list({branch.key: branch for picture in pictures for branch, _ in picture}.values())
-    return Taken(latents.clone(), loop, branches, prepared - begin, steps, end - begin)
+    branches = list(
+        {branch.key: branch for picture in task.pictures for branch, _ in picture}.values()
+    )
+    return Taken(
+        latents.clone(), loop, list(branches.values()), prepared - begin, steps, end - begin
+    )
 
 
 def _layer_flops(config: ModelConfig) -> tuple[int, int]:
