@@ -114,16 +114,14 @@ class Cost:
         return total_seconds(self.durations)
 
 
-def cost(
-    profile: Profile,
-    sizes: Sizes,
-    switches: Switches | None = None,
-    config: ModelConfig | None = None,
-) -> Cost:
-    """The original's cost on a device of any memory; a switch that is None has its default."""
+def cost(profile: Profile, sizes: Sizes, switches: Switches | None = None) -> Cost:
+    """The released model's cost in the original, as if the device had any amount of memory.
+
+    A switch that is None has the original's default.
+    """
     given = vars(switches) if switches else {}
     switches = replace(_DEFAULTS, **{key: given[key] for key in given if given[key] is not None})
-    original = _Original(profile, sizes, switches, config or released_sizes())
+    original = _Original(profile, sizes, switches, released_sizes())
     return Cost(
         encode=original.encode(),
         denoise=max(original.moments(), key=total_bytes),
