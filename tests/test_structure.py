@@ -20,6 +20,7 @@ ORDER = [
     "memory.estimate",
     "memory.original",
     "memory.planner",
+    "memory.overview",
     "memory.offload",
     "images",
     "request",
@@ -37,7 +38,7 @@ ORDER = [
     "cli",
 ]
 USE_KERNELS = {"model", "denoise", "graph", "vae"}
-USE_PROFILES = {"memory.original", "memory.estimate", "memory.planner", "cli"}
+USE_PROFILES = {"memory.original", "memory.estimate", "memory.planner", "memory.overview", "cli"}
 
 
 def _imports(path: Path) -> set[tuple[int, str]]:

@@ -32,7 +32,7 @@ class Workload:
     height: int  # of the output, pixels
     width: int
     steps: int
-    branches: tuple[int, ...]  # of each picture
+    branches: tuple[tuple[int, ...], ...]  # of each picture: condition tokens of its branches
     conditions: tuple[Condition, ...]  # without repetition
     images: tuple[tuple[int, int], ...] = ()  # (height, width) of the input images to encode
 
