@@ -116,7 +116,7 @@ def random_case(rng: random.Random) -> tuple[Workload, MemoryPlan, Any, list[Any
         resident_layers=rng.choice((layers, layers, 0, 1, 20, layers - 1)),
         cache=rng.choice(("device", "ring", "none")),
         branches_per_pass=rng.choice((None, 1, 2)),
-        mlp_rows=rng.choice((512, 1024, 4096)),
+        mlp_rows=rng.choice((1024, 2048, 4096)),
         vae_resident=False,
         strip_rows=None,
         capture=False,
