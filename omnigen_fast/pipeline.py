@@ -30,7 +30,7 @@ from .errors import OmniGenError, RequestError
 from .graph import StepGraphs
 from .lora import Adapter, merged, read_adapter
 from .memory.offload import HostMemory, first_line, is_out_of_memory, lane_for, spread
-from .memory.plan import MLP_ROWS, MemoryPlan
+from .memory.plan import MLP_ROWS, MemoryPlan, Workload
 from .model import TimeEmbeddings, Transformer, parameter_shapes
 from .processor import (
     EncodedBranch,
@@ -66,6 +66,29 @@ class _Run:
     finished: bool = False  # all steps, or stopped
     calling_back: bool = False
     failures: list[str] = field(default_factory=list)
+
+    def entries(self, cached: bool) -> dict[Entry, tuple[EncodedBranch, ...]]:
+        """What the cache is to hold, or what each step computes again."""
+        branches = [[branch for branch, _ in picture] for picture in self.pictures]
+        return cache_entries(branches, self.request.steps if cached else 1, share=cached)
+
+    def workload(self) -> Workload:
+        """The request's sizes, as the planner wants them."""
+        entries = self.entries(self.request.use_cache)
+        images = {
+            image.digest: image.size
+            for branches in entries.values()
+            for branch in branches
+            for _, _, image in branch.spans
+        }
+        return Workload(
+            height=self.request.height,
+            width=self.request.width,
+            steps=self.request.steps,
+            branches=tuple(map(len, self.pictures)),
+            conditions=tuple(entry.condition for entry in entries),
+            images=tuple(images.values()),
+        )
 
 
 class OmniGenPipeline:
@@ -433,7 +456,7 @@ class OmniGenPipeline:
         if self._streamed is not None:
             self._streamed.free()
         with self.vae.loaded():
-            images = self.vae.decode(run.latents, plan.strip_rows)
+            images = self.vae.decode(run.latents, plan.strip_rows, store=self._strip_store(plan))
         return _output(images, request.output_type)
 
     def _encode(self, request: Request) -> list[list[tuple[EncodedBranch, float]]]:
@@ -485,11 +508,7 @@ class OmniGenPipeline:
         """Computes all that does not depend on the noise, or finds it kept."""
         request, times = run.request, run.times
         cached = plan.cache != "none"
-        entries = cache_entries(
-            [[branch for branch, _ in picture] for picture in run.pictures],
-            request.steps if cached else 1,
-            share=cached,
-        )
+        entries = run.entries(cached)
         embedded = self.model.embed_times(times[:-1].to(self.device))
         cache: AnyCache
         if cached:
@@ -547,13 +566,18 @@ class OmniGenPipeline:
         if missing:
             with self.vae.loaded():
                 for image in missing:
-                    self._image_latents[image.digest] = self.vae.encode(image, plan.strip_rows)
+                    self._image_latents[image.digest] = self.vae.encode(
+                        image, plan.strip_rows, store=self._strip_store(plan)
+                    )
         for digest in images:
             self._image_latents.move_to_end(digest)
         latents = {digest: self._image_latents[digest] for digest in images}
         while len(self._image_latents) > _KEPT_IMAGES:
             self._image_latents.popitem(last=False)
         return latents
+
+    def _strip_store(self, plan: MemoryPlan) -> torch.device | None:
+        return torch.device("cpu") if plan.strips_on_host else None
 
     def _after_step(
         self, run: _Run, callback: StepCallback | None, bar: Any

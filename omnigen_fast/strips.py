@@ -35,8 +35,6 @@ from .vae_cost import Layer, VaeShape, decoder_layers, encoder_layers, keeps, qu
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
-Norm = nn.GroupNorm
-
 
 class Moments:
     """Mean and variance of each group of channels, over strips that come one by one.
@@ -64,7 +62,7 @@ class Moments:
         self._mean = self._mean + step * (count / total)
         self._count = total
 
-    def scale_and_shift(self, norm: Norm) -> tuple[Tensor, Tensor]:
+    def scale_and_shift(self, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
         """What the norm multiplies and adds: float32 [1, channels, 1, 1] each."""
         assert norm.num_groups == self._groups
         deviation = (self._squares / self._count + norm.eps).sqrt()
@@ -133,7 +131,7 @@ class Stored:
             top, bottom = max(low, start), min(high, start + self._strip)
             piece = strip[:, :, top - start : bottom - start]
             if self._store != self._device:
-                piece = piece.contiguous().to(self._device)
+                piece = piece.to(self._device, memory_format=torch.contiguous_format)
             result[:, :, top - first : bottom - first, : self.width] = piece
         return result
 
@@ -384,7 +382,7 @@ class _Runner:
 class _Norm:
     """A group norm whose moments are known."""
 
-    def __init__(self, norm: Norm, source: Rows, moments: Moments | None = None) -> None:
+    def __init__(self, norm: nn.GroupNorm, source: Rows, moments: Moments | None = None) -> None:
         moments = moments or source.moments
         assert moments is not None
         self._scale, self._shift = moments.scale_and_shift(norm)

@@ -163,11 +163,12 @@ def decode_bytes(
         pictures: that are decoded, one after the other.
     """
     rows, columns = height // VAE_SCALE, width // VAE_SCALE
-    images = pictures * IMAGE_CHANNELS * height * width * FLOAT
+    # the images, and latents before and after `post_quant_conv`
+    floats = pictures * IMAGE_CHANNELS * height * width + 2 * LATENT_CHANNELS * rows * columns
     layers = decoder_layers(shape)
     if strip_rows is None:
-        return images + _whole_bytes(layers, rows * columns)
-    return images + _strips_bytes(layers, rows, columns, strip_rows, host_store, recompute)
+        return floats * FLOAT + _whole_bytes(layers, rows * columns)
+    return floats * FLOAT + _strips_bytes(layers, rows, columns, strip_rows, host_store, recompute)
 
 
 def encode_bytes(
