@@ -85,7 +85,9 @@ class _Run:
             height=self.request.height,
             width=self.request.width,
             steps=self.request.steps,
-            branches=tuple(map(len, self.pictures)),
+            branches=tuple(
+                tuple(branch.length for branch, _ in picture) for picture in self.pictures
+            ),
             conditions=tuple(entry.condition for entry in entries),
             images=tuple(images.values()),
         )

@@ -12,11 +12,11 @@ import torch
 from bench.common import full_config
 from bench.tracker import MemoryTracker
 from omnigen_fast import pipeline, weights
-from omnigen_fast.cache import Entry, StreamedCache
+from omnigen_fast.cache import StreamedCache
 from omnigen_fast.denoise import schedule
-from omnigen_fast.memory.plan import MemoryPlan, Workload
+from omnigen_fast.memory.plan import MemoryPlan
 from omnigen_fast.model import Transformer, parameter_shapes
-from omnigen_fast.processor import EncodedBranch, cache_entries
+from omnigen_fast.processor import EncodedBranch
 
 CONFIG = full_config()
 META = torch.device("meta")
@@ -54,7 +54,7 @@ def read(names: Any, device: torch.device) -> list[tuple[str, torch.Tensor]]:
 
 
 def image(digest: str, height: int, width: int) -> Any:
-    return SimpleNamespace(digest=digest, size=(height, width), height=height, width=width)
+    return SimpleNamespace(digest=digest, size=(height, width))
 
 
 def branch(key: str, text: int, images: list[Any], noise_tokens: int, first: bool) -> EncodedBranch:
@@ -64,7 +64,7 @@ def branch(key: str, text: int, images: list[Any], noise_tokens: int, first: boo
         ids += [ord(key[0])] * text
         ends += range(TEXT + 1, TEXT + text + 1)
     for one in images:
-        start, slots = len(ids), one.height * one.width // 256
+        start, slots = len(ids), one.size[0] * one.size[1] // 256
         ids += [0] * slots + [9]
         ends += [start + slots] * slots + [start + slots + 1]
         spans.append((start, start + slots, one))
@@ -75,42 +75,36 @@ def branch(key: str, text: int, images: list[Any], noise_tokens: int, first: boo
     return EncodedBranch(*arrays, tuple(spans), long, (key, text, len(images), first))
 
 
-def random_pictures(rng: random.Random, height: int, width: int) -> tuple[Any, list[Any]]:
-    """Branches of one to three pictures with up to three input images, and the images."""
-    noise, pictures, every = height * width // 256, [], []
+def random_pictures(rng: random.Random, height: int, width: int) -> list[Any]:
+    """Branches of one to three pictures with up to three input images each."""
+    noise, pictures = height * width // 256, []
     for number in range(rng.choice((1, 1, 2, 3))):
         sides = [rng.choice((256, 512, 768, 1024)) for _ in range(2 * rng.choice((0, 0, 1, 2, 3)))]
         images = [
             image(f"{number}-{i}", *pair) for i, pair in enumerate(zip(sides[::2], sides[1::2]))
         ]
-        every += images
         first = rng.random() < 0.5
         cond = branch(f"c{number}", rng.randrange(5, 300), images, noise, first)
         pictures.append([(cond, 1.0), (branch("u", 121, [], noise, False), 1.0)])
         if images:
             pictures[-1].append((branch(f"i{number}", 3, images, noise, True), 1.0))
-    return pictures, every
+    return pictures
 
 
-def workload_of(
-    pictures: Any, entries: dict[Entry, Any], images: Any, height: int, width: int, steps: int
-) -> Workload:
-    return Workload(
+def random_case(rng: random.Random) -> tuple[pipeline._Run, MemoryPlan]:
+    """A request and a plan for it."""
+    height, width = (rng.choice((256, 512, 768, 1024, 1280)) for _ in range(2))
+    pictures = random_pictures(rng, height, width)
+    request = SimpleNamespace(
         height=height,
         width=width,
-        steps=steps,
-        branches=tuple(tuple(one.length for one, _ in picture) for picture in pictures),
-        conditions=tuple(entry.condition for entry in entries),
-        images=tuple((one.height, one.width) for one in images),
+        steps=rng.choice((1, 10, 50)),
+        noise_tokens=height * width // 256,
+        latent_shape=(len(pictures), 4, height // 8, width // 8),
+        use_cache=True,
     )
-
-
-def random_case(rng: random.Random) -> tuple[Workload, MemoryPlan, Any, list[Any]]:
-    height, width = (rng.choice((256, 512, 768, 1024, 1280)) for _ in range(2))
-    steps = rng.choice((1, 10, 50))
-    pictures, images = random_pictures(rng, height, width)
-    entries = cache_entries([[one for one, _ in picture] for picture in pictures], steps)
-    workload = workload_of(pictures, entries, images, height, width, steps)
+    latents = torch.empty(request.latent_shape, device=META)
+    run = pipeline._Run(request, pictures, latents, schedule(request.steps))
     layers = CONFIG.num_layers
     plan = MemoryPlan(
         resident_layers=rng.choice((layers, layers, 0, 1, 20, layers - 1)),
@@ -122,10 +116,10 @@ def random_case(rng: random.Random) -> tuple[Workload, MemoryPlan, Any, list[Any
         capture=False,
         kept_bytes=rng.choice((0, 1 << 30, 4 << 30)),
     )
-    return workload, plan, pictures, images
+    return run, plan
 
 
-def peaks(workload: Workload, plan: MemoryPlan, pictures: Any, images: Any) -> dict[str, int]:
+def peaks(run: pipeline._Run, plan: MemoryPlan) -> dict[str, int]:
     """Most bytes of prefill and of a step, without context and VAE."""
     model = Transformer(CONFIG, WEIGHTS)
     pipe = pipeline.OmniGenPipeline(
@@ -133,19 +127,11 @@ def peaks(workload: Workload, plan: MemoryPlan, pictures: Any, images: Any) -> d
     )
     pipe._streamed = StreamedCache(CONFIG, torch.bfloat16, META, 0, pipe._host, NoLane())
     pipe._store = weights.LayerStore(model, read, pipe._host, NoLane())
-    size = (len(pictures), 4, workload.height // 8, workload.width // 8)
-    run = SimpleNamespace(
-        request=SimpleNamespace(
-            latent_shape=size, steps=workload.steps, noise_tokens=workload.noise_tokens
-        ),
-        pictures=pictures,
-        latents=torch.empty(size, device=META),
-        times=schedule(workload.steps),
-        steps_done=0,
-    )
-    for one in images:
-        latents = torch.empty(4, one.height // 8, one.width // 8, device=META)
-        pipe._image_latents[one.digest] = latents
+    for picture in run.pictures:
+        for _, _, one in (span for branch, _ in picture for span in branch.spans):
+            height, width = one.size
+            latents = torch.empty(4, height // 8, width // 8, device=META)
+            pipe._image_latents[one.digest] = latents
     others = [value for name, value in model.named_parameters() if not name.startswith("layers.")]
     found = {}
     tracker = MemoryTracker([*others, run.latents, *pipe._image_latents.values()])
@@ -159,7 +145,7 @@ def peaks(workload: Workload, plan: MemoryPlan, pictures: Any, images: Any) -> d
     with torch.no_grad(), tracker:
         pipe._arrange(plan, run)
         # the output's positions are there from an earlier call
-        model._crop_pos_embed(workload.height // 16, workload.width // 16)
+        model._crop_pos_embed(run.request.height // 16, run.request.width // 16)
         loop, _ = pipe._prepare(plan, run)
         tracker.restart()
         loop.step()

@@ -40,10 +40,10 @@ def test_bytes_are_those_of_the_pipeline(seed):
     """To 2 % of what there is beside weights and caches, which is far less than 2 % of all."""
     rng = random.Random(seed)
     for _ in range(21):
-        workload, plan, pictures, images = random_case(rng)
-        found = peaks(workload, plan, pictures, images)
+        run, plan = random_case(rng)
+        found = peaks(run, plan)
         assert set(found) == ({"denoise"} if plan.cache == "none" else {"prefill", "denoise"})
-        estimate = Estimate(CONFIG, VaeShape(), 2, workload, A800)
+        estimate = Estimate(CONFIG, VaeShape(), 2, run.workload(), A800)
         for phase, counted in found.items():
             terms = list(getattr(estimate, phase)(plan))
             predicted = total_bytes(terms) - estimate.context_bytes
@@ -118,9 +118,9 @@ def test_streaming_does_not_hide_where_a_step_is_short():
 def test_seconds_are_the_sum_of_the_durations():
     rng = random.Random(5)
     for _ in range(50):
-        workload, plan, *_ = random_case(rng)
+        run, plan = random_case(rng)
         for current in (None, PLAIN, replace(PLAIN, resident_layers=3, vae_resident=False)):
-            estimate = Estimate(CONFIG, VaeShape(), 2, workload, RTX3090)
+            estimate = Estimate(CONFIG, VaeShape(), 2, run.workload(), RTX3090)
             found = estimate.cost(plan, current)
             assert min(one.seconds for one in found.durations) > -1e-9
             assert total_seconds(found.durations) == pytest.approx(
