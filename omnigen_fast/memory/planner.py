@@ -334,7 +334,8 @@ class _VaeParts:
         self.seconds = estimate.vae_seconds(plan, current)
 
 
-_PLAIN = MemoryPlan(
+# What candidates are made of, by replacing.
+PLAIN = MemoryPlan(
     resident_layers=0,
     cache="device",
     branches_per_pass=None,
@@ -366,7 +367,7 @@ def _transformer_plans(
     ):
         if not captured or (capture and cache == "device"):
             yield replace(
-                _PLAIN, cache=cache, branches_per_pass=branches, mlp_rows=rows, capture=captured
+                PLAIN, cache=cache, branches_per_pass=branches, mlp_rows=rows, capture=captured
             )
 
 
@@ -385,7 +386,7 @@ def _vae_plans(estimate: Estimate) -> Iterator[MemoryPlan]:
     for resident in (True,) if estimate.on_host else (True, False):
         for rows, host in _STRIP_CHOICES:
             if not host or not estimate.on_host:
-                yield replace(_PLAIN, vae_resident=resident, strip_rows=rows, strips_on_host=host)
+                yield replace(PLAIN, vae_resident=resident, strip_rows=rows, strips_on_host=host)
 
 
 def _kept(estimate: Estimate, plan: MemoryPlan, budget_bytes: int, kept_bytes: int) -> int:

@@ -10,23 +10,14 @@ from dry_run import CONFIG, peaks, random_case
 
 from omnigen_fast import profiles
 from omnigen_fast.config import released_sizes
+from omnigen_fast.memory import planner
 from omnigen_fast.memory.estimate import Estimate, cost, step_flops
 from omnigen_fast.memory.overview import typical_workload
-from omnigen_fast.memory.plan import MLP_ROWS, MemoryPlan
 from omnigen_fast.memory.terms import total_bytes, total_seconds
 from omnigen_fast.vae_cost import VaeShape, decode_bytes, encode_bytes
 
 A800, RTX3090 = profiles.load("a800"), profiles.load("rtx3090")
-PLAIN = MemoryPlan(
-    resident_layers=32,
-    cache="device",
-    branches_per_pass=None,
-    mlp_rows=MLP_ROWS,
-    vae_resident=True,
-    strip_rows=None,
-    capture=False,
-    kept_bytes=0,
-)
+PLAIN = replace(planner.PLAIN, resident_layers=32)
 # Bytes that both sides count alike, whatever is done with them.
 FIXED = ("layers", "other weights", "cache", "ring of layers")
 
