@@ -706,7 +706,9 @@ class OmniGenPipeline:
         return self._streamed
 
     def _new_cache(self, layers: int | None = None) -> ConditionCache:
-        return ConditionCache(self.config, self.dtype, self.device, self._cache_bytes, layers)
+        # one layer that every layer overwrites is of no use to later requests
+        kept_bytes = self._cache_bytes if layers is None else 0
+        return ConditionCache(self.config, self.dtype, self.device, kept_bytes, layers)
 
     def _new_graphs(self) -> StepGraphs:
         # one shape: a captured step holds its memory

@@ -163,8 +163,8 @@ def make_request(
                 "and width instead"
             )
     else:
-        height = _side("height", height, config)
-        width = _side("width", width, config)
+        height = checked_side("height", height, config)
+        width = checked_side("width", width, config)
 
     prompts = tuple(
         Prompt(
@@ -312,7 +312,7 @@ def _negatives(negative_prompt: Any, prompts: int) -> list[str]:
     return negatives
 
 
-def _side(name: str, value: Any, config: ModelConfig) -> int:
+def checked_side(name: str, value: Any, config: ModelConfig) -> int:
     side = _integer(name, value, TOKEN_PIXELS, config.max_image_side, " pixels")
     if side % TOKEN_PIXELS:
         below = side - side % TOKEN_PIXELS

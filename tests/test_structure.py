@@ -20,6 +20,7 @@ ORDER = [
     "memory.original",
     "memory.estimate",
     "memory.planner",
+    "memory.overview",
     "memory.report",
     "memory.offload",
     "images",
@@ -38,7 +39,7 @@ ORDER = [
     "cli",
 ]
 USE_KERNELS = {"model", "denoise", "graph", "vae"}
-USE_PROFILES = {"memory.original", "memory.estimate", "memory.planner"}
+USE_PROFILES = {"memory.original", "memory.estimate", "memory.planner", "memory.overview", "cli"}
 
 
 def _imports(path: Path) -> set[tuple[int, str]]:

@@ -9,11 +9,11 @@ the host's, and weights are streamed from the mapped checkpoint.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import pairwise
 
 from ..config import LATENT_CHANNELS, PATCH, TIME_FREQUENCIES, TOKEN_PIXELS, VAE_SCALE, ModelConfig
 from ..profiles import Profile
@@ -366,7 +366,7 @@ class Estimate:
         noise = self.workload.noise_tokens
         sizes = [len(one) * noise for one in self.passes(plan.branches_per_pass)]
         # the output layer's modulated rows live until those of the next pass are there
-        pairs = [one + other for one, other in itertools.pairwise(sizes)]
+        pairs = [one + other for one, other in pairwise(sizes)]
         values = sum(sizes) * _PATCH_VALUES * self.size
         return (sum(sizes) + max(pairs, default=sizes[0])) * self.unit + values
 
@@ -427,7 +427,8 @@ class Estimate:
     def durations(self, plan: MemoryPlan, current: MemoryPlan | None) -> Iterator[Duration]:
         steps, step = self.workload.steps, self.step_work(plan)
         if current is not None:
-            yield Duration("arranging", self.arranging(plan, current), "weights to their places")
+            moved = self.layers_moving(plan, current) + self.vae_moving(plan, current)
+            yield Duration("arranging", moved, "weights to their places")
         if self.workload.images:
             yield Duration("encode", self.encode_seconds(plan), "input images, in float32")
         if plan.cache != "none":
@@ -451,23 +452,25 @@ class Estimate:
 
     def seconds(self, plan: MemoryPlan, current: MemoryPlan | None = None) -> float:
         """Of all; the sum of `durations` up to rounding."""
-        return self.transformer_seconds(plan, current) + self.vae_seconds(plan)
+        return self.transformer_seconds(plan, current) + self.vae_seconds(plan, current)
 
     def transformer_seconds(self, plan: MemoryPlan, current: MemoryPlan | None) -> float:
-        arranging = self.arranging(plan, current) if current is not None else 0.0
         prefill = self.prefill_seconds(plan) if plan.cache != "none" else 0.0
-        return arranging + prefill + self.loop_seconds(plan)
+        return self.layers_moving(plan, current) + prefill + self.loop_seconds(plan)
 
-    def vae_seconds(self, plan: MemoryPlan) -> float:
+    def vae_seconds(self, plan: MemoryPlan, current: MemoryPlan | None) -> float:
         encode = self.encode_seconds(plan) if self.workload.images else 0.0
-        return encode + self.decode_seconds(plan)
+        return self.vae_moving(plan, current) + encode + self.decode_seconds(plan)
 
-    def arranging(self, plan: MemoryPlan, current: MemoryPlan) -> float:
-        """Bringing layers and VAE to the device, or copies of the layers to the host."""
-        layers = abs(plan.resident_layers - current.resident_layers)
-        moved = layers * self.layer_bytes
-        moved += self.vae_bytes * (plan.vae_resident and not current.vae_resident)
-        return moved / self.profile.link_bytes_per_second
+    def layers_moving(self, plan: MemoryPlan, current: MemoryPlan | None) -> float:
+        """Layers to the device, or their copies to the host."""
+        moved = abs(plan.resident_layers - current.resident_layers) if current else 0
+        return moved * self.layer_bytes / self.profile.link_bytes_per_second
+
+    def vae_moving(self, plan: MemoryPlan, current: MemoryPlan | None) -> float:
+        """The VAE to the device, to stay there."""
+        comes = current is not None and plan.vae_resident and not current.vae_resident
+        return self.vae_bytes * comes / self.profile.link_bytes_per_second
 
     def loop_seconds(self, plan: MemoryPlan) -> float:
         """All steps: computation, or the copies beside it where those take longer."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,9 @@ from ..profiles import Profile
 from ..vae_cost import VaeShape
 from .estimate import Cost, Estimate
 from .plan import MLP_ROWS, RING, MemoryPlan, Switches, Workload
-from .terms import total_bytes
+from .terms import table, total_bytes
 
+ANY = Switches()
 KEPT_BYTES = 2 << 30  # for conditions of earlier requests, where there is room
 _KEPT_UNIT = 256 << 20  # so that a little more or less free memory does not move the cache
 # Of the MLP's widest product, and of the autoencoder at once: (latent rows, kept on the host).
@@ -59,6 +61,11 @@ class Decision:
     def fits(self, candidate: Candidate) -> bool:
         return candidate.peak_bytes <= self.budget_bytes
 
+    @property
+    def chosen(self) -> Candidate:
+        """The candidate that became `plan`."""
+        return next(one for one in self.candidates if self.fits(one))
+
     def after(self, failed: Sequence[MemoryPlan]) -> Candidate | None:
         """What to try after these plans ran out of memory: it needs less than all of them.
 
@@ -75,8 +82,6 @@ class Decision:
 
     def explain(self) -> str:
         """The choice in words, with the terms of its peak and of its time."""
-        from .terms import table
-
         cost = self.cost
         lines = [
             f"{describe(self.plan, self.estimate.config)}: predicted {gigabytes(cost.peak_bytes)} "
@@ -105,7 +110,7 @@ def plan(
     workload: Workload,
     profile: Profile,
     budget_bytes: int,
-    switches: Switches = Switches(),
+    switches: Switches = ANY,
     current: MemoryPlan | None = None,
     kept_bytes: int = KEPT_BYTES,
     capture: bool = True,
@@ -126,9 +131,10 @@ def plan(
 
     Raises:
         MemoryBudgetError: nothing fits; says what would, and what to change.
-        RequestError: switches that contradict each other.
     """
-    estimate = Estimate(config, vae, dtype_bytes, workload, profile)
+    estimate = _estimate(config, vae, dtype_bytes, workload, profile)
+    if current is not None:
+        current = replace(current, kept_bytes=0)  # moves no weights
     candidates = front(estimate, switches, current, capture)
     chosen = next((one.plan for one in candidates if one.peak_bytes <= budget_bytes), None)
     if chosen is None:
@@ -145,9 +151,10 @@ def plan(
     )
 
 
+@lru_cache(maxsize=64)
 def front(
     estimate: Estimate,
-    switches: Switches = Switches(),
+    switches: Switches = ANY,
     current: MemoryPlan | None = None,
     capture: bool = True,
 ) -> tuple[Candidate, ...]:
@@ -168,7 +175,8 @@ def describe(plan: MemoryPlan, config: ModelConfig) -> str:
     if plan.resident_layers == layers:
         words = ["all layers on the device"]
     else:
-        words = [f"{layers - plan.resident_layers} of {layers} layers streamed"]
+        streamed = layers - plan.resident_layers
+        words = ["all layers streamed" if streamed == layers else f"{streamed} layers streamed"]
     words.append(
         {"device": "cache there", "ring": "cache streamed", "none": "no cache"}[plan.cache]
     )
@@ -254,11 +262,14 @@ def profile_of(device: Any) -> Profile:
     return replace(found, memory_bytes=float(properties.total_memory))
 
 
+# Requests of the same sizes follow one another.
+_estimate = lru_cache(maxsize=16)(Estimate)
+
+
 def _joined(transformer: MemoryPlan, layers: int, vae: MemoryPlan) -> MemoryPlan:
     return replace(
         transformer,
         resident_layers=layers,
-        capture=transformer.capture,
         vae_resident=vae.vae_resident,
         strip_rows=vae.strip_rows,
         strips_on_host=vae.strips_on_host,
@@ -274,7 +285,7 @@ def _candidates(
     rather than thousands of estimates.
     """
     layers = _layer_choices(estimate, switches)
-    autoencoders = [_VaeParts(estimate, one) for one in _vae_plans(estimate)]
+    autoencoders = [_VaeParts(estimate, one, current) for one in _vae_plans(estimate)]
     for transformer in _transformer_plans(estimate, switches, capture):
         parts = _TransformerParts(estimate, transformer)
         for resident in layers:
@@ -286,16 +297,13 @@ def _candidates(
                 replace(transformer, resident_layers=resident), current
             )
             for vae in autoencoders:
-                moving = 0.0
-                if current is not None and vae.plan.vae_resident and not current.vae_resident:
-                    moving = estimate.vae_bytes / estimate.profile.link_bytes_per_second
                 before = max(
                     parts.encode + vae.encode if vae.encode else 0,
                     parts.prefill + vae.resident,
                     parts.denoise + vae.resident,
                 )
                 peak = weights + max(before + ring, parts.decode + vae.decode)
-                yield peak, seconds + vae.seconds + moving, transformer, resident, vae.plan
+                yield peak, seconds + vae.seconds, transformer, resident, vae.plan
 
 
 class _TransformerParts:
@@ -317,16 +325,17 @@ class _TransformerParts:
 class _VaeParts:
     """Bytes that a plan's VAE adds to each phase, and its seconds."""
 
-    def __init__(self, estimate: Estimate, plan: MemoryPlan) -> None:
+    def __init__(self, estimate: Estimate, plan: MemoryPlan, current: MemoryPlan | None) -> None:
         self.plan = plan
         self.resident = estimate.vae_bytes * plan.vae_resident
         maps = sum(estimate.encode_maps(plan))
         self.encode = estimate.vae_bytes + maps if maps else 0
         self.decode = estimate.vae_bytes + sum(estimate.decode_maps(plan))
-        self.seconds = estimate.vae_seconds(plan)
+        self.seconds = estimate.vae_seconds(plan, current)
 
 
-_PLAIN = MemoryPlan(
+# What candidates are made of, by replacing.
+PLAIN = MemoryPlan(
     resident_layers=0,
     cache="device",
     branches_per_pass=None,
@@ -358,7 +367,7 @@ def _transformer_plans(
     ):
         if not captured or (capture and cache == "device"):
             yield replace(
-                _PLAIN, cache=cache, branches_per_pass=branches, mlp_rows=rows, capture=captured
+                PLAIN, cache=cache, branches_per_pass=branches, mlp_rows=rows, capture=captured
             )
 
 
@@ -377,7 +386,7 @@ def _vae_plans(estimate: Estimate) -> Iterator[MemoryPlan]:
     for resident in (True,) if estimate.on_host else (True, False):
         for rows, host in _STRIP_CHOICES:
             if not host or not estimate.on_host:
-                yield replace(_PLAIN, vae_resident=resident, strip_rows=rows, strips_on_host=host)
+                yield replace(PLAIN, vae_resident=resident, strip_rows=rows, strips_on_host=host)
 
 
 def _kept(estimate: Estimate, plan: MemoryPlan, budget_bytes: int, kept_bytes: int) -> int:
@@ -398,18 +407,16 @@ def _nothing_fits(
         f"this request needs at least {gigabytes(least)} of memory and there are "
         f"{gigabytes(budget_bytes)}"
     )
-    ways = []
     given = [one.name for one in fields(switches) if getattr(switches, one.name) is not None]
-    for name in given:
-        without = replace(switches, **{name: None})
-        needed = front(estimate, without, capture=False)[-1].peak_bytes
-        if needed < least:
-            value = getattr(switches, name)
-            fits = "" if needed <= budget_bytes else " at least"
-            ways.append(f"leave out {name}={value} ({gigabytes(needed)}{fits})")
-    free = front(estimate, capture=False)[-1].peak_bytes if given else least
-    if len(given) > 1 and free < least:
-        ways.append(f"leave out all of {', '.join(given)} ({gigabytes(free)})")
+    left_out = [([name], replace(switches, **{name: None})) for name in given]
+    if len(given) > 1:
+        left_out.append((given, ANY))
+    ways = []
+    for names, others in left_out:
+        needed = front(estimate, others, capture=False)[-1].peak_bytes
+        if needed < _LESS * least:
+            values = ", ".join(f"{name}={getattr(switches, name)}" for name in names)
+            ways.append(f"leave out {values} (then {gigabytes(needed)} would do)")
     ways.append("make height and width smaller")
     if estimate.workload.images:
         ways.append("make max_input_image_size smaller")
