@@ -30,7 +30,7 @@ from .errors import OmniGenError, RequestError
 from .graph import StepGraphs
 from .lora import Adapter, merged, read_adapter
 from .memory.offload import HostMemory, first_line, is_out_of_memory, lane_for, spread
-from .memory.plan import MLP_ROWS, MemoryPlan
+from .memory.plan import MLP_ROWS, MemoryPlan, Workload
 from .model import TimeEmbeddings, Transformer, parameter_shapes
 from .processor import (
     EncodedBranch,
@@ -47,6 +47,8 @@ _KEPT_IMAGES = 256  # latents of input images; one of 1024 px takes 262 KB
 _DTYPES = (torch.bfloat16, torch.float32)
 
 AnyCache = ConditionCache | StreamedCache
+
+Memory = str | int | MemoryPlan
 
 # Called after each step with (pipeline, step, time, {"latents": ...}); may return new latents.
 StepCallback = Callable[["OmniGenPipeline", int, float, dict[str, Any]], Mapping[str, Any] | None]
@@ -65,6 +67,29 @@ class _Run:
     calling_back: bool = False
     failures: list[str] = field(default_factory=list)
 
+    def entries(self, cached: bool) -> dict[Entry, tuple[EncodedBranch, ...]]:
+        """What the cache is to hold, or what each step computes again."""
+        branches = [[branch for branch, _ in picture] for picture in self.pictures]
+        return cache_entries(branches, self.request.steps if cached else 1, share=cached)
+
+    def workload(self) -> Workload:
+        """The request's sizes, as the planner wants them."""
+        entries = self.entries(self.request.use_cache)
+        images = {
+            image.digest: image.size
+            for branches in entries.values()
+            for branch in branches
+            for _, _, image in branch.spans
+        }
+        return Workload(
+            height=self.request.height,
+            width=self.request.width,
+            steps=self.request.steps,
+            branches=tuple(map(len, self.pictures)),
+            conditions=tuple(entry.condition for entry in entries),
+            images=tuple(images.values()),
+        )
+
 
 class OmniGenPipeline:
     """Makes and edits images with OmniGen; made by `from_pretrained`.
@@ -80,6 +105,7 @@ class OmniGenPipeline:
         processor: Processor,
         condition_cache_bytes: int = 2 << 30,
         capture_steps: bool = True,
+        memory: Memory = "auto",
     ) -> None:
         self.model = model
         self.vae = vae
@@ -94,7 +120,7 @@ class OmniGenPipeline:
         self._store = LayerStore(model, self._read, self._host)
         self._capture_steps = capture_steps
         self._graphs = self._new_graphs()
-        self._memory: Any = None
+        self._memory = memory
         self._captured: Any = None  # what the captured step serves
         self._lock = threading.RLock()
         self._running = False
@@ -114,6 +140,7 @@ class OmniGenPipeline:
         local_files_only: bool = False,
         condition_cache_bytes: int = 2 << 30,
         capture_steps: bool = True,
+        memory: Memory = "auto",
     ) -> OmniGenPipeline:
         """Loads a model from a folder or from the hub, in the original's or diffusers' layout.
 
@@ -130,6 +157,9 @@ class OmniGenPipeline:
             condition_cache_bytes: how much memory to keep for the conditions of earlier calls.
             capture_steps: on a GPU, record a step as a CUDA graph and replay it. Off saves the
                 memory of one step's intermediate results.
+            memory: how much of the device's memory to use: "auto" for what is free, less a margin;
+                an amount, as "8GiB" or as a number of bytes; or a `MemoryPlan` that is carried out
+                as it stands.
 
         Raises:
             CheckpointError: files are missing, malformed, or not an OmniGen model.
@@ -151,7 +181,7 @@ class OmniGenPipeline:
             vae_folder = resolve(vae_path or SDXL_VAE, patterns=VAE_FILES, **hub)
         vae = Vae.from_folder(vae_folder, target)
         model = Transformer(checkpoint.config, checkpoint.read(dtype, target))
-        return cls(checkpoint, model, vae, processor, condition_cache_bytes, capture_steps)
+        return cls(checkpoint, model, vae, processor, condition_cache_bytes, capture_steps, memory)
 
     @property
     def config(self) -> ModelConfig:
@@ -198,6 +228,7 @@ class OmniGenPipeline:
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         progress: bool = True,
+        memory: Memory | None = None,
     ) -> Any:
         """Makes images.
 
@@ -238,6 +269,7 @@ class OmniGenPipeline:
                 `pipe._interrupt = True` in it ends the loop.
             callback_on_step_end_tensor_inputs: what the callback is given; there are only latents.
             progress: show a progress bar.
+            memory: for this call, see `from_pretrained`; None for what was said there.
 
         Returns:
             A list of PIL images, or what `output_type` says.
@@ -285,7 +317,8 @@ class OmniGenPipeline:
         with self._exclusive():
             if dtype is not None and dtype != self.dtype:
                 self._reload(dtype)
-            return self._generate(request, callback_on_step_end, progress)
+            chosen = self._memory if memory is None else memory
+            return self._generate(request, chosen, callback_on_step_end, progress)
 
     def load_lora_weights(
         self,
@@ -365,13 +398,17 @@ class OmniGenPipeline:
         """The original's switch for keeping weights on the device, where they are."""
 
     def _generate(
-        self, request: Request, callback: StepCallback | None, progress: bool
+        self,
+        request: Request,
+        memory: Memory,
+        callback: StepCallback | None,
+        progress: bool,
     ) -> list[Any] | Tensor | np.ndarray:
         pictures = self._encode(request)
         run = _Run(request, pictures, self._draw_noise(request), schedule(request.steps))
         with _progress_bar(request.steps, progress) as bar:
             after_step = self._after_step(run, callback, bar)
-            for plan in self._plans(run):
+            for plan in self._plans(run, memory):
                 try:
                     return self._carry_out(plan, run, after_step)
                 except Exception as error:
@@ -383,20 +420,19 @@ class OmniGenPipeline:
                 self._free()
         raise AssertionError("the last plan fails with its own error")
 
-    def _plans(self, run: _Run) -> Iterator[MemoryPlan]:
-        yield (
-            self._memory
-            if isinstance(self._memory, MemoryPlan)
-            else MemoryPlan(
-                resident_layers=self.config.num_layers,
-                cache="device" if run.request.use_cache else "none",
-                branches_per_pass=run.request.branches_per_pass,
-                mlp_rows=MLP_ROWS,
-                vae_resident=True,
-                strip_rows=None,
-                capture=self._capture_steps,
-                kept_bytes=self._cache_bytes,
-            )
+    def _plans(self, run: _Run, memory: Memory) -> Iterator[MemoryPlan]:
+        if isinstance(memory, MemoryPlan):
+            yield memory
+            return
+        yield MemoryPlan(
+            resident_layers=self.config.num_layers,
+            cache="device" if run.request.use_cache else "none",
+            branches_per_pass=run.request.branches_per_pass,
+            mlp_rows=MLP_ROWS,
+            vae_resident=True,
+            strip_rows=None,
+            capture=self._capture_steps,
+            kept_bytes=self._cache_bytes,
         )
 
     def _carry_out(
@@ -420,7 +456,7 @@ class OmniGenPipeline:
         if self._streamed is not None:
             self._streamed.free()
         with self.vae.loaded():
-            images = self.vae.decode(run.latents, plan.strip_rows)
+            images = self.vae.decode(run.latents, plan.strip_rows, store=self._strip_store(plan))
         return _output(images, request.output_type)
 
     def _encode(self, request: Request) -> list[list[tuple[EncodedBranch, float]]]:
@@ -472,11 +508,7 @@ class OmniGenPipeline:
         """Computes all that does not depend on the noise, or finds it kept."""
         request, times = run.request, run.times
         cached = plan.cache != "none"
-        entries = cache_entries(
-            [[branch for branch, _ in picture] for picture in run.pictures],
-            request.steps if cached else 1,
-            share=cached,
-        )
+        entries = run.entries(cached)
         embedded = self.model.embed_times(times[:-1].to(self.device))
         cache: AnyCache
         if cached:
@@ -534,13 +566,18 @@ class OmniGenPipeline:
         if missing:
             with self.vae.loaded():
                 for image in missing:
-                    self._image_latents[image.digest] = self.vae.encode(image, plan.strip_rows)
+                    self._image_latents[image.digest] = self.vae.encode(
+                        image, plan.strip_rows, store=self._strip_store(plan)
+                    )
         for digest in images:
             self._image_latents.move_to_end(digest)
         latents = {digest: self._image_latents[digest] for digest in images}
         while len(self._image_latents) > _KEPT_IMAGES:
             self._image_latents.popitem(last=False)
         return latents
+
+    def _strip_store(self, plan: MemoryPlan) -> torch.device | None:
+        return torch.device("cpu") if plan.strips_on_host else None
 
     def _after_step(
         self, run: _Run, callback: StepCallback | None, bar: Any

@@ -115,24 +115,22 @@ class LayerStore:
                 parameter.data = parameter.data.to(device)
 
     def _drop(self, layer: int) -> None:
-        for parameter in self._model.layers[layer].parameters():
-            parameter.data = torch.empty_like(parameter, device="meta")
+        model = self._model
+        empty = {
+            name: torch.empty(shape, dtype=model.dtype, device="meta")
+            for name, shape in layer_shapes(model.config).items()
+        }
+        model.layers[layer] = Block(empty, model.config)
         self._resident -= {layer}
 
     def _bring(self, layer: int) -> None:
-        block, device = self._model.layers[layer], self._model.device
+        model = self._model
         if layer in self._copies:
-            buffer = self._copies[layer].to(device)
-            values: Iterable[tuple[str, Tensor]] = self._views(buffer).items()
+            values = self._views(self._copies[layer].to(model.device))
         else:
-            names = {f"layers.{layer}.{name}": name for name in layer_shapes(block.config)}
-            values = ((names[name], value) for name, value in self._read(names, device))
-        try:
-            for name, value in values:
-                getattr(block, name).data = value
-        except BaseException:
-            self._drop(layer)  # frees the part that came
-            raise
+            names = {f"layers.{layer}.{name}": name for name in layer_shapes(model.config)}
+            values = {names[name]: value for name, value in self._read(names, model.device)}
+        model.layers[layer] = Block(values, model.config)
         self._resident |= {layer}
 
     def _start(self, streamed: Sequence[int]) -> None:
