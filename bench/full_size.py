@@ -24,6 +24,7 @@ import torch
 from omnigen_fast.checkpoint import _ORIGINAL, _sources
 
 from .common import TOKENIZER, full_config, machine, write_result
+from .peers.model_files import phi3_config
 
 ALLOWED_OVERHEAD = 0.6e9
 VAE = {
@@ -44,27 +45,7 @@ def write_checkpoint(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     config = full_config()
     shutil.copy(TOKENIZER, folder)
-    (folder / "config.json").write_text(
-        json.dumps(
-            {
-                "hidden_size": config.hidden_size,
-                "num_hidden_layers": config.num_layers,
-                "num_attention_heads": config.num_heads,
-                "num_key_value_heads": config.num_kv_heads,
-                "intermediate_size": config.intermediate_size,
-                "vocab_size": config.vocab_size,
-                "rms_norm_eps": config.rms_norm_eps,
-                "rope_theta": config.rope_theta,
-                "max_position_embeddings": config.max_position_embeddings,
-                "original_max_position_embeddings": config.original_max_position_embeddings,
-                "rope_scaling": {
-                    "type": "su",
-                    "short_factor": config.short_factor,
-                    "long_factor": config.long_factor,
-                },
-            }
-        )
-    )
+    (folder / "config.json").write_text(json.dumps(phi3_config(config)))
     header, offset, tensors = {}, 0, []
     for parameter, parts in _sources(config, _ORIGINAL).items():
         for part in parts:
@@ -97,7 +78,7 @@ def write_checkpoint(folder: Path) -> None:
     partial.rename(folder / "model.safetensors")
 
 
-def run_picture(folder: Path, side: int, steps: int) -> None:
+def run_picture(folder: Path, side: int, steps: int, device: str) -> None:
     """In a process of its own: loads, makes a picture, prints peaks and times as JSON."""
     from omnigen_fast import OmniGenPipeline
 
@@ -105,7 +86,7 @@ def run_picture(folder: Path, side: int, steps: int) -> None:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
     start = time.perf_counter()
-    pipe = OmniGenPipeline.from_pretrained(folder, device="cpu")
+    pipe = OmniGenPipeline.from_pretrained(folder, device=device)
     loaded, loaded_peak = time.perf_counter() - start, peak()
     start = time.perf_counter()
     (image,) = pipe(
@@ -134,11 +115,12 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=256, help="pixels of the picture")
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--keep", action="store_true", help="leave the checkpoint there")
+    parser.add_argument("--device", default="cpu", help=argparse.SUPPRESS)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     folder: Path = arguments.folder
     if arguments.child:
-        run_picture(folder, arguments.side, arguments.steps)
+        run_picture(folder, arguments.side, arguments.steps, arguments.device)
         return
     if not (folder / "model.safetensors").exists():
         write_checkpoint(folder)

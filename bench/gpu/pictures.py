@@ -21,36 +21,19 @@ from torch import Tensor
 
 from omnigen_fast.config import PATCH, TOKEN_PIXELS, ModelConfig
 from omnigen_fast.denoise import Loop, denoise, schedule
-from omnigen_fast.images import InputImage
 from omnigen_fast.model import Transformer
 from omnigen_fast.pipeline import OmniGenPipeline
 from omnigen_fast.processor import EncodedBranch, Processor
 from omnigen_fast.request import make_request
 
+from ..cases import COLUMNS, PROMPTS
 from ..common import TOKENIZER, random_weights
+from ..contenders import KeptVae
 from .measure import Clock, clocks, datasheet_rate, described
 from .run import FAILED, NO_GPU, NO_TIME, NOT_MEASURED, OK, NotMeasured, Run, first_line
 
-_PROMPTS = (
-    "A curly-haired man in a red shirt is drinking tea.",
-    "<img><|image_1|></img> Make it a winter evening, with snow on the roofs.",
-    "The cup of <img><|image_1|></img> stands beside the cat of <img><|image_2|></img>.",
-)
-_NAMES = ("text", "one image", "two images")
 # Error that diffusers' and our bfloat16 may have against each other, and float32 in the small model
 _PEER_BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
-
-
-class _DrawnVae:
-    """Latents drawn by the image's content."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-
-    def encode(self, image: InputImage) -> Tensor:
-        generator = torch.Generator().manual_seed(int(image.digest[:15], 16))
-        shape = (4, *(side // 8 for side in image.size))
-        return torch.randn(shape, generator=generator).to(self._device)
 
 
 def make_pipeline(
@@ -60,7 +43,7 @@ def make_pipeline(
     return OmniGenPipeline(
         SimpleNamespace(config=config),
         Transformer(config, weights),
-        _DrawnVae(device),
+        KeptVae(device),
         Processor.from_file(TOKENIZER, config),
     )
 
@@ -70,7 +53,7 @@ def arguments_of(side: int, images: int, steps: int) -> dict[str, Any]:
     draw = np.random.default_rng(0)
     pixels = [draw.integers(0, 256, (side, side, 3), dtype=np.uint8) for _ in range(images)]
     return {
-        "prompt": _PROMPTS[images],
+        "prompt": PROMPTS[images],
         "input_images": pixels or None,
         "height": side,
         "width": side,
@@ -182,7 +165,7 @@ def _fresh(run: Run, pipe: OmniGenPipeline) -> None:
 
 
 def _cases(run: Run) -> list[tuple[int, int]]:
-    return [(side, images) for side in run.sizes.sides for images in range(len(_NAMES))]
+    return [(side, images) for side in run.sizes.sides for images in range(len(COLUMNS))]
 
 
 def pictures(run: Run, found: dict[str, Any]) -> None:
@@ -194,7 +177,7 @@ def pictures(run: Run, found: dict[str, Any]) -> None:
     found["parameters"] = sum(one.numel() for one in _full_model(run).values())
     for side, images in _cases(run):
         row: dict[str, Any] = {
-            "case": f"{side} px, {_NAMES[images]}",
+            "case": f"{side} px, {COLUMNS[images]}",
             "status": NOT_MEASURED,
             "why": NO_TIME,
         }
@@ -299,7 +282,7 @@ def peer(run: Run, found: dict[str, Any]) -> None:
     run.save()
     clock, pipe, rows = Clock(run.device), _pipeline(run), found.setdefault("rows", [])
     for side, images in _cases(run):
-        row: dict[str, Any] = {"case": f"{side} px, {_NAMES[images]}"}
+        row: dict[str, Any] = {"case": f"{side} px, {COLUMNS[images]}"}
         rows.append(row)
         try:
             row.update(_beside(run, pipe, clock, side, images))
@@ -313,13 +296,13 @@ def peer(run: Run, found: dict[str, Any]) -> None:
 
 def _agreement(run: Run) -> float:
     """Difference of the first velocities of both in float32, in the small model."""
-    from ..cpu_peer import Peer
+    from ..peers.diffusers import DiffusersTransformer
 
     config = run.sizes.check
     weights = random_weights(config, torch.float32, device=run.device)
     pipe = make_pipeline(config, weights, run.device)
     with ops.use("reference"):
-        other = Peer(config, weights, torch.float32)
+        other = DiffusersTransformer(config, weights, torch.float32)
         difference = _first_difference(run, pipe, other, run.sizes.check_side, 1)
     if not difference <= _PEER_BOUNDS[torch.float32]:
         raise RuntimeError(f"diffusers computes something else: {difference:.1e} apart")
@@ -355,12 +338,15 @@ def _first_difference(run: Run, pipe: OmniGenPipeline, other: Any, side: int, im
 def _beside(
     run: Run, pipe: OmniGenPipeline, clock: Clock, side: int, images: int
 ) -> dict[str, Any]:
-    from ..cpu_peer import Peer
+    from ..peers.diffusers import DiffusersTransformer
 
     if run.left() < (10 if run.on_gpu else 0):
         return {"status": NOT_MEASURED, "why": NO_TIME}
     _fresh(run, pipe)
-    other = run.keep("peer", lambda: Peer(run.sizes.config, _full_model(run), torch.bfloat16))
+    other = run.keep(
+        "peer",
+        lambda: DiffusersTransformer(run.sizes.config, _full_model(run), torch.bfloat16),
+    )
     difference = _first_difference(run, pipe, other, side, images)
     if not difference <= _PEER_BOUNDS[torch.bfloat16]:
         why = f"results differ by {difference:.1e}; no times are reported"
