@@ -58,7 +58,7 @@ def parse_sizes(text: str) -> tuple[Size, ...]:
     return tuple(sizes)
 
 
-_SWITCHES = {
+SWITCHES = {
     "kv": "use_kv_cache",
     "offload-kv": "offload_kv_cache",
     "separate": "separate_cfg_infer",
@@ -89,7 +89,7 @@ class Setting:
         if self.name == "default":
             return {}
         on = self.name.split("+")
-        return {argument: switch in on for switch, argument in _SWITCHES.items()}
+        return {argument: switch in on for switch, argument in SWITCHES.items()}
 
 
 def parse_settings(text: str) -> tuple[Setting, ...]:
@@ -102,11 +102,11 @@ def parse_settings(text: str) -> tuple[Setting, ...]:
         return tuple(map(Setting, ORIGINAL_SETTINGS))
     settings = []
     for name in text.split(","):
-        unknown = set(name.split("+")) - set(_SWITCHES)
+        unknown = set(name.split("+")) - set(SWITCHES)
         if unknown and name != "default":
             raise RequestError(
                 f"--settings: {name!r} is no setting; give default, all, or switches joined by +: "
-                + ", ".join(_SWITCHES)
+                + ", ".join(SWITCHES)
             )
         settings.append(Setting(name))
     return tuple(settings)

@@ -44,7 +44,7 @@ PRODUCTS, ATTENTION, NORMS, ELEMENTWISE, COPIES = FAMILIES = (
     "elementwise",
     "copies",
 )
-_OURS = {
+OURS = {
     "attention_step": ATTENTION,
     "attention_prefill": ATTENTION,
     "rms_norm": NORMS,
@@ -262,7 +262,7 @@ def _ours(name: str, given: dict[str, Any], result: Any) -> Operation:
     """One of our operations: each tensor that it must touch, once."""
     tensors = {key: value for key, value in given.items() if isinstance(value, Tensor)}
     out = tensors.pop("out", result if isinstance(result, Tensor) else None)
-    family, flops = _OURS[name], 0
+    family, flops = OURS[name], 0
     read = sum(map(touched, tensors.values()))
     written = touched(out) if out is not None else 0
     if name == "add_rms_norm":

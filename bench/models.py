@@ -40,6 +40,12 @@ class Model:
     ours: Ours
     folder: Path | None  # of a checkpoint
 
+    def widened(self) -> Model:
+        """The same values in float32."""
+        weights = {name: value.float() for name, value in self.weights.items()}
+        device = self.ours.pipe.device
+        return replace(self, weights=weights, ours=_ours(self.config, weights, device))
+
     @property
     def parameters(self) -> int:
         return sum(one.numel() for one in self.weights.values())
