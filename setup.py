@@ -12,6 +12,7 @@ setup(
         "omnigen_fast.bench.kernels",
         "omnigen_fast.bench.peers",
         "omnigen_fast.kernels",
+        "omnigen_fast.memory",
         "omnigen_fast.profiles",
     ],
     package_dir={

@@ -314,7 +314,7 @@ def attention_step_maps_kernel(
     _store(out_ptr, o_m, m_m, stride_out_row, acc_a, acc_b, HEAD_A, HEAD_B)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["wanted"])
 def attention_prefill_kernel(
     q_ptr,
     k_ptr,
@@ -322,6 +322,7 @@ def attention_prefill_kernel(
     out_ptr,
     cu_rows_ptr,
     kv_end_ptr,
+    wanted,  # the first row of a group whose attention is wanted
     stride_q_row,
     stride_k_row,
     stride_v_row,
@@ -338,7 +339,7 @@ def attention_prefill_kernel(
     i_head, i_group = tl.program_id(1), tl.program_id(2)
     first = tl.load(cu_rows_ptr + i_group)
     rows = tl.load(cu_rows_ptr + i_group + 1) - first
-    if i_tile * BLOCK_M >= rows:
+    if wanted + i_tile * BLOCK_M >= rows:
         return
 
     o_q_head = i_head * (HEAD_A + HEAD_B)
@@ -348,7 +349,7 @@ def attention_prefill_kernel(
     k_ptr += first.to(tl.int64) * stride_k_row + o_k_head
     v_ptr += first.to(tl.int64) * stride_v_row + o_k_head
 
-    o_m = i_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_m = wanted + i_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     o_n = tl.arange(0, BLOCK_N)
     m_m = o_m < rows
     q_a, q_b = _load_some(q_ptr, o_m, m_m, stride_q_row, HEAD_A, HEAD_B)
@@ -468,6 +469,7 @@ def attention_prefill(
     cu_rows: Tensor,  # [groups + 1], int32
     kv_end: Tensor,  # [rows], int32
     max_rows: int,
+    first: int = 0,
     out: Tensor | None = None,  # [rows, heads, head_dim]
 ) -> Tensor:  # [rows, heads, head_dim]
     """Launches the prefill's attention; see `reference.attention_prefill`.
@@ -481,15 +483,15 @@ def attention_prefill(
     Raises:
         TypeError, ValueError: see `contract.attention_prefill`.
     """
-    contract.attention_prefill(q, k, v, cu_rows, kv_end, max_rows, fused=True)
+    contract.attention_prefill(q, k, v, cu_rows, kv_end, max_rows, first, fused=True)
     out = _output(q, out)
     groups = cu_rows.shape[0] - 1
-    if not q.shape[0] or not groups:
+    if not q.shape[0] or not groups or first == max_rows:
         return out
     heads, head_dim = q.shape[1:]
     head_a, head_b = _PARTS[head_dim]
     chosen = launch.choose("attention_prefill", q, head_dim)
-    grid = (triton.cdiv(max_rows, chosen.block_m), heads, groups)
+    grid = (triton.cdiv(max_rows - first, chosen.block_m), heads, groups)
     attention_prefill_kernel[grid](
         q,
         k,
@@ -497,6 +499,7 @@ def attention_prefill(
         out,
         cu_rows,
         kv_end,
+        first,
         q.stride(0),
         k.stride(0),
         v.stride(0),

@@ -261,10 +261,11 @@ def attention_prefill(
     cu_rows: Tensor,
     kv_end: Tensor,
     max_rows: int,
+    first: int = 0,
     fused: bool = False,
 ) -> None:
     """q [rows, heads, head_dim], k and v [rows, kv_heads, head_dim], of one dtype; cu_rows
-    [groups + 1] and kv_end [rows], int32.
+    [groups + 1] and kv_end [rows], int32; first from 0 to max_rows.
 
     Raises:
         TypeError: wrong dtype.
@@ -274,6 +275,8 @@ def attention_prefill(
     _numbers("kv_end", kv_end, torch.int32, "q", q)
     _shape("kv_end", kv_end, (q.shape[0],))
     _longest(max_rows, q.shape[0], cu_rows.shape[0] - 1)
+    if not 0 <= first <= max_rows:
+        raise ValueError(f"first must be a row of the longest group, 0 to {max_rows}, got {first}")
     if fused:
         _near((("q", q, max_rows), ("k", k, max_rows), ("v", v, max_rows)))
 

@@ -123,7 +123,7 @@ _BEFORE_OUT = {
     "rms_norm": 3,
     "add_rms_norm": 4,
     "attention_step": 9,
-    "attention_prefill": 6,
+    "attention_prefill": 7,
     "swiglu": 1,
 }
 
@@ -398,6 +398,7 @@ def attention_prefill(
     cu_rows: Tensor,  # [groups + 1], int32
     kv_end: Tensor,  # [rows], int32, counted from the first row of the row's group
     max_rows: int,  # rows of the longest group
+    first: int = 0,  # of each group, the row whose attention is wanted first
     out: Tensor | None = None,  # [rows, heads, head_dim]
 ) -> Tensor:  # [rows, heads, head_dim]
     """See `reference.attention_prefill`.
@@ -405,7 +406,7 @@ def attention_prefill(
     Raises:
         TypeError, ValueError: see `contract.attention_prefill`.
     """
-    args = (q, k, v, cu_rows, kv_end, max_rows)
+    args = (q, k, v, cu_rows, kv_end, max_rows, first)
     if torch.compiler.is_compiling():
         return _into(out, torch.ops.omnigen_fast.attention_prefill(*args))
     return _call("attention_prefill", *args, out)
@@ -470,7 +471,7 @@ _SCHEMAS = (
     "attention_step(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor cu_rows, "
     "Tensor cache_start, Tensor cache_len, SymInt max_rows) -> Tensor",
     "attention_prefill(Tensor q, Tensor k, Tensor v, Tensor cu_rows, Tensor kv_end, "
-    "SymInt max_rows) -> Tensor",
+    "SymInt max_rows, SymInt first=0) -> Tensor",
     "swiglu(Tensor gate_up) -> Tensor",
     "modulate(Tensor x, Tensor shift, Tensor scale, float eps) -> Tensor",
     "guidance_step_(Tensor(a!) latents, Tensor prediction, Tensor coefficient, Tensor cu_groups, "

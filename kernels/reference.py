@@ -213,19 +213,21 @@ def attention_prefill(
     cu_rows: Tensor,  # [groups + 1], int32
     kv_end: Tensor,  # [rows], int32, counted from the first row of the row's group
     max_rows: int,  # rows of the longest group
+    first: int = 0,  # of each group, the row whose attention is wanted first
     out: Tensor | None = None,  # [rows, heads, head_dim]
 ) -> Tensor:  # [rows, heads, head_dim]
     """Attention over the condition: a row sees its group's rows 0 to kv_end, and itself.
 
     For a text token kv_end is its own place + 1 (causal); for a token of an input image the end of
     that image; for a time token the end of the condition, so that time tokens, which stand behind
-    the condition, do not see one another.
+    the condition, do not see one another. The rows of a group before `first` are keys and values
+    only: their own attention was computed before, and `out` keeps what it has there.
     """
     out = _out(q.shape, q, out)
     share = q.shape[1] // k.shape[1]
     ends = kv_end.tolist()
     for start, stop in pairwise(cu_rows.tolist()):
-        for block_start in range(start, stop, _PREFILL_BLOCK):
+        for block_start in range(start + first, stop, _PREFILL_BLOCK):
             block_stop = min(block_start + _PREFILL_BLOCK, stop)
             rows = slice(block_start, block_stop)
             outside = [

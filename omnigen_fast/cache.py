@@ -3,41 +3,73 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from .config import ModelConfig
+from .memory.plan import Condition
 
 
 @dataclass(frozen=True)
 class Span:
-    """The rows of one branch in the cache: `[condition | current time token | time tokens]`."""
+    """Where a branch lies in the cache.
 
-    start: int
+    A step reads one run of rows: the condition, and at one of its ends the slot of the step's time
+    token. The order of rows is free, since keys carry their positions.
+    """
+
+    start: int  # first row that a step reads
     condition: int  # condition tokens
-    steps: int  # time tokens
+    slot: int  # row in which a step finds its time token
+    times: int  # row of the first step's time token; those of the others follow
+    shared: int  # so many tokens, from the first on, another branch has in the same rows
+    first: int  # row of the first token
+    rest: int  # row of the first token that is not shared
+
+    def rows(self, steps: int, device: torch.device) -> Tensor:
+        """Rows of what the branch computes itself: tokens that are not shared, time tokens."""
+        own = torch.arange(self.condition - self.shared, device=device) + self.rest
+        return torch.cat([own, torch.arange(steps, device=device) + self.times])
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is kept or dropped as one: the rows of one branch, or of two that begin alike.
+
+    One branch: `[condition | slot | time tokens]`. Two, with what they share in the middle:
+    `[time tokens | slot | rest of the second | shared | rest of the first | slot | time tokens]`,
+    so that each of them still reads one run of rows.
+    """
+
+    keys: tuple[Hashable, ...]  # of the branches
+    condition: Condition
+    steps: int
 
     @property
     def rows(self) -> int:
-        return self.condition + 1 + self.steps
+        return self.condition.rows(self.steps)
 
-    @property
-    def stop(self) -> int:
-        return self.start + self.rows
-
-    @property
-    def time_slot(self) -> int:
-        """The row in which a step finds its time token, right behind the condition."""
-        return self.start + self.condition
+    def spans(self, place: int) -> tuple[Span, ...]:
+        """Where the branches lie in an entry whose rows begin at `place`."""
+        tokens, shared = self.condition.tokens, self.condition.shared
+        if len(tokens) == 2:
+            rest = place + self.steps + 1
+            place = rest + tokens[1] - shared
+            second = Span(rest - 1, tokens[1], rest - 1, rest - 1 - self.steps, shared, place, rest)
+        slot = place + tokens[0]
+        # the first branch is the one that computes the shared rows
+        first = Span(place, tokens[0], slot, slot + 1, 0, place, place)
+        return (first, second) if len(tokens) == 2 else (first,)
 
 
 class ConditionCache:
-    """One block of rows for all branches; the least recently used are dropped for new ones.
+    """One block of rows for all entries; the least recently used are dropped for new ones.
 
-    Storage is `[layers, rows, kv_heads, head_dim]` for keys (after rotation) and for values. A
-    branch's rows are contiguous, so a step reads them where they were written. Branches that no
+    Storage is `[layers, rows, kv_heads, head_dim]` for keys (after rotation) and for values. An
+    entry's rows are contiguous, so a step reads them where they were written. Entries that no
     request uses now stay while all rows together need at most `budget_bytes`; what a request itself
     needs is always given.
 
@@ -58,7 +90,7 @@ class ConditionCache:
         self.layers = config.num_layers if layers is None else layers
         self._row_shape = (config.num_kv_heads, config.head_dim)
         self.budget_bytes = budget_bytes
-        self._spans: OrderedDict[Hashable, Span] = OrderedDict()
+        self._places: OrderedDict[Entry, int] = OrderedDict()
         self.keys = torch.empty(self.layers, 0, *self._row_shape, dtype=dtype, device=device)
         self.values = torch.empty_like(self.keys)
 
@@ -75,95 +107,95 @@ class ConditionCache:
 
     @property
     def used_rows(self) -> int:
-        return sum(span.rows for span in self._spans.values())
+        return sum(entry.rows for entry in self._places)
 
     def __len__(self) -> int:
-        return len(self._spans)
+        return len(self._places)
 
-    def __contains__(self, key: Hashable) -> bool:
-        return key in self._spans
+    def __contains__(self, entry: Entry) -> bool:
+        return entry in self._places
 
-    def __getitem__(self, key: Hashable) -> Span:
-        return self._spans[key]
+    def __getitem__(self, entry: Entry) -> tuple[Span, ...]:
+        """The spans of an entry's branches."""
+        return entry.spans(self._places[entry])
 
     def clear(self) -> None:
-        """Drops every branch and frees the storage."""
-        self._spans.clear()
+        """Drops every entry and frees the storage."""
+        self._places.clear()
         self.keys = self.keys.new_empty(self.layers, 0, *self._row_shape)
         self.values = torch.empty_like(self.keys)
 
-    def reserve(self, branches: Mapping[Hashable, tuple[int, int]]) -> list[Hashable]:
-        """Gives every branch of a request its rows.
-
-        Args:
-            branches: (condition tokens, steps) by key.
+    def reserve(self, entries: Sequence[Entry]) -> list[Entry]:
+        """Gives every entry of a request its rows.
 
         Returns:
-            The keys whose rows are new and must be written now, or dropped by `discard`.
+            The entries whose rows are new and must be written now, or dropped by `discard`.
         """
-        missing = [key for key in branches if key not in self._spans]
-        for key in branches:
-            if key in self._spans:
-                self._spans.move_to_end(key)
-        needed = sum(_rows(*branches[key]) for key in branches)
-        new = sum(_rows(*branches[key]) for key in missing)
+        wanted = dict.fromkeys(entries)
+        needed = sum(entry.rows for entry in wanted)
         limit = max(self.budget_bytes // self.row_bytes, needed)
-        for key in [key for key in self._spans if key not in branches]:
-            if self.used_rows + new <= limit:
+        if not needed <= self.keys.shape[1] <= limit:
+            # Storage for a smaller or larger request. Two of them at once might be too much, so
+            # what is kept in it is given up.
+            self.clear()
+            self.keys = self.keys.new_empty(self.layers, limit, *self._row_shape)
+            self.values = torch.empty_like(self.keys)
+        missing = [entry for entry in wanted if entry not in self._places]
+        for entry in wanted:
+            if entry in self._places:
+                self._places.move_to_end(entry)
+        new = sum(entry.rows for entry in missing)
+        for entry in [entry for entry in self._places if entry not in wanted]:
+            if self.used_rows + new <= self.keys.shape[1]:
                 break
-            del self._spans[key]
-        if self.keys.shape[1] > limit:  # a larger request came before
-            self._resize(limit)
-        # the largest first: small branches fit the gaps that are left
-        for key in sorted(missing, key=lambda key: -_rows(*branches[key])):
-            start = self._find_gap(_rows(*branches[key]))
-            if start is None:
-                self._resize(min(limit, max(self.used_rows + new, 2 * self.keys.shape[1])))
-                start = self._find_gap(_rows(*branches[key]))
-                assert start is not None
-            new -= _rows(*branches[key])
-            self._spans[key] = Span(start, *branches[key])
+            del self._places[entry]
+        # the largest first: small ones fit the gaps that are left
+        for entry in sorted(missing, key=lambda entry: -entry.rows):
+            place = self._find_gap(entry.rows)
+            if place is None:
+                place = self._close_gaps()
+            self._places[entry] = place
         return missing
 
-    def select_step(self, time_slots: torch.Tensor, step: torch.Tensor | int) -> None:
-        """Puts the time token of `step` behind its branch's condition, in every layer.
+    def select_step(self, slots: Tensor, times: Tensor, step: Tensor | int) -> None:
+        """Puts the time tokens of `step` beside their branches' conditions, in every layer.
 
         Args:
-            time_slots: `Span.time_slot` of the branches, int64, without repetition.
+            slots: `Span.slot` of the branches, int64, without repetition.
+            times: `Span.times` of the branches, int64.
             step: from 0; as a tensor [1] on the device it is read when the copy runs.
         """
         for storage in (self.keys, self.values):
-            storage.index_copy_(1, time_slots, storage.index_select(1, time_slots + (1 + step)))
+            storage.index_copy_(1, slots, storage.index_select(1, times + step))
 
-    def discard(self, keys: list[Hashable]) -> None:
-        """Forgets branches, for instance ones whose prefill failed."""
-        for key in keys:
-            self._spans.pop(key, None)
+    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer, [rows, kv_heads, head_dim]."""
+        return self.keys[layer % self.layers], self.values[layer % self.layers]
+
+    def discard(self, entries: Sequence[Entry]) -> None:
+        """Forgets entries, for instance ones whose prefill failed."""
+        for entry in entries:
+            self._places.pop(entry, None)
 
     def _find_gap(self, rows: int) -> int | None:
         """First place with so many free rows."""
         place = 0
-        for span in sorted(self._spans.values(), key=lambda span: span.start):
-            if span.start - place >= rows:
+        for entry, start in sorted(self._places.items(), key=lambda item: item[1]):
+            if start - place >= rows:
                 return place
-            place = span.stop
+            place = start + entry.rows
         return place if self.keys.shape[1] - place >= rows else None
 
-    def _resize(self, rows: int) -> None:
-        """Moves the kept branches together at the front of storage of so many rows."""
-        moved, place = OrderedDict(), 0
-        for key, span in self._spans.items():
-            moved[key] = Span(place, span.condition, span.steps)
-            place += span.rows
-        for name in ("keys", "values"):
-            old = getattr(self, name)
-            new = old.new_empty(self.layers, rows, *self._row_shape)
-            for key, span in self._spans.items():
-                new[:, moved[key].start : moved[key].stop] = old[:, span.start : span.stop]
-            setattr(self, name, new)
-            del old
-        self._spans = moved
-
-
-def _rows(condition: int, steps: int) -> int:
-    return Span(0, condition, steps).rows
+    def _close_gaps(self) -> int:
+        """Moves all entries to the front, in the memory of one layer; the first row behind them."""
+        rows = [torch.empty(0, dtype=torch.int64)]
+        place = 0
+        for entry, start in self._places.items():
+            rows.append(torch.arange(start, start + entry.rows))
+            self._places[entry] = place
+            place += entry.rows
+        order = torch.cat(rows).to(self.keys.device)
+        for storage in (self.keys, self.values):
+            for layer in storage:
+                layer[:place] = layer.index_select(0, order)
+        return place

@@ -9,9 +9,10 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from .cache import ConditionCache, Span
+from .cache import ConditionCache, Entry, Span
 from .config import PATCH
 from .kernels import ops
+from .memory.plan import MLP_ROWS
 from .model import StepGroups, TimeEmbeddings, Transformer
 from .processor import EncodedBranch, lay_out
 
@@ -29,26 +30,33 @@ class Velocity:
     span: Span
     coefficient: float
 
-
-@dataclass(frozen=True)
-class Pass:
-    """The groups that run together, one for each of some pictures' branches."""
-
-    places: Tensor  # [groups], int64: where their velocities stand in the prediction
-    groups: StepGroups
-    branches: tuple[Velocity, ...]  # without repetition
-    time_slots: Tensor  # [branches], int64, see `ConditionCache.select_step`
-
-
-# (latents, pass, index of the step [1]) -> velocities of the pass's groups, [groups, N, 16]
-VelocityOf = Callable[[Tensor, Pass, Tensor], Tensor]
+    @staticmethod
+    def of(
+        pictures: Sequence[Sequence[tuple[EncodedBranch, float]]],
+        entries: Mapping[Entry, Sequence[EncodedBranch]],
+        cache: Mapping[Entry, Sequence[Span]],
+    ) -> list[list[Velocity]]:
+        """Those of each picture, from its branches and what each counts."""
+        spans = {
+            branch.key: span
+            for entry, branches in entries.items()
+            for branch, span in zip(branches, cache[entry])
+        }
+        return [
+            [Velocity(branch, spans[branch.key], coefficient) for branch, coefficient in picture]
+            for picture in pictures
+        ]
 
 
 @dataclass(frozen=True)
 class GuidancePlan:
     """Which (picture, branch) groups run together, and how their velocities are combined."""
 
-    passes: tuple[Pass, ...]
+    passes: tuple[StepGroups, ...]
+    places: tuple[Tensor, ...]  # [groups] of each pass, int64: where in the prediction they stand
+    branches: tuple[Velocity, ...]  # without repetition
+    slots: Tensor  # [branches], int64, see `ConditionCache.select_step`
+    times: Tensor  # [branches], int64, likewise
     coefficient: Tensor  # [groups], float32
     cu_groups: Tensor  # [pictures + 1], int32
 
@@ -59,6 +67,7 @@ class GuidancePlan:
         pictures: Sequence[Sequence[Velocity]],
         noise_tokens: int,
         branches_per_pass: int | None,
+        mlp_rows: int = MLP_ROWS,
     ) -> GuidancePlan:
         """Plans the groups of all pictures.
 
@@ -67,31 +76,31 @@ class GuidancePlan:
             pictures: the branches of each picture.
             noise_tokens: of each picture.
             branches_per_pass: so many branches of every picture at once; None for all.
+            mlp_rows: see `model.Workspace`.
         """
         device = model.device
         most = max(map(len, pictures))
         size = min(branches_per_pass or most, most)
         offsets = [0, *accumulate(map(len, pictures))]
-        passes = []
-        space = model.workspace(sum(min(size, len(one)) for one in pictures) * noise_tokens)
+        rows = sum(min(size, len(one)) for one in pictures) * noise_tokens
+        space = model.workspace(rows, mlp_rows)
+        passes, places = [], []
         for first in range(0, most, size):
             members = [
                 (offset + first + i, picture, velocity)
                 for picture, (offset, velocities) in enumerate(zip(offsets, pictures))
                 for i, velocity in enumerate(velocities[first : first + size])
             ]
-            branches = tuple({v.branch.key: v for _, _, v in members}.values())
             groups = [(picture, v.span, v.branch.long) for _, picture, v in members]
-            passes.append(
-                Pass(
-                    places=torch.tensor([place for place, _, _ in members], device=device),
-                    groups=model.step_groups(groups, noise_tokens, space),
-                    branches=branches,
-                    time_slots=torch.tensor([v.span.time_slot for v in branches], device=device),
-                )
-            )
+            passes.append(model.step_groups(groups, noise_tokens, space))
+            places.append(torch.tensor([place for place, _, _ in members], device=device))
+        branches = {v.branch.key: v for velocities in pictures for v in velocities}.values()
         return cls(
             passes=tuple(passes),
+            places=tuple(places),
+            branches=tuple(branches),
+            slots=torch.tensor([v.span.slot for v in branches], device=device),
+            times=torch.tensor([v.span.times for v in branches], device=device),
             coefficient=torch.tensor(
                 [velocity.coefficient for velocities in pictures for velocity in velocities],
                 dtype=torch.float32,
@@ -99,6 +108,10 @@ class GuidancePlan:
             ),
             cu_groups=torch.tensor(offsets, dtype=torch.int32, device=device),
         )
+
+
+# (latents, plan, index of the step [1]) -> velocities of each pass's groups, [groups, N, 16]
+VelocityOf = Callable[[Tensor, GuidancePlan, Tensor], list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -119,14 +132,14 @@ class Loop:
     def step(self) -> None:
         """One Euler step: `z += (t_{i+1} - t_i) * sum_b coefficient_b v_b(z, t_i)`."""
         plan = self.plan
-        velocities = [self.velocity(self.latents, one, self.index) for one in plan.passes]
+        velocities = self.velocity(self.latents, plan, self.index)
         if len(velocities) == 1:  # its groups stand in the prediction's own order
             prediction = velocities[0]
         else:
             shape = (len(plan.coefficient), *velocities[0].shape[1:])
             prediction = velocities[0].new_empty(shape)
-            for one, values in zip(plan.passes, velocities):
-                prediction.index_copy_(0, one.places, values)
+            for places, values in zip(plan.places, velocities):
+                prediction.index_copy_(0, places, values)
         length = self.lengths.index_select(0, self.index)[0]
         ops.guidance_step_(
             self.latents, prediction, plan.coefficient, plan.cu_groups, length, PATCH
@@ -137,10 +150,9 @@ class Loop:
         """All that another call of the same shapes has other values of."""
         plan = self.plan
         found = [self.latents, self.index, self.lengths, self.times.shift, self.times.scale]
-        found += [plan.coefficient, plan.cu_groups]
-        for one in plan.passes:
-            groups = one.groups
-            found += [one.places, one.time_slots, groups.picture, groups.cu_rows]
+        found += [plan.coefficient, plan.cu_groups, plan.slots, plan.times, *plan.places]
+        for groups in plan.passes:
+            found += [groups.picture, groups.cu_rows]
             found += [groups.cache_start, groups.cache_len, groups.cos, groups.sin]
         return found
 
@@ -148,10 +160,10 @@ class Loop:
 def cached_velocity(model: Transformer, cache: ConditionCache, times: TimeEmbeddings) -> VelocityOf:
     """Velocities from a cache filled by prefill."""
 
-    def velocity(latents: Tensor, one: Pass, index: Tensor) -> Tensor:
-        cache.select_step(one.time_slots, index)
+    def velocity(latents: Tensor, plan: GuidancePlan, index: Tensor) -> list[Tensor]:
+        cache.select_step(plan.slots, plan.times, index)
         shift, scale = (t.index_select(0, index)[0] for t in (times.shift, times.scale))
-        return model.step(latents, one.groups, shift, scale, cache)
+        return model.step(latents, plan.passes, shift, scale, cache)
 
     return velocity
 
@@ -161,22 +173,25 @@ def recomputed_velocity(
     cache: ConditionCache,
     times: TimeEmbeddings,
     image_latents: Mapping[str, Tensor],
+    mlp_rows: int = MLP_ROWS,
 ) -> VelocityOf:
     """Velocities with the condition computed anew, layer by layer, in a cache of one layer."""
 
-    def velocity(latents: Tensor, one: Pass, index: Tensor) -> Tensor:
+    def velocity(latents: Tensor, plan: GuidancePlan, index: Tensor) -> list[Tensor]:
         shift, scale = (t.index_select(0, index)[0] for t in (times.shift, times.scale))
         time_token = times.tokens.index_select(0, index)
-        sequences = [lay_out(v.branch, 1, v.span.start, latents.device) for v in one.branches]
+        sequences = [lay_out(v.branch, 1, v.span, latents.device) for v in plan.branches]
         return model.step_recomputed(
             latents,
-            one.groups,
+            plan.passes,
             shift,
             scale,
             sequences,
             [model.embed_condition(s, image_latents, time_token) for s in sequences],
-            one.time_slots,
+            plan.slots,
+            plan.times,
             cache,
+            mlp_rows,
         )
 
     return velocity

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from .cache import ConditionCache, Span
 from .config import LATENT_CHANNELS, PATCH, TIME_FREQUENCIES, ModelConfig
 from .kernels import ops
+from .memory.plan import MLP_ROWS
 from .processor import ConditionSequence
 
 _PATCH_VALUES = LATENT_CHANNELS * PATCH * PATCH
 _OUTPUT_NORM_EPS = 1e-6
-MLP_ROWS = 4096  # large enough that a product loses nothing, small enough to bound its memory
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -81,7 +81,8 @@ class StepGroups:
     cache_len: Tensor  # [groups], int32: condition and the step's time token
     cos: Tensor  # [groups * N, head_dim / 2], float32
     sin: Tensor  # [groups * N, head_dim / 2], float32
-    space: Workspace
+    delta: Tensor  # [groups * N, hidden], what a layer leaves to be added
+    space: Workspace  # of all passes
 
 
 @dataclass
@@ -93,22 +94,22 @@ class _PrefillState:
     sin: Tensor
     residual: Tensor  # [rows, hidden]
     delta: Tensor  # [rows, hidden], still to be added to it
-    space: Workspace
+    space: Workspace  # of all branches
 
 
 class Workspace:
-    """Memory for the intermediate results of a layer, used again by every layer and step.
+    """Memory for the intermediate results of a layer, used again by every layer, pass and step.
 
-    Per row the widths of QKV and twice the hidden size; the MLP's widest product is made for
-    `MLP_ROWS` rows at a time.
+    Per row the widths of QKV and of the hidden state; the MLP's widest product is made for
+    `mlp_rows` rows at a time.
     """
 
-    def __init__(self, config: ModelConfig, rows: int, like: Tensor) -> None:
+    def __init__(self, config: ModelConfig, rows: int, mlp_rows: int, like: Tensor) -> None:
         width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
         self.qkv = like.new_empty(rows, width)
         self.normed = like.new_empty(rows, config.hidden_size)
-        self.delta = like.new_empty(rows, config.hidden_size)
-        self.gate_up = like.new_empty(min(rows, MLP_ROWS), 2 * config.intermediate_size)
+        self.mlp_rows = mlp_rows
+        self.gate_up = like.new_empty(min(rows, mlp_rows), 2 * config.intermediate_size)
         # what a step adds to the noise: a captured step reads it long after the model's table of
         # such crops may have dropped it
         self.pos_embed: Tensor | None = None
@@ -127,15 +128,20 @@ class Block(nn.Module):
         for name, value in weights.items():
             setattr(self, name, nn.Parameter(value, requires_grad=False))
 
-    def project(self, residual: Tensor, delta: Tensor | None, space: Workspace) -> Tensor:
-        """Fused QKV product of the normed stream, [rows, (heads + 2 kv_heads) * head_dim]."""
+    def project(
+        self, residual: Tensor, delta: Tensor | None, space: Workspace, first: int = 0
+    ) -> Tensor:
+        """Fused QKV product of the normed stream, [rows, (heads + 2 kv_heads) * head_dim].
+
+        It lies in the workspace from row `first` on; the rows before stay as they are.
+        """
         rows, eps = len(residual), self.config.rms_norm_eps
         normed = space.normed[:rows]
         if delta is None:
             ops.rms_norm(residual, self.input_norm, eps, out=normed)
         else:
             ops.add_rms_norm(residual, delta, self.input_norm, eps, out=normed)
-        return torch.mm(normed, self.qkv_proj.t(), out=space.qkv[:rows])
+        return torch.mm(normed, self.qkv_proj.t(), out=space.qkv[first : first + rows])
 
     def attended(self, space: Workspace, rows: int) -> Tensor:
         """Where attention is to write, [rows, heads, head_dim]: the normed stream is done with."""
@@ -151,7 +157,7 @@ class Block(nn.Module):
             self.config.rms_norm_eps,
             out=space.normed[: len(residual)],
         )
-        for some, result in zip(normed.split(MLP_ROWS), delta.split(MLP_ROWS)):
+        for some, result in zip(normed.split(space.mlp_rows), delta.split(space.mlp_rows)):
             gate_up = torch.mm(some, self.gate_up_proj.t(), out=space.gate_up[: len(some)])
             inner = ops.swiglu(gate_up, out=gate_up[:, : gate_up.shape[1] // 2])
             torch.mm(inner, self.down_proj.t(), out=result)
@@ -274,12 +280,13 @@ class Transformer(nn.Module):
             cache_len=integers([span.condition + 1 for _, span, _ in groups]),
             cos=torch.cat([cos for cos, _ in tables]),
             sin=torch.cat([sin for _, sin in tables]),
+            delta=self.norm.new_empty(len(groups) * noise_tokens, self.config.hidden_size),
             space=space,
         )
 
-    def workspace(self, rows: int) -> Workspace:
+    def workspace(self, rows: int, mlp_rows: int = MLP_ROWS) -> Workspace:
         """Memory for passes of at most so many rows."""
-        return Workspace(self.config, rows, self.norm)
+        return Workspace(self.config, rows, mlp_rows, self.norm)
 
     def embed_condition(
         self,
@@ -295,10 +302,14 @@ class Transformer(nn.Module):
             time_tokens: [steps, hidden].
         """
         embedded = F.embedding(sequence.token_ids, self.embed_tokens)
+        shared = sequence.shared
         for first, stop, image in sequence.branch.spans:
-            latents = image_latents[image.digest].unsqueeze(0)
-            embedded[first:stop] = self._embed_patches("image_proj", latents)[0]
-        embedded[sequence.branch.length :] = time_tokens
+            if first >= shared:
+                latents = image_latents[image.digest].unsqueeze(0)
+                embedded[first - shared : stop - shared] = self._embed_patches(
+                    "image_proj", latents
+                )[0]
+        embedded[sequence.branch.length - shared :] = time_tokens
         return embedded
 
     def prefill(
@@ -306,83 +317,92 @@ class Transformer(nn.Module):
         sequences: Sequence[ConditionSequence],
         embedded: Sequence[Tensor],
         cache: ConditionCache,
+        mlp_rows: int = MLP_ROWS,
     ) -> None:
         """Runs condition and time tokens and writes their keys and values into the cache.
 
         Layer by layer, so that the weights are passed over once.
 
         Args:
-            sequences: the branches.
+            sequences: the branches; one with shared tokens right behind the one that has them.
             embedded: [rows, hidden] of each from `embed_condition`; overwritten.
             cache: rows for the branches reserved.
+            mlp_rows: see `Workspace`.
         """
-        states = self._prefill_states(sequences, embedded)
+        states = self._prefill_states(sequences, embedded, mlp_rows)
         for layer in range(len(self.layers)):
             self._prefill_layer(layer, states, cache)
 
     def step(
         self,
         latents: Tensor,
-        groups: StepGroups,
+        passes: Sequence[StepGroups],
         shift: Tensor,
         scale: Tensor,
         cache: ConditionCache,
-    ) -> Tensor:
+    ) -> list[Tensor]:
         """Velocity of every group's noise tokens.
+
+        All passes run in a layer before the next layer's begin: the weights are passed over once,
+        however few groups a pass has.
 
         Args:
             latents: [pictures, 4, height / 8, width / 8], float32.
-            groups: what to run.
+            passes: what to run.
             shift: [hidden], this step's.
             scale: [hidden], this step's.
             cache: filled, this step's time tokens selected.
 
         Returns:
-            [groups, N, 16]: (row, column, channel) of each token's patch.
+            Of each pass [groups, N, 16]: (row, column, channel) of each token's patch.
         """
-        residual = self._embed_noise(latents, groups)
+        residuals = [self._embed_noise(latents, groups) for groups in passes]
         for layer in range(len(self.layers)):
-            self._step_layer(layer, residual, groups, cache)
-        return self._predict(residual, groups, shift, scale)
+            self._step_layer(layer, residuals, passes, cache)
+        return self._predict(residuals, passes, shift, scale)
 
     def step_recomputed(
         self,
         latents: Tensor,
-        groups: StepGroups,
+        passes: Sequence[StepGroups],
         shift: Tensor,
         scale: Tensor,
         sequences: Sequence[ConditionSequence],
         embedded: Sequence[Tensor],
-        time_slots: Tensor,
+        slots: Tensor,
+        times: Tensor,
         cache: ConditionCache,
-    ) -> Tensor:
+        mlp_rows: int = MLP_ROWS,
+    ) -> list[Tensor]:
         """As `prefill` and `step` at once, keeping the keys and values of one layer at a time.
 
         Args:
             latents: as in `step`.
-            groups: as in `step`.
+            passes: as in `step`.
             shift: as in `step`.
             scale: as in `step`.
             sequences: the branches of the groups, with this step's time token only.
             embedded: their embeddings; overwritten.
-            time_slots: see `ConditionCache.select_step`.
+            slots: see `ConditionCache.select_step`.
+            times: likewise.
             cache: of one layer, which every layer overwrites.
+            mlp_rows: see `Workspace`.
 
         Returns:
             As `step`.
         """
-        states = self._prefill_states(sequences, embedded)
-        residual = self._embed_noise(latents, groups)
+        states = self._prefill_states(sequences, embedded, mlp_rows)
+        residuals = [self._embed_noise(latents, groups) for groups in passes]
         for layer in range(len(self.layers)):
             self._prefill_layer(layer, states, cache)
-            cache.select_step(time_slots, 0)
-            self._step_layer(layer, residual, groups, cache)
-        return self._predict(residual, groups, shift, scale)
+            cache.select_step(slots, times, 0)
+            self._step_layer(layer, residuals, passes, cache)
+        return self._predict(residuals, passes, shift, scale)
 
     def _prefill_states(
-        self, sequences: Sequence[ConditionSequence], embedded: Sequence[Tensor]
+        self, sequences: Sequence[ConditionSequence], embedded: Sequence[Tensor], mlp_rows: int
     ) -> list[_PrefillState]:
-        space = self.workspace(max(map(len, embedded)))
+        space = self.workspace(max(len(one.kv_end) for one in sequences), mlp_rows)
         return [
             _PrefillState(
                 one,
@@ -398,10 +418,11 @@ class Transformer(nn.Module):
         self, layer: int, states: Sequence[_PrefillState], cache: ConditionCache
     ) -> None:
         config, block = self.config, self.layers[layer]
-        keys, values = cache.keys[layer % cache.layers], cache.values[layer % cache.layers]
+        keys, values = cache.layer(layer)
         for state in states:
-            one = state.sequence
-            qkv = block.project(state.residual, state.delta if layer else None, state.space)
+            one, space = state.sequence, state.space
+            # behind the rows that the branch before has computed for this one too
+            qkv = block.project(state.residual, state.delta if layer else None, space, one.shared)
             ops.rope_cache_(
                 qkv,
                 state.cos,
@@ -414,33 +435,41 @@ class Transformer(nn.Module):
             )
             if layer == len(self.layers) - 1:
                 continue  # nothing reads the condition behind its last keys and values
+            rows = len(one.kv_end)
             attended = ops.attention_prefill(
-                *self._split(qkv),
+                *self._split(space.qkv[:rows]),
                 one.cu_rows,
                 one.kv_end,
-                len(qkv),
-                out=block.attended(state.space, len(qkv)),
+                rows,
+                one.shared,
+                out=block.attended(space, rows),
             )
-            block.finish(state.residual, attended, state.delta, state.space)
+            block.finish(state.residual, attended[one.shared :], state.delta, space)
 
     def _step_layer(
-        self, layer: int, residual: Tensor, groups: StepGroups, cache: ConditionCache
+        self,
+        layer: int,
+        residuals: Sequence[Tensor],
+        passes: Sequence[StepGroups],
+        cache: ConditionCache,
     ) -> None:
-        config, block, space = self.config, self.layers[layer], groups.space
-        delta = space.delta[: len(residual)]
-        qkv = block.project(residual, delta if layer else None, space)
-        ops.rope_(qkv, groups.cos, groups.sin, config.num_heads, config.num_kv_heads)
-        attended = ops.attention_step(
-            *self._split(qkv),
-            cache.keys[layer % cache.layers],
-            cache.values[layer % cache.layers],
-            groups.cu_rows,
-            groups.cache_start,
-            groups.cache_len,
-            groups.max_rows,
-            out=block.attended(space, len(residual)),
-        )
-        block.finish(residual, attended, delta, space)
+        config, block = self.config, self.layers[layer]
+        keys, values = cache.layer(layer)
+        for residual, groups in zip(residuals, passes):
+            space = groups.space
+            qkv = block.project(residual, groups.delta if layer else None, space)
+            ops.rope_(qkv, groups.cos, groups.sin, config.num_heads, config.num_kv_heads)
+            attended = ops.attention_step(
+                *self._split(qkv),
+                keys,
+                values,
+                groups.cu_rows,
+                groups.cache_start,
+                groups.cache_len,
+                groups.max_rows,
+                out=block.attended(space, len(residual)),
+            )
+            block.finish(residual, attended, groups.delta, space)
 
     def _split(self, qkv: Tensor) -> tuple[Tensor, ...]:
         """q, k and v, [rows, heads, head_dim] views of the fused product."""
@@ -479,17 +508,23 @@ class Transformer(nn.Module):
         return crop
 
     def _predict(
-        self, residual: Tensor, groups: StepGroups, shift: Tensor, scale: Tensor
-    ) -> Tensor:
-        """The output layer: final RMSNorm, modulated LayerNorm, product; [groups, N, 16]."""
-        rows, space = len(residual), groups.space
-        normed = ops.add_rms_norm(
-            residual,
-            space.delta[:rows],
-            self.norm,
-            self.config.rms_norm_eps,
-            out=space.normed[:rows],
-        )
-        modulated = ops.modulate(normed, shift, scale, _OUTPUT_NORM_EPS)
-        values = F.linear(modulated, self.output_weight, self.output_bias)
-        return values.view(len(groups.picture), groups.max_rows, _PATCH_VALUES)
+        self,
+        residuals: Sequence[Tensor],
+        passes: Sequence[StepGroups],
+        shift: Tensor,
+        scale: Tensor,
+    ) -> list[Tensor]:
+        """The output layer: final RMSNorm, modulated LayerNorm, product; [groups, N, 16] each."""
+        predictions = []
+        for residual, groups in zip(residuals, passes):
+            normed = ops.add_rms_norm(
+                residual,
+                groups.delta,
+                self.norm,
+                self.config.rms_norm_eps,
+                out=groups.space.normed[: len(residual)],
+            )
+            modulated = ops.modulate(normed, shift, scale, _OUTPUT_NORM_EPS)
+            values = F.linear(modulated, self.output_weight, self.output_bias)
+            predictions.append(values.view(len(groups.picture), groups.max_rows, _PATCH_VALUES))
+        return predictions

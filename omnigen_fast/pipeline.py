@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .cache import ConditionCache
+from .cache import ConditionCache, Entry
 from .checkpoint import SDXL_VAE, VAE_FILES, Checkpoint, resolve
 from .config import ModelConfig
 from .denoise import (
@@ -31,7 +31,13 @@ from .graph import StepGraphs
 from .images import InputImage
 from .lora import Adapter, apply_adapters, read_adapter
 from .model import Transformer
-from .processor import EncodedBranch, Processor, guidance_branches, lay_out
+from .processor import (
+    EncodedBranch,
+    Processor,
+    cache_entries,
+    guidance_branches,
+    lay_out_all,
+)
 from .request import Request, finite, make_request
 from .vae import Vae
 
@@ -385,28 +391,28 @@ class OmniGenPipeline:
         times: Tensor,
     ) -> Loop:
         """Computes all that does not depend on the noise, or finds it kept."""
-        branches = {branch.key: branch for picture in pictures for branch, _ in picture}
+        entries = cache_entries(
+            [[branch for branch, _ in picture] for picture in pictures],
+            request.steps if request.use_cache else 1,
+            share=request.use_cache,
+        )
         embedded = self.model.embed_times(times[:-1].to(self.device))
         if request.use_cache:
             cache = self._cache
-            sizes = {key: (branch.length, request.steps) for key, branch in branches.items()}
-            missing = cache.reserve(sizes)
+            missing = cache.reserve(list(entries))
             if missing:
                 try:
-                    self._prefill([branches[key] for key in missing], embedded.tokens)
+                    self._prefill({entry: entries[entry] for entry in missing}, embedded.tokens)
                 except BaseException:
                     cache.discard(missing)  # their rows hold nothing
                     raise
             velocity = cached_velocity(self.model, cache, embedded)
         else:
             cache = self._new_cache(layers=1)
-            cache.reserve({key: (branch.length, 1) for key, branch in branches.items()})
-            images = self._latents_of(branches.values())
+            cache.reserve(list(entries))
+            images = self._latents_of(branch for kept in entries.values() for branch in kept)
             velocity = recomputed_velocity(self.model, cache, embedded, images)
-        velocities = [
-            [Velocity(branch, cache[branch.key], coefficient) for branch, coefficient in picture]
-            for picture in pictures
-        ]
+        velocities = Velocity.of(pictures, entries, cache)
         plan = GuidancePlan.make(
             self.model, velocities, request.noise_tokens, request.branches_per_pass
         )
@@ -419,12 +425,11 @@ class OmniGenPipeline:
             velocity=velocity,
         )
 
-    def _prefill(self, branches: Sequence[EncodedBranch], time_tokens: Tensor) -> None:
-        images = self._latents_of(branches)
-        sequences = [
-            lay_out(branch, len(time_tokens), self._cache[branch.key].start, self.device)
-            for branch in branches
-        ]
+    def _prefill(
+        self, entries: Mapping[Entry, tuple[EncodedBranch, ...]], time_tokens: Tensor
+    ) -> None:
+        images = self._latents_of(branch for kept in entries.values() for branch in kept)
+        sequences = lay_out_all(entries, self._cache, self.device)
         embedded = [self.model.embed_condition(one, images, time_tokens) for one in sequences]
         self.model.prefill(sequences, embedded, self._cache)
 

@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from omnigen_fast.cache import ConditionCache, Span
+from omnigen_fast.cache import ConditionCache, Entry, Span
 from omnigen_fast.config import ModelConfig
+from omnigen_fast.memory.plan import Condition
 
 CONFIG = ModelConfig(
     hidden_size=4,
@@ -27,14 +28,19 @@ CONFIG = ModelConfig(
     pos_embed_size=4,
 )
 ROW_BYTES = 2 * 2 * 1 * 2 * 4  # keys and values, layers, heads, head_dim, float32
-# (condition tokens, steps) of branch 0, 1, 2, ...
-SIZES = [(1, 1), (5, 1), (2, 4), (30, 2), (3, 3), (12, 10), (7, 1), (60, 1), (1, 20), (9, 9)]
-SIZES += [(1, 2), (2, 2), (2, 3), (5, 2), (8, 9), (19, 1)]  # a row more or less than others
+# (condition tokens of one or two branches, tokens they share, steps) of entry 0, 1, 2, ...
+SIZES = [((1,), 0, 1), ((5,), 0, 1), ((2,), 0, 4), ((30,), 0, 2), ((3,), 0, 3), ((12,), 0, 10)]
+SIZES += [((7,), 0, 1), ((60,), 0, 1), ((1,), 0, 20), ((9,), 0, 9)]
+SIZES += [((1,), 0, 2), ((2,), 0, 2), ((2,), 0, 3), ((5,), 0, 2)]  # a row more or less than others
+SIZES += [((8, 6), 4, 3), ((20, 9), 9, 2), ((5, 5), 2, 1)]
+ENTRIES = [
+    Entry(tuple((number, i) for i in range(len(tokens))), Condition(tokens, shared), steps)
+    for number, (tokens, shared, steps) in enumerate(SIZES)
+]
 
 
-def rows(branch: int) -> int:
-    condition, steps = SIZES[branch]
-    return condition + 1 + steps
+def rows(number: int) -> int:
+    return ENTRIES[number].rows
 
 
 def make(budget_rows: int, **arguments) -> ConditionCache:
@@ -42,109 +48,113 @@ def make(budget_rows: int, **arguments) -> ConditionCache:
     return ConditionCache(CONFIG, torch.float32, cpu, budget_rows * ROW_BYTES, **arguments)
 
 
-def reserve(cache: ConditionCache, *branches: int) -> list:
-    return cache.reserve({branch: SIZES[branch] for branch in branches})
+def reserve(cache: ConditionCache, *numbers: int) -> list[int]:
+    return [ENTRIES.index(entry) for entry in cache.reserve([ENTRIES[i] for i in numbers])]
 
 
-def contents(cache: ConditionCache, branch: int) -> torch.Tensor:
-    """What a branch's rows must hold: different in each branch, row, layer, feature."""
-    shape = (cache.layers, rows(branch), 1, 2)
-    return 10_000.0 * (branch + 1) + torch.arange(cache.layers * rows(branch) * 2).view(shape)
+def has(cache: ConditionCache, number: int) -> bool:
+    return ENTRIES[number] in cache
 
 
-def write(cache: ConditionCache, branch: int) -> None:
-    span = cache[branch]
-    cache.keys[:, span.start : span.stop] = contents(cache, branch)
-    cache.values[:, span.start : span.stop] = -contents(cache, branch)
+def place(cache: ConditionCache, number: int) -> int:
+    """First row of an entry."""
+    spans = cache[ENTRIES[number]]
+    return spans[0].start if len(spans) == 1 else spans[1].times
 
 
-def check(cache: ConditionCache, branches) -> None:
-    """Spans lie in the storage, apart from each other, and hold what was written."""
-    spans = sorted((cache[branch] for branch in branches), key=lambda span: span.start)
-    for before, after in pairwise(spans):
-        assert before.stop <= after.start
-    if spans:
-        assert spans[0].start >= 0
-        assert spans[-1].stop <= cache.keys.shape[1]
+def contents(cache: ConditionCache, number: int) -> torch.Tensor:
+    """What an entry's rows must hold: different in each entry, row, layer, feature."""
+    shape = (cache.layers, rows(number), 1, 2)
+    return 10_000.0 * (number + 1) + torch.arange(cache.layers * rows(number) * 2).view(shape)
+
+
+def write(cache: ConditionCache, number: int) -> None:
+    mine = slice(place(cache, number), place(cache, number) + rows(number))
+    cache.keys[:, mine] = contents(cache, number)
+    cache.values[:, mine] = -contents(cache, number)
+
+
+def check(cache: ConditionCache, numbers) -> None:
+    """Entries lie in the storage, apart from each other, and hold what was written."""
+    places = sorted((place(cache, number), rows(number)) for number in numbers)
+    for (before, length), (after, _) in pairwise(places):
+        assert before + length <= after
+    if places:
+        assert places[0][0] >= 0
+        assert sum(places[-1]) <= cache.keys.shape[1]
     assert cache.keys.shape == cache.values.shape
-    assert cache.used_rows == sum(map(rows, branches))
-    for branch in branches:
-        span = cache[branch]
-        assert (span.condition, span.steps) == SIZES[branch]
-        assert torch.equal(cache.keys[:, span.start : span.stop], contents(cache, branch))
-        assert torch.equal(cache.values[:, span.start : span.stop], -contents(cache, branch))
+    assert cache.used_rows == sum(map(rows, numbers))
+    for number in numbers:
+        mine = slice(place(cache, number), place(cache, number) + rows(number))
+        assert torch.equal(cache.keys[:, mine], contents(cache, number))
+        assert torch.equal(cache.values[:, mine], -contents(cache, number))
 
 
-branch_lists = st.lists(st.integers(0, len(SIZES) - 1), min_size=1, max_size=5, unique=True)
+number_lists = st.lists(st.integers(0, len(SIZES) - 1), min_size=1, max_size=5, unique=True)
 
 
 @settings(max_examples=250, deadline=None)
 @given(
     budget=st.integers(0, 150),
-    requests=st.lists(st.tuples(branch_lists, st.booleans()), max_size=16),
+    requests=st.lists(st.tuples(number_lists, st.booleans()), max_size=16),
 )
 def test_any_sequence_of_requests(budget, requests):
     cache = make(budget)
-    kept: dict[int, int] = {}  # when each branch was used last
-    for now, (branches, fails) in enumerate(requests):
-        missing = reserve(cache, *branches)
-        assert missing == [branch for branch in branches if branch not in kept]
-        needed = sum(map(rows, branches))
-        limit = max(budget, needed)
-        assert cache.nbytes <= limit * ROW_BYTES
-        assert all(branch in cache for branch in branches)
+    kept: dict[int, int] = {}  # when each entry was used last
+    for now, (numbers, fails) in enumerate(requests):
+        had = cache.keys.shape[1]
+        needed = sum(map(rows, numbers))
+        if not needed <= had <= max(budget, needed):
+            kept = {}  # storage of another size
+        missing = reserve(cache, *numbers)
+        assert missing == [number for number in numbers if number not in kept]
+        limit = cache.keys.shape[1]
+        assert needed <= limit <= max(budget, needed)
+        assert all(has(cache, number) for number in numbers)
 
-        dropped = [branch for branch in kept if branch not in cache]
-        left = [branch for branch in kept if branch in cache and branch not in branches]
+        dropped = [number for number in kept if not has(cache, number)]
+        left = [number for number in kept if has(cache, number) and number not in numbers]
         if dropped:
-            newest = max(kept[branch] for branch in dropped)
-            assert all(kept[branch] >= newest for branch in left)
+            newest = max(kept[number] for number in dropped)
+            assert all(kept[number] >= newest for number in left)
             # none was dropped that could have stayed
-            last = max(rows(branch) for branch in dropped if kept[branch] == newest)
+            last = max(rows(number) for number in dropped if kept[number] == newest)
             assert cache.used_rows + last > limit
-        kept = {branch: kept[branch] for branch in left} | dict.fromkeys(branches, now)
+        kept = {number: kept[number] for number in left} | dict.fromkeys(numbers, now)
         assert len(cache) == len(kept)
 
         if fails:
-            cache.discard(missing)
-            for branch in missing:
-                assert branch not in cache
-                del kept[branch]
+            cache.discard([ENTRIES[number] for number in missing])
+            for number in missing:
+                assert not has(cache, number)
+                del kept[number]
         else:
-            for branch in missing:
-                write(cache, branch)
+            for number in missing:
+                write(cache, number)
         check(cache, kept)
 
 
-def test_growth_keeps_contents():
-    cache = make(1000)
-    for branch in range(len(SIZES)):
-        reserve(cache, branch)
-        write(cache, branch)
-        check(cache, range(branch + 1))
-
-
-def test_compaction_keeps_contents():
+def test_gaps_are_closed_in_place():
     cache = make(rows(5) + rows(8) + rows(9))
     reserve(cache, 5, 8, 9)
-    for branch in (5, 8, 9):
-        write(cache, branch)
-    before = cache.nbytes
-    assert cache[8].start == rows(5)  # in the middle
-    cache.discard([5, 9])
+    for number in (5, 8, 9):
+        write(cache, number)
+    before = cache.keys.data_ptr()
+    assert place(cache, 8) == rows(5)  # in the middle
+    cache.discard([ENTRIES[5], ENTRIES[9]])
     assert reserve(cache, 3) == [3]  # larger than either gap
     write(cache, 3)
-    assert cache[8].start == 0
-    assert cache.nbytes == before
+    assert place(cache, 8) == 0
+    assert cache.keys.data_ptr() == before
     check(cache, (8, 3))
 
 
 def test_the_least_recently_used_goes_first():
     cache = make(rows(0) + rows(1) + rows(2))
-    for branch in (0, 1, 2, 0):  # 1 is the oldest now
-        reserve(cache, branch)
+    for number in (0, 1, 2, 0):  # 1 is the oldest now
+        reserve(cache, number)
     assert reserve(cache, 6) == [6]
-    assert [branch for branch in range(len(SIZES)) if branch in cache] == [0, 6]
+    assert [number for number in range(len(SIZES)) if has(cache, number)] == [0, 6]
 
 
 def test_a_request_beyond_the_budget_is_served_and_then_shrunk():
@@ -153,16 +163,15 @@ def test_a_request_beyond_the_budget_is_served_and_then_shrunk():
     assert cache.nbytes == (rows(7) + rows(5)) * ROW_BYTES
     reserve(cache, 0)
     assert cache.nbytes <= 10 * ROW_BYTES
-    assert 7 not in cache and 5 not in cache
+    assert not has(cache, 7) and not has(cache, 5)
 
 
-def test_a_hit_beyond_the_budget_is_kept_while_in_use():
+def test_a_hit_beyond_the_budget():
     cache = make(0)
     reserve(cache, 7)
     write(cache, 7)
-    assert reserve(cache, 7, 1) == [1]
-    write(cache, 1)
-    check(cache, (7, 1))
+    assert reserve(cache, 7) == []
+    check(cache, (7,))
 
 
 def test_clear_frees_the_storage():
@@ -173,21 +182,21 @@ def test_clear_frees_the_storage():
     assert reserve(cache, 1) == [1]
 
 
-def test_select_step_moves_that_step_behind_the_condition():
+def test_select_step_brings_that_step_beside_the_condition():
     cache = make(100)
-    reserve(cache, 2, 5)
-    for branch in (2, 5):
-        write(cache, branch)
-    slots = torch.tensor([cache[branch].time_slot for branch in (2, 5)])
-    cache.select_step(slots, 3)
-    for branch in (2, 5):
-        condition, _ = SIZES[branch]
-        start, slot = cache[branch].start, cache[branch].time_slot
-        expected = contents(cache, branch)
-        expected[:, condition] = expected[:, condition + 1 + 3]
-        assert slot == start + condition
-        assert torch.equal(cache.keys[:, start : start + rows(branch)], expected)
-        assert torch.equal(cache.values[:, start : start + rows(branch)], -expected)
+    reserve(cache, 2, 14)
+    for number in (2, 14):
+        write(cache, number)
+    spans = [span for number in (2, 14) for span in cache[ENTRIES[number]]]
+    slots = torch.tensor([span.slot for span in spans])
+    times = torch.tensor([span.times for span in spans])
+    before = cache.keys.clone()
+    cache.select_step(slots, times, 2)
+    for span in spans:
+        assert torch.equal(cache.keys[:, span.slot], before[:, span.times + 2])
+        assert torch.equal(cache.values[:, span.slot], -before[:, span.times + 2])
+        before[:, span.slot] = before[:, span.times + 2]
+    assert torch.equal(cache.keys, before)
 
 
 def test_one_layer():
@@ -197,6 +206,24 @@ def test_one_layer():
     assert cache.nbytes == cache.keys.nbytes + cache.values.nbytes == cache.keys.shape[1] * 16
 
 
-def test_span():
-    span = Span(start=10, condition=5, steps=3)
-    assert (span.rows, span.stop, span.time_slot) == (9, 19, 15)
+def test_spans_of_one_branch():
+    (span,) = Entry(("a",), Condition((5,)), 3).spans(10)
+    assert span == Span(start=10, condition=5, slot=15, times=16, shared=0, first=10, rest=10)
+    assert span.rows(3, torch.device("cpu")).tolist() == [10, 11, 12, 13, 14, 16, 17, 18]
+
+
+@given(st.integers(0, 20), st.integers(0, 9), st.integers(0, 9), st.integers(1, 5))
+def test_two_branches_share_the_middle(shared, rest, other, steps):
+    """Each reads one run of rows: its condition and its slot; no row is used twice."""
+    entry = Entry(("a", "b"), Condition((shared + rest, shared + other), shared), steps)
+    spans = entry.spans(7)
+    written = [row for span in spans for row in span.rows(steps, torch.device("cpu")).tolist()]
+    slots = [span.slot for span in spans]
+    assert sorted(written + slots) == list(range(7, 7 + entry.rows))
+    common = list(range(spans[0].first, spans[0].first + shared))
+    for span, tokens in zip(spans, (shared + rest, shared + other)):
+        rest_rows = list(range(span.rest, span.rest + tokens - span.shared))
+        condition = rest_rows if span.shared == 0 else common + rest_rows
+        assert span.condition == tokens
+        assert sorted([*condition, span.slot]) == list(range(span.start, span.start + tokens + 1))
+    assert spans[1].shared == shared and spans[1].first == spans[0].first

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from golden_cases import CASES, GOLDEN, golden_request, golden_result, relative_error
 
+from omnigen_fast import pipeline
 from omnigen_fast.errors import RequestError
 from omnigen_fast.model import Transformer
+from omnigen_fast.processor import EncodedBranch, shared_tokens
 
 PHOTOS = [str(GOLDEN / "images" / name) for name in ("astronaut.png", "cat.png", "coffee.png")]
 MIXED = {
@@ -74,13 +78,69 @@ def test_the_cache_equals_recomputing_in_each_step(pipe, separate):
     assert relative_error(recomputed, cached) < 1e-5
 
 
+IMAGE_FIRST = {
+    **EDIT,
+    "prompt": "<img><|image_1|></img> and <img><|image_2|></img>, side by side",
+    "input_images": [PHOTOS[2], PHOTOS[1]],
+    "max_input_image_size": 224,
+}
+
+
+@pytest.mark.parametrize("prompts", [1, 2])
+def test_branches_that_begin_alike_share_keys_and_values(pipe, monkeypatch, prompts):
+    """With the image first: its tokens are kept and computed once, and the image is the same."""
+    noise = _noise(prompts, 8, 6)
+    request = {**IMAGE_FIRST, "seed": None, "latents": noise}
+    if prompts == 2:
+        request["prompt"] = [IMAGE_FIRST["prompt"], "<img><|image_1|></img> at night"]
+        request["input_images"] = [IMAGE_FIRST["input_images"], [PHOTOS[2]]]
+    shared = pipe(**request)
+    entries = [entry for entry in pipe._cache._places if len(entry.keys) == 2]
+    assert len(entries) == prompts
+    for entry in entries:
+        assert entry.condition.shared > 0.4 * min(entry.condition.tokens)
+    rows = pipe._cache.used_rows
+
+    original = pipeline.cache_entries
+    monkeypatch.setattr(
+        pipeline, "cache_entries", lambda *args, share: original(*args, share=False)
+    )
+    pipe.clear_cache()
+    assert relative_error(shared, pipe(**request)) < 1e-5
+    saved = sum(entry.condition.shared for entry in entries)
+    assert pipe._cache.used_rows == rows + saved
+
+
+def _branch(ids, kv_end=None, spans=(), long=False):
+    causal = range(1, len(ids) + 1)
+    ends = causal if kv_end is None else kv_end
+    return EncodedBranch(np.array(ids), np.array(ends, np.int32), spans, long, (tuple(ids), spans))
+
+
+def test_what_two_branches_share():
+    image, other = (SimpleNamespace(digest=name, size=(32, 16)) for name in "ab")
+    ends = [1, 4, 4, 4, 5, 6]
+    one = _branch([7, 0, 0, 0, 8, 9], ends, ((1, 4, image),))
+    assert shared_tokens(one, one) == 6
+    assert shared_tokens(one, _branch([7, 0, 0, 0, 8, 3], ends, ((1, 4, image),))) == 5
+    assert shared_tokens(one, _branch([7, 0, 0, 0], ends[:4], ((1, 4, image),))) == 4
+    # another image, an image of another length, an image where the other has a token 0
+    assert shared_tokens(one, _branch([7, 0, 0, 0, 8, 9], ends, ((1, 4, other),))) == 1
+    longer = _branch([7, 0, 0, 0, 0, 9], [1, 5, 5, 5, 5, 6], ((1, 5, image),))
+    assert shared_tokens(one, longer) == shared_tokens(longer, one) == 1
+    single, text = _branch([7, 0, 8], spans=((1, 2, image),)), _branch([7, 0, 8])
+    assert shared_tokens(single, text) == shared_tokens(text, single) == 1
+    assert shared_tokens(_branch([1, 2]), _branch([3, 2])) == 0
+    assert shared_tokens(_branch([1, 2]), _branch([1, 2], long=True)) == 0
+
+
 def test_recomputing_keeps_one_layer_only(pipe, monkeypatch):
     layers = []
     original = Transformer.step_recomputed
     monkeypatch.setattr(
         Transformer,
         "step_recomputed",
-        lambda self, *args: layers.append(args[-1].layers) or original(self, *args),
+        lambda self, *args: layers.append(args[8].layers) or original(self, *args),
     )
     pipe(**EDIT, use_kv_cache=False)
     assert layers == [1, 1, 1]
@@ -172,8 +232,7 @@ def test_kept_conditions_are_bounded(load_pipe):
     pipe = load_pipe(condition_cache_bytes=1 << 20)
     for index in range(12):
         pipe(**{**TEXT, "prompt": f"Prompt number {index}."})
-        needed = sum(span.rows for span in pipe._cache._spans.values()) * pipe._cache.row_bytes
-        assert needed <= pipe._cache.nbytes
+        assert pipe._cache.used_rows * pipe._cache.row_bytes <= pipe._cache.nbytes
     row = pipe._cache.row_bytes
     largest_request = (264 + 1 + 3 + 80) * row
     assert pipe._cache.nbytes <= max(1 << 20, largest_request)
@@ -197,9 +256,9 @@ def test_a_branch_that_counts_nothing_is_not_run(pipe, monkeypatch, guidance, gr
     ran = []
     original = pipe.model.step
 
-    def step(latents, one, *args):
-        ran.append(len(one.picture))
-        return original(latents, one, *args)
+    def step(latents, passes, *args):
+        ran.append(sum(len(groups.picture) for groups in passes))
+        return original(latents, passes, *args)
 
     monkeypatch.setattr(pipe.model, "step", step)
     noise = _noise(1, 8, 6)

@@ -214,11 +214,11 @@ def compile_case(case: Case) -> Compiled:
         elif hasattr(value, "block_shape"):
             assert value.base.dtype == torch.bfloat16
             signature[name] = f"tensordesc<bf16{value.block_shape}>"
-        elif value == 1:  # as a launch does
+        elif value == 1 and not parameter.do_not_specialize:  # as a launch does
             constants[name] = 1
         else:
             signature[name] = "i32"
-            aligned = not value % 16
+            aligned = not value % 16 and not parameter.do_not_specialize
         if aligned:
             attributes[(place,)] = [["tt.divisibility", 16]]
     signature |= dict.fromkeys(constants, "constexpr")

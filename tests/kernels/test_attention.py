@@ -199,6 +199,24 @@ def test_prefill_grouped_heads_and_every_tile(heads, kv_heads, capability):
         check_prefill(*args)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("first", (0, 1, 64, 110, 139, 140))
+def test_prefill_behind_shared_rows(first, dtype):
+    """Rows before `first` are keys only: NaN for their queries changes nothing, none is written."""
+    q, *rest = prefill_arguments(PREFILLS["image"], 2, 2, 96, dtype)
+    plain = reference.attention_prefill(q, *rest)
+    exact = reference.attention_prefill(
+        *(x if isinstance(x, int) else double(x)[0] for x in (q, *rest))
+    )
+    q = q.clone()
+    q[:first] = torch.nan
+    for attend in (attention.attention_prefill, reference.attention_prefill):
+        out, untouched = poisoned(*q.shape, dtype=dtype)
+        attend(q, *rest, first, out=out)
+        assert untouched() and out[:first].isnan().all()
+        assert_earned(out[first:], plain[first:], exact[first:])
+
+
 def test_prefill_no_rows():
     assert attention.attention_prefill(*prefill_arguments([], 2, 2, 64, torch.float32)).shape == (
         0,

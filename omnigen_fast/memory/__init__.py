@@ -1,0 +1,1 @@
+"""How a request fits a device: its cost, the fastest plan that fits, and its execution."""

@@ -1,0 +1,72 @@
+"""What the planner decides about (Workload) and what it decides (MemoryPlan)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+RING = 2  # layers of streamed weights, or of streamed keys and values, that are on the device
+MLP_ROWS = 4096  # large enough that a product loses nothing, small enough to bound its memory
+SHARED_TOKENS = 128  # branches that begin with so many equal tokens share their keys and values
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Branches whose keys and values are kept together.
+
+    One branch, or two that begin with the same `shared` tokens, which are computed and kept once.
+    """
+
+    tokens: tuple[int, ...]  # of each branch, the shared ones included
+    shared: int = 0
+
+    def rows(self, steps: int) -> int:
+        """Cache rows: condition, the current step's time token and those of all steps."""
+        return sum(tokens + 1 + steps for tokens in self.tokens) - self.shared
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The sizes of a request, all that its cost depends on."""
+
+    height: int  # of the output, pixels
+    width: int
+    steps: int
+    branches: tuple[int, ...]  # of each picture
+    conditions: tuple[Condition, ...]  # without repetition
+    images: tuple[tuple[int, int], ...] = ()  # (height, width) of the input images to encode
+
+    @property
+    def noise_tokens(self) -> int:
+        """Of one picture: patches of 2 x 2 latents of 8 x 8 pixels."""
+        return (self.height // 16) * (self.width // 16)
+
+    def cache_rows(self) -> int:
+        """Rows of keys and values that all conditions need."""
+        return sum(condition.rows(self.steps) for condition in self.conditions)
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Where everything lives and in what portions it is worked off; no value of it changes a bit
+    of what is computed, but for the order in which sums are taken.
+    """
+
+    resident_layers: int  # layers whose weights stay on the device; the others are streamed
+    cache: Literal["device", "ring", "none"]  # keys and values: there, streamed, or recomputed
+    branches_per_pass: int | None  # None for all branches of every picture at once
+    mlp_rows: int  # rows of the MLP's widest product
+    vae_resident: bool  # or moved to the device to encode and to decode
+    strip_rows: int | None  # latent rows that the VAE works off at once; None for all
+    capture: bool  # record a step as a CUDA graph
+    kept_bytes: int  # for conditions of earlier requests
+
+
+@dataclass(frozen=True)
+class Switches:
+    """What the caller has fixed, under the original's names; None leaves it to the planner."""
+
+    use_kv_cache: bool | None = None
+    offload_kv_cache: bool | None = None
+    offload_model: bool | None = None
+    separate_cfg_infer: bool | None = None
