@@ -114,6 +114,7 @@ def _bench(options: dict[str, Any]) -> int:
     if status == 0 and options["plot"] is not None:
         from .plots import plot
 
+        _add_profile(record, device, model, sizes[0])
         for made in plot(record.result, options["plot"]):
             click.echo(f"wrote {made}")
     if status == 0 and record.lost is not None:
@@ -128,6 +129,21 @@ def _bench(options: dict[str, Any]) -> int:
     if failed:
         click.echo(f"failed: {'; '.join(failed)}", err=True)
     return status or int(bool(failed))
+
+
+def _add_profile(record: Any, device: Any, model: str, size: Any) -> None:
+    """Where a step's time goes, for the plot of it."""
+    import torch
+
+    from .cases import COLUMNS
+    from .models import load
+    from .profiler import profile
+
+    column = COLUMNS[1]
+    found = profile(load(model, torch.bfloat16, device), size, 50, (), columns=(column,))
+    del found["traces"]
+    record.result["profile"] = {"size": str(size), "column": column, **found["columns"][column]}
+    record.save()
 
 
 def _target(options: dict[str, Any]) -> tuple[Any, str]:

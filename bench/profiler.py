@@ -77,8 +77,14 @@ def family_of_kernel(name: str) -> str:
     return next((family for part, family in _KERNELS if part in lower), ELEMENTWISE)
 
 
-def profile(model: Model, size: Size, steps: int, command: tuple[str, ...]) -> dict[str, Any]:
-    """Profiles steps of every column.
+def profile(
+    model: Model,
+    size: Size,
+    steps: int,
+    command: tuple[str, ...],
+    columns: tuple[str, ...] = COLUMNS,
+) -> dict[str, Any]:
+    """Profiles steps of some columns.
 
     Returns a result for JSON; `traces` maps each column to its Chrome trace, for `write`.
     """
@@ -94,7 +100,8 @@ def profile(model: Model, size: Size, steps: int, command: tuple[str, ...]) -> d
         "columns": {},
         "traces": {},
     }
-    for images, column in enumerate(COLUMNS):
+    for column in columns:
+        images = COLUMNS.index(column)
         task = Task(size, images, steps)
         spent, seconds, traced = _measure(model, task)
         counted = count(model.config, task).step
