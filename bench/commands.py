@@ -246,6 +246,9 @@ def compare(**options: Any) -> None:
         sizes = parse_sizes(options["size"])
         if len(sizes) != 1:
             raise RequestError(f"--size: give one size, got {options['size']!r}")
+        sheet = options["sheet"]
+        if sheet is not None and sheet.suffix.lower() != ".png":
+            raise RequestError(f"--sheet must end in .png, got {sheet}")
         from .quality import compare as run
         from .quality import lines, parse_configuration
 
@@ -258,7 +261,7 @@ def compare(**options: Any) -> None:
             options["images"],
             options["steps"],
             options["seeds"],
-            options["sheet"],
+            sheet,
         )
         found["command"] = list(_command())
         click.echo("\n".join(lines(found)))

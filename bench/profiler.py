@@ -102,7 +102,7 @@ def profile(
     }
     for column in columns:
         images = COLUMNS.index(column)
-        task = Task(size, images, steps)
+        task = Task(size, images, max(steps, _STEPS + 1))
         spent, seconds, traced = _measure(model, task)
         counted = count(model.config, task).step
         result["columns"][column] = {

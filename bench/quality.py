@@ -144,12 +144,13 @@ def compare(
     rows = []
     for start, (first, image_a), (second, image_b) in zip(starts, *taken):
         moved = (first - start.noise).norm()
+        ratio = psnr(image_b, image_a)
         rows.append(
             {
                 "seed": start.task.variant,
                 "latent_error": ((second - first).norm() / first.norm()).item(),
                 "latent_error_of_the_way": ((second - first).norm() / moved).item(),
-                "psnr_db": psnr(image_b, image_a),
+                "psnr_db": ratio if math.isfinite(ratio) else None,  # JSON has no infinity
                 "ssim": ssim(image_b, image_a),
                 "max_pixel_difference": round((image_b - image_a).abs().max().item() * 255, 3),
             }
@@ -207,7 +208,7 @@ def lines(result: dict[str, Any]) -> list[str]:
                 str(row["seed"]),
                 f"{row['latent_error']:.2e}",
                 f"{row['latent_error_of_the_way']:.2e}",
-                f"{row['psnr_db']:.1f} dB",
+                _decibels(row),
                 f"{row['ssim']:.5f}",
                 f"{row['max_pixel_difference']:.2f} of 255",
             ]
@@ -220,6 +221,10 @@ def lines(result: dict[str, Any]) -> list[str]:
     if "sheet" in result:
         said.append(f"wrote {result['sheet']}")
     return said
+
+
+def _decibels(row: dict[str, Any]) -> str:
+    return "equal" if row["psnr_db"] is None else f"{row['psnr_db']:.1f} dB"
 
 
 def _draw_sheet(
@@ -251,7 +256,7 @@ def _draw_sheet(
             drawn = Image.fromarray(pixels).resize((side, tall), Image.Resampling.NEAREST)
             canvas.paste(drawn, (margin + column * (side + margin), top))
         said = (
-            f"seed {row['seed']}: PSNR {row['psnr_db']:.1f} dB, SSIM {row['ssim']:.4f}, latent "
+            f"seed {row['seed']}: PSNR {_decibels(row)}, SSIM {row['ssim']:.4f}, latent "
             f"error {row['latent_error']:.1e}, largest difference "
             f"{row['max_pixel_difference']:.1f} of 255"
         )

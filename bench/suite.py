@@ -85,13 +85,13 @@ def run(plan: Plan, record: Record, say: Say) -> None:
     result |= {"model": plan.model, "steps": plan.steps, "repeat": plan.repeat}
     result |= {"dtype": str(plan.dtype).removeprefix("torch."), "device": _device_name(plan.device)}
     result |= {"peers": {}, "checks": [], "cells": []}
-    record.save()
     contenders: dict[str, Contender] = {}
     try:
         with interruptible():
             say(f"loading {plan.model}")
             model = load(plan.model, plan.dtype, plan.device)
             result["parameters"] = model.parameters
+            record.save()
             limits = measure_limits(plan.device, plan.dtype)
             result["limits"] = {
                 "copy_bytes_per_second": limits.bytes_per_second,
@@ -115,10 +115,11 @@ def run(plan: Plan, record: Record, say: Say) -> None:
     finally:
         if result["state"] == "running":
             result["state"] = "failed"
+        if "parameters" in result:  # else there was no model, and so no result
+            record.save()
         for name, one in contenders.items():
             if name != "omnigen_fast":
                 one.close()
-        record.save()
 
 
 def _device_name(device: torch.device) -> str:
