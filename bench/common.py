@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from omnigen_fast.config import ModelConfig
+from omnigen_fast.config import ModelConfig, released_sizes
 from omnigen_fast.model import parameter_shapes
 
 ROOT = Path(__file__).parents[1]
@@ -61,21 +61,7 @@ def long_rope(head_dim: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
 def full_config() -> ModelConfig:
     """Sizes of the released model."""
     short, long = long_rope(96)
-    return ModelConfig(
-        hidden_size=3072,
-        num_layers=32,
-        num_heads=32,
-        num_kv_heads=32,
-        intermediate_size=8192,
-        vocab_size=32064,
-        rms_norm_eps=1e-5,
-        rope_theta=10000.0,
-        short_factor=short,
-        long_factor=long,
-        max_position_embeddings=131072,
-        original_max_position_embeddings=4096,
-        pos_embed_size=192,
-    )
+    return replace(released_sizes(), short_factor=short, long_factor=long)
 
 
 def small_config() -> ModelConfig:

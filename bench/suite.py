@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -363,12 +362,10 @@ def _cold_start(plan: Plan, model: Model) -> dict[str, Any]:
 
 def _load_and_run(plan: Plan, folder: Path) -> dict[str, Any]:
     side = plan.first_size.output
-    command = [sys.executable, "-m", f"{__package__}.full_size", str(folder), "--child"]
+    command = [sys.executable, "-m", f"{__package__}.cold_start", str(folder)]
     command += ["--side", str(side), "--steps", str(plan.steps), "--device", str(plan.device)]
     begin = time.perf_counter()
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"TQDM_DISABLE": "1"}
-    )
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
         said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
         return {"status": FAILED, "why": said[-1][:500]}

@@ -65,6 +65,12 @@ def main() -> None:
 @click.option("--use-kv-cache/--no-kv-cache", default=None, help="Same image either way.")
 @click.option("--offload-kv-cache/--keep-kv-cache", default=None)
 @click.option("--offload-model/--keep-model", default=None)
+@click.option(
+    "--memory",
+    default="auto",
+    show_default=True,
+    help="How much of the device's memory to use: auto, 8GiB, ...",
+)
 @click.option("--num-images-per-prompt", default=1, show_default=True)
 @click.option("--seed", type=int, help="Makes the result repeatable.")
 @click.option(
@@ -97,6 +103,7 @@ def generate(
     output_type: str,
     out: Path,
     quiet: bool,
+    memory: str,
     **arguments: Any,
 ) -> None:
     """Makes images from a prompt and writes them to --out.
@@ -125,6 +132,7 @@ def generate(
             revision=revision,
             cache_dir=cache_dir,
             local_files_only=local_files_only,
+            memory=memory,
         )
         for path, weight in loras:
             pipe.load_lora_weights(path, weight=weight)

@@ -179,6 +179,28 @@ class ModelConfig:
             raise CheckpointError(f"config: {type(error).__name__}: {error}") from error
 
 
+def released_sizes() -> ModelConfig:
+    """Sizes of the released model, for what plans or predicts without having its weights.
+
+    Its own rotary factors come with its checkpoint and change no cost: here they are all 1.
+    """
+    return ModelConfig(
+        hidden_size=3072,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=32,
+        intermediate_size=8192,
+        vocab_size=32064,
+        rms_norm_eps=1e-5,
+        rope_theta=10000.0,
+        short_factor=(1.0,) * 48,
+        long_factor=(1.0,) * 48,
+        max_position_embeddings=131072,
+        original_max_position_embeddings=4096,
+        pos_embed_size=192,
+    )
+
+
 def _is_positive(value: Any) -> bool:
     """Whether a value of a JSON file is a positive number that a float can hold."""
     return isinstance(value, int | float) and 0 < value <= sys.float_info.max

@@ -9,7 +9,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from .cache import ConditionCache, Entry, Span
+from .cache import ConditionCache, Entry, Span, StreamedCache
 from .config import PATCH
 from .kernels import ops
 from .memory.plan import MLP_ROWS
@@ -157,7 +157,9 @@ class Loop:
         return found
 
 
-def cached_velocity(model: Transformer, cache: ConditionCache, times: TimeEmbeddings) -> VelocityOf:
+def cached_velocity(
+    model: Transformer, cache: ConditionCache | StreamedCache, times: TimeEmbeddings
+) -> VelocityOf:
     """Velocities from a cache filled by prefill."""
 
     def velocity(latents: Tensor, plan: GuidancePlan, index: Tensor) -> list[Tensor]:
@@ -197,15 +199,21 @@ def recomputed_velocity(
     return velocity
 
 
-def denoise(loop: Loop, run: Callable[[], None], after_step: Callable[[int, Tensor], bool]) -> None:
+def denoise(
+    loop: Loop,
+    run: Callable[[], None],
+    after_step: Callable[[int, Tensor], bool],
+    first: int = 0,
+) -> None:
     """Integrates from noise to image (rectified flow; Liu et al., 2022), in `loop.latents`.
 
     Args:
-        loop: at its first step.
+        loop: at step `first`.
         run: takes the next step: `loop.step`, or a replay of it.
         after_step: called with the step's index and the latents; returns whether to go on.
+        first: how many steps were taken before.
     """
-    for index in range(len(loop.lengths)):
+    for index in range(first, len(loop.lengths)):
         run()
         if not after_step(index, loop.latents):
             return

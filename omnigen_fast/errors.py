@@ -15,3 +15,7 @@ class RequestError(OmniGenError, ValueError):
 
 class CheckpointError(OmniGenError, ValueError):
     """A model folder or one of its files can't be used."""
+
+
+class ProfileError(OmniGenError, ValueError):
+    """A device's profile can't be used."""

@@ -65,7 +65,7 @@ class StepGraphs:
     def __init__(
         self,
         capture: Callable[[Replay], Replay] | None,
-        most: int = 2,
+        most: int = 1,
         possible: Callable[[], bool] = lambda: True,
     ) -> None:
         self._capture = capture

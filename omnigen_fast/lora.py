@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,6 @@ from torch import Tensor
 
 from .checkpoint import Checkpoint, find_weights, read_json, read_tensors
 from .errors import CheckpointError
-from .model import Transformer
 
 _KEY = re.compile(r"(?:base_model\.model\.|transformer\.)?(.+)\.lora_([AB])(?:\.\w+)?\.weight")
 
@@ -89,13 +88,14 @@ def read_adapter(
     return Adapter(tuple(updates), weight)
 
 
-def apply_adapters(
-    model: Transformer,
+def merged(
     checkpoint: Checkpoint,
     adapters: Iterable[Adapter],
+    dtype: torch.dtype,
+    device: torch.device,
     parameters: Iterable[str],
-) -> None:
-    """Sets `parameters` to the checkpoint's values plus all adapters' updates, rounded once.
+) -> Iterator[tuple[str, Tensor]]:
+    """Names and values of `parameters`: the checkpoint's plus all adapters' updates, rounded once.
 
     Starting from the checkpoint each time makes the result independent of what was loaded before,
     and with no adapter left gives the original weights back to the bit.
@@ -105,8 +105,7 @@ def apply_adapters(
         for update in adapter.updates:
             by_parameter[update.parameter].append((update, adapter.weight))
     for name in parameters:
-        target = model.parameter(name)
-        weight = checkpoint.read(target.dtype, target.device, [name])[name]
+        weight = checkpoint.read(dtype, device, [name])[name]
         if updates := by_parameter.get(name):
             # float32: a low-rank update is often below bfloat16's resolution of the weight
             exact = weight.to(torch.float32, copy=True)
@@ -115,8 +114,8 @@ def apply_adapters(
                 rows = matrix[update.start : update.start + len(update.up)]
                 up, down = update.up.to(rows.device), update.down.to(rows.device)
                 rows.addmm_(up, down, alpha=update.scale * strength)
-            weight = exact.to(target.dtype)
-        target.data = weight
+            weight = exact.to(dtype)
+        yield name, weight
 
 
 def _check_config(config: Mapping[str, Any], folder: str) -> None:

@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .cache import ConditionCache, Span
+from .cache import ConditionCache, Span, StreamedCache
 from .config import LATENT_CHANNELS, PATCH, TIME_FREQUENCIES, ModelConfig
 from .kernels import ops
+from .memory.offload import Streamed
 from .memory.plan import MLP_ROWS
 from .processor import ConditionSequence
 
@@ -188,6 +189,7 @@ class Transformer(nn.Module):
             elif name != "pos_embed":
                 self._set(name, value)
         self.layers = nn.ModuleList(Block(values, config) for values in per_layer)
+        self.stream: Streamed[Block] | None = None  # where layers come from that have no storage
         factors = torch.tensor([config.short_factor, config.long_factor], dtype=torch.float32)
         exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
         # [2, head_dim / 2]: short, long
@@ -215,6 +217,14 @@ class Transformer(nn.Module):
         """As `nn.Module.to`."""
         self._pos_embed_crops.clear()
         return super().to(*args, **kwargs)
+
+    def _take(self, layer: int) -> Block:
+        """A layer to compute with until `_release`."""
+        return self.layers[layer] if self.stream is None else self.stream.take(layer)
+
+    def _release(self, layer: int) -> None:
+        if self.stream is not None:
+            self.stream.release(layer)
 
     def embed_times(self, times: Tensor) -> TimeEmbeddings:
         """Embeds the times of all steps, [steps] in [0, 1], float32.
@@ -316,7 +326,7 @@ class Transformer(nn.Module):
         self,
         sequences: Sequence[ConditionSequence],
         embedded: Sequence[Tensor],
-        cache: ConditionCache,
+        cache: ConditionCache | StreamedCache,
         mlp_rows: int = MLP_ROWS,
     ) -> None:
         """Runs condition and time tokens and writes their keys and values into the cache.
@@ -331,7 +341,10 @@ class Transformer(nn.Module):
         """
         states = self._prefill_states(sequences, embedded, mlp_rows)
         for layer in range(len(self.layers)):
-            self._prefill_layer(layer, states, cache)
+            block, (keys, values) = self._take(layer), cache.take(layer)
+            self._prefill_layer(layer, block, states, keys, values)
+            cache.release(layer)
+            self._release(layer)
 
     def step(
         self,
@@ -339,7 +352,7 @@ class Transformer(nn.Module):
         passes: Sequence[StepGroups],
         shift: Tensor,
         scale: Tensor,
-        cache: ConditionCache,
+        cache: ConditionCache | StreamedCache,
     ) -> list[Tensor]:
         """Velocity of every group's noise tokens.
 
@@ -358,7 +371,10 @@ class Transformer(nn.Module):
         """
         residuals = [self._embed_noise(latents, groups) for groups in passes]
         for layer in range(len(self.layers)):
-            self._step_layer(layer, residuals, passes, cache)
+            block, (keys, values) = self._take(layer), cache.take(layer)
+            self._step_layer(layer, block, residuals, passes, keys, values)
+            cache.release(layer)
+            self._release(layer)
         return self._predict(residuals, passes, shift, scale)
 
     def step_recomputed(
@@ -371,7 +387,7 @@ class Transformer(nn.Module):
         embedded: Sequence[Tensor],
         slots: Tensor,
         times: Tensor,
-        cache: ConditionCache,
+        cache: ConditionCache | StreamedCache,
         mlp_rows: int = MLP_ROWS,
     ) -> list[Tensor]:
         """As `prefill` and `step` at once, keeping the keys and values of one layer at a time.
@@ -394,9 +410,11 @@ class Transformer(nn.Module):
         states = self._prefill_states(sequences, embedded, mlp_rows)
         residuals = [self._embed_noise(latents, groups) for groups in passes]
         for layer in range(len(self.layers)):
-            self._prefill_layer(layer, states, cache)
+            block, (keys, values) = self._take(layer), cache.take(layer)
+            self._prefill_layer(layer, block, states, keys, values)
             cache.select_step(slots, times, 0)
-            self._step_layer(layer, residuals, passes, cache)
+            self._step_layer(layer, block, residuals, passes, keys, values)
+            self._release(layer)
         return self._predict(residuals, passes, shift, scale)
 
     def _prefill_states(
@@ -415,10 +433,14 @@ class Transformer(nn.Module):
         ]
 
     def _prefill_layer(
-        self, layer: int, states: Sequence[_PrefillState], cache: ConditionCache
+        self,
+        layer: int,
+        block: Block,
+        states: Sequence[_PrefillState],
+        keys: Tensor,
+        values: Tensor,
     ) -> None:
-        config, block = self.config, self.layers[layer]
-        keys, values = cache.layer(layer)
+        config = self.config
         for state in states:
             one, space = state.sequence, state.space
             # behind the rows that the branch before has computed for this one too
@@ -449,12 +471,13 @@ class Transformer(nn.Module):
     def _step_layer(
         self,
         layer: int,
+        block: Block,
         residuals: Sequence[Tensor],
         passes: Sequence[StepGroups],
-        cache: ConditionCache,
+        keys: Tensor,
+        values: Tensor,
     ) -> None:
-        config, block = self.config, self.layers[layer]
-        keys, values = cache.layer(layer)
+        config = self.config
         for residual, groups in zip(residuals, passes):
             space = groups.space
             qkv = block.project(residual, groups.delta if layer else None, space)

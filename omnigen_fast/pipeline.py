@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import os
 import threading
-import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .cache import ConditionCache, Entry
+from .cache import ConditionCache, Entry, StreamedCache
 from .checkpoint import SDXL_VAE, VAE_FILES, Checkpoint, resolve
 from .config import ModelConfig
 from .denoise import (
@@ -28,9 +28,10 @@ from .denoise import (
 )
 from .errors import OmniGenError, RequestError
 from .graph import StepGraphs
-from .images import InputImage
-from .lora import Adapter, apply_adapters, read_adapter
-from .model import Transformer
+from .lora import Adapter, merged, read_adapter
+from .memory.offload import HostMemory, first_line, is_out_of_memory, lane_for, spread
+from .memory.plan import MLP_ROWS, MemoryPlan, Workload
+from .model import TimeEmbeddings, Transformer, parameter_shapes
 from .processor import (
     EncodedBranch,
     Processor,
@@ -40,12 +41,54 @@ from .processor import (
 )
 from .request import Request, finite, make_request
 from .vae import Vae
+from .weights import LayerStore
 
 _KEPT_IMAGES = 256  # latents of input images; one of 1024 px takes 262 KB
 _DTYPES = (torch.bfloat16, torch.float32)
 
+AnyCache = ConditionCache | StreamedCache
+
+Memory = str | int | MemoryPlan
+
 # Called after each step with (pipeline, step, time, {"latents": ...}); may return new latents.
 StepCallback = Callable[["OmniGenPipeline", int, float, dict[str, Any]], Mapping[str, Any] | None]
+
+
+@dataclass
+class _Run:
+    """A request on its way; what a plan that fails has finished stays."""
+
+    request: Request
+    pictures: list[list[tuple[EncodedBranch, float]]]  # branches of each, what each counts
+    latents: Tensor  # [pictures, 4, height / 8, width / 8], float32, of the last finished step
+    times: Tensor  # [steps + 1], float32
+    steps_done: int = 0
+    finished: bool = False  # all steps, or stopped
+    calling_back: bool = False
+    failures: list[str] = field(default_factory=list)
+
+    def entries(self, cached: bool) -> dict[Entry, tuple[EncodedBranch, ...]]:
+        """What the cache is to hold, or what each step computes again."""
+        branches = [[branch for branch, _ in picture] for picture in self.pictures]
+        return cache_entries(branches, self.request.steps if cached else 1, share=cached)
+
+    def workload(self) -> Workload:
+        """The request's sizes, as the planner wants them."""
+        entries = self.entries(self.request.use_cache)
+        images = {
+            image.digest: image.size
+            for branches in entries.values()
+            for branch in branches
+            for _, _, image in branch.spans
+        }
+        return Workload(
+            height=self.request.height,
+            width=self.request.width,
+            steps=self.request.steps,
+            branches=tuple(map(len, self.pictures)),
+            conditions=tuple(entry.condition for entry in entries),
+            images=tuple(images.values()),
+        )
 
 
 class OmniGenPipeline:
@@ -62,6 +105,7 @@ class OmniGenPipeline:
         processor: Processor,
         condition_cache_bytes: int = 2 << 30,
         capture_steps: bool = True,
+        memory: Memory = "auto",
     ) -> None:
         self.model = model
         self.vae = vae
@@ -71,8 +115,13 @@ class OmniGenPipeline:
         self._image_latents: OrderedDict[str, Tensor] = OrderedDict()
         self._cache_bytes = condition_cache_bytes
         self._cache = self._new_cache()
+        self._host = HostMemory(model.device)
+        self._streamed: StreamedCache | None = None
+        self._store = LayerStore(model, self._read, self._host)
         self._capture_steps = capture_steps
         self._graphs = self._new_graphs()
+        self._memory = memory
+        self._captured: Any = None  # what the captured step serves
         self._lock = threading.RLock()
         self._running = False
         self._interrupt = False
@@ -91,6 +140,7 @@ class OmniGenPipeline:
         local_files_only: bool = False,
         condition_cache_bytes: int = 2 << 30,
         capture_steps: bool = True,
+        memory: Memory = "auto",
     ) -> OmniGenPipeline:
         """Loads a model from a folder or from the hub, in the original's or diffusers' layout.
 
@@ -107,6 +157,9 @@ class OmniGenPipeline:
             condition_cache_bytes: how much memory to keep for the conditions of earlier calls.
             capture_steps: on a GPU, record a step as a CUDA graph and replay it. Off saves the
                 memory of one step's intermediate results.
+            memory: how much of the device's memory to use: "auto" for what is free, less a margin;
+                an amount, as "8GiB" or as a number of bytes; or a `MemoryPlan` that is carried out
+                as it stands.
 
         Raises:
             CheckpointError: files are missing, malformed, or not an OmniGen model.
@@ -128,7 +181,7 @@ class OmniGenPipeline:
             vae_folder = resolve(vae_path or SDXL_VAE, patterns=VAE_FILES, **hub)
         vae = Vae.from_folder(vae_folder, target)
         model = Transformer(checkpoint.config, checkpoint.read(dtype, target))
-        return cls(checkpoint, model, vae, processor, condition_cache_bytes, capture_steps)
+        return cls(checkpoint, model, vae, processor, condition_cache_bytes, capture_steps, memory)
 
     @property
     def config(self) -> ModelConfig:
@@ -175,6 +228,7 @@ class OmniGenPipeline:
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         progress: bool = True,
+        memory: Memory | None = None,
     ) -> Any:
         """Makes images.
 
@@ -215,6 +269,7 @@ class OmniGenPipeline:
                 `pipe._interrupt = True` in it ends the loop.
             callback_on_step_end_tensor_inputs: what the callback is given; there are only latents.
             progress: show a progress bar.
+            memory: for this call, see `from_pretrained`; None for what was said there.
 
         Returns:
             A list of PIL images, or what `output_type` says.
@@ -262,7 +317,8 @@ class OmniGenPipeline:
         with self._exclusive():
             if dtype is not None and dtype != self.dtype:
                 self._reload(dtype)
-            return self._generate(request, callback_on_step_end, progress)
+            chosen = self._memory if memory is None else memory
+            return self._generate(request, chosen, callback_on_step_end, progress)
 
     def load_lora_weights(
         self,
@@ -322,7 +378,8 @@ class OmniGenPipeline:
         """Moves everything to a device; kept conditions are dropped."""
         target = _check_device(device)
         with self._exclusive():
-            self.model.to(target)
+            self._host = HostMemory(target)
+            self._store.to(target, self._host)
             self.vae.to(target)
             self._forget()
         return self
@@ -341,18 +398,66 @@ class OmniGenPipeline:
         """The original's switch for keeping weights on the device, where they are."""
 
     def _generate(
-        self, request: Request, callback: StepCallback | None, progress: bool
+        self,
+        request: Request,
+        memory: Memory,
+        callback: StepCallback | None,
+        progress: bool,
     ) -> list[Any] | Tensor | np.ndarray:
         pictures = self._encode(request)
-        latents = self._draw_noise(request)
-        times = schedule(request.steps)
-        loop = self._prepare(request, pictures, latents, times)
+        run = _Run(request, pictures, self._draw_noise(request), schedule(request.steps))
         with _progress_bar(request.steps, progress) as bar:
-            run = self._graphs.runner(loop, self._cache) if request.use_cache else loop.step
-            denoise(loop, run, self._after_step(callback, times, bar))
+            after_step = self._after_step(run, callback, bar)
+            for plan in self._plans(run, memory):
+                try:
+                    return self._carry_out(plan, run, after_step)
+                except Exception as error:
+                    self._recover()
+                    if run.calling_back or not is_out_of_memory(error):
+                        raise
+                    run.failures.append(first_line(error))
+                # Here, not in the handler: the traceback holds the step's tensors.
+                self._free()
+        raise AssertionError("the last plan fails with its own error")
+
+    def _plans(self, run: _Run, memory: Memory) -> Iterator[MemoryPlan]:
+        if isinstance(memory, MemoryPlan):
+            yield memory
+            return
+        yield MemoryPlan(
+            resident_layers=self.config.num_layers,
+            cache="device" if run.request.use_cache else "none",
+            branches_per_pass=run.request.branches_per_pass,
+            mlp_rows=MLP_ROWS,
+            vae_resident=True,
+            strip_rows=None,
+            capture=self._capture_steps,
+            kept_bytes=self._cache_bytes,
+        )
+
+    def _carry_out(
+        self, plan: MemoryPlan, run: _Run, after_step: Callable[[int, Tensor], bool]
+    ) -> list[Any] | Tensor | np.ndarray:
+        """From the last finished step on, in the way that a plan says."""
+        request = run.request
+        self._arrange(plan, run)
+        if not run.finished:
+            loop, cache = self._prepare(plan, run)
+            replay = loop.step
+            if plan.capture and isinstance(cache, ConditionCache):
+                replay = self._graphs.runner(loop, cache)
+            denoise(loop, replay, after_step, run.steps_done)
+            run.finished = True
+            del loop, cache, replay
         if request.output_type == "latent":
-            return latents.clone()  # a captured step writes its own again in a later call
-        return _output(self.vae.decode(latents), request.output_type)
+            return run.latents.clone()
+        if plan.resident_layers < self.config.num_layers:
+            self._store.stop()  # the ring's memory is the decoder's now
+        if self._streamed is not None:
+            self._streamed.free()
+        with self.vae.loaded():
+            images = self.vae.decode(run.latents, plan.strip_rows, store=self._strip_store(plan))
+        return _output(images, request.output_type)
 
     def _encode(self, request: Request) -> list[list[tuple[EncodedBranch, float]]]:
         """The branches of each picture, and what each counts."""
@@ -383,26 +488,35 @@ class OmniGenPipeline:
             noise = torch.randn(shape, generator=generator, device=device)
         return noise.to(self.device, self.dtype).to(torch.float32)
 
-    def _prepare(
-        self,
-        request: Request,
-        pictures: Sequence[Sequence[tuple[EncodedBranch, float]]],
-        latents: Tensor,
-        times: Tensor,
-    ) -> Loop:
+    def _arrange(self, plan: MemoryPlan, run: _Run) -> None:
+        """Puts weights and caches where a plan wants them; frees first, then fills."""
+        shape = (run.request.latent_shape, run.request.steps, plan)
+        if shape != self._captured or not plan.capture:
+            self._graphs.clear()  # a captured step holds the memory of its intermediate results
+            self._captured = shape
+        if plan.cache == "ring":
+            self._cache.clear()
+        elif self._streamed is not None:
+            self._streamed.clear()
+        if plan.cache == "none":
+            self._cache.clear()
+        self._cache.budget_bytes = plan.kept_bytes
+        self.vae.place(plan.vae_resident)
+        self._store.arrange(plan.resident_layers)
+
+    def _prepare(self, plan: MemoryPlan, run: _Run) -> tuple[Loop, AnyCache]:
         """Computes all that does not depend on the noise, or finds it kept."""
-        entries = cache_entries(
-            [[branch for branch, _ in picture] for picture in pictures],
-            request.steps if request.use_cache else 1,
-            share=request.use_cache,
-        )
+        request, times = run.request, run.times
+        cached = plan.cache != "none"
+        entries = run.entries(cached)
         embedded = self.model.embed_times(times[:-1].to(self.device))
-        if request.use_cache:
-            cache = self._cache
+        cache: AnyCache
+        if cached:
+            cache = self._cache if plan.cache == "device" else self._streamed_cache()
             missing = cache.reserve(list(entries))
             if missing:
                 try:
-                    self._prefill({entry: entries[entry] for entry in missing}, embedded.tokens)
+                    self._prefill(plan, {one: entries[one] for one in missing}, embedded, cache)
                 except BaseException:
                     cache.discard(missing)  # their rows hold nothing
                     raise
@@ -410,86 +524,144 @@ class OmniGenPipeline:
         else:
             cache = self._new_cache(layers=1)
             cache.reserve(list(entries))
-            images = self._latents_of(branch for kept in entries.values() for branch in kept)
-            velocity = recomputed_velocity(self.model, cache, embedded, images)
-        velocities = Velocity.of(pictures, entries, cache)
-        plan = GuidancePlan.make(
-            self.model, velocities, request.noise_tokens, request.branches_per_pass
+            images = self._latents_of(plan, entries)
+            velocity = recomputed_velocity(self.model, cache, embedded, images, plan.mlp_rows)
+        guidance = GuidancePlan.make(
+            self.model,
+            Velocity.of(run.pictures, entries, cache),
+            request.noise_tokens,
+            plan.branches_per_pass,
+            plan.mlp_rows,
         )
-        return Loop(
-            latents=latents,
-            index=torch.zeros(1, dtype=torch.int64, device=self.device),
+        loop = Loop(
+            latents=run.latents.clone(),
+            index=torch.full((1,), run.steps_done, dtype=torch.int64, device=self.device),
             lengths=times.diff().to(self.device),
             times=embedded,
-            plan=plan,
+            plan=guidance,
             velocity=velocity,
         )
+        return loop, cache
 
     def _prefill(
-        self, entries: Mapping[Entry, tuple[EncodedBranch, ...]], time_tokens: Tensor
+        self,
+        plan: MemoryPlan,
+        entries: Mapping[Entry, tuple[EncodedBranch, ...]],
+        times: TimeEmbeddings,
+        cache: AnyCache,
     ) -> None:
-        images = self._latents_of(branch for kept in entries.values() for branch in kept)
-        sequences = lay_out_all(entries, self._cache, self.device)
-        embedded = [self.model.embed_condition(one, images, time_tokens) for one in sequences]
-        self.model.prefill(sequences, embedded, self._cache)
+        images = self._latents_of(plan, entries)
+        sequences = lay_out_all(entries, cache, self.device)
+        embedded = [self.model.embed_condition(one, images, times.tokens) for one in sequences]
+        with cache.filling(list(entries)):
+            self.model.prefill(sequences, embedded, cache, plan.mlp_rows)
 
-    def _latents_of(self, branches: Any) -> dict[str, Tensor]:
+    def _latents_of(
+        self, plan: MemoryPlan, entries: Mapping[Entry, tuple[EncodedBranch, ...]]
+    ) -> dict[str, Tensor]:
         """Latents of the branches' images by digest; encodes those that are not kept."""
+        branches = [branch for kept in entries.values() for branch in kept]
         images = {image.digest: image for branch in branches for _, _, image in branch.spans}
-        latents = {digest: self._image_latent(image) for digest, image in images.items()}
+        missing = [image for digest, image in images.items() if digest not in self._image_latents]
+        if missing:
+            with self.vae.loaded():
+                for image in missing:
+                    self._image_latents[image.digest] = self.vae.encode(
+                        image, plan.strip_rows, store=self._strip_store(plan)
+                    )
+        for digest in images:
+            self._image_latents.move_to_end(digest)
+        latents = {digest: self._image_latents[digest] for digest in images}
         while len(self._image_latents) > _KEPT_IMAGES:
             self._image_latents.popitem(last=False)
         return latents
 
-    def _image_latent(self, image: InputImage) -> Tensor:
-        if image.digest not in self._image_latents:
-            self._image_latents[image.digest] = self.vae.encode(image)
-        self._image_latents.move_to_end(image.digest)
-        return self._image_latents[image.digest]
+    def _strip_store(self, plan: MemoryPlan) -> torch.device | None:
+        return torch.device("cpu") if plan.strips_on_host else None
 
     def _after_step(
-        self, callback: StepCallback | None, times: Tensor, bar: Any
+        self, run: _Run, callback: StepCallback | None, bar: Any
     ) -> Callable[[int, Tensor], bool]:
         def after(step: int, latents: Tensor) -> bool:
             bar.update()
             if callback is not None:
                 given = latents.clone()
-                changed = callback(self, step, float(times[step]), {"latents": given})
+                run.calling_back = True
+                changed = callback(self, step, float(run.times[step]), {"latents": given})
+                run.calling_back = False
                 _replace(latents, given, changed)
+            run.latents.copy_(latents)
+            run.steps_done = step + 1
+            run.finished = self._interrupt
             return not self._interrupt
 
         return after
+
+    def _recover(self) -> None:
+        """After a failure: what was under way is over, what is kept can be used again."""
+        self._cache.reset()
+        if self._streamed is not None:
+            self._streamed.reset()
+        if self.model.stream is not None:
+            self.model.stream.reset()
+
+    def _free(self) -> None:
+        """Gives up what another plan may need the memory of."""
+        self._graphs.clear()
+        self._cache.clear()
+        if self._streamed is not None:
+            self._streamed.free()
+        self._store.stop()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _streamed_cache(self) -> StreamedCache:
+        if self._streamed is None:
+            self._streamed = StreamedCache(
+                self.config,
+                self.dtype,
+                self.device,
+                self._cache_bytes,
+                self._host,
+                lane_for(self.device),
+            )
+        return self._streamed
 
     def _new_cache(self, layers: int | None = None) -> ConditionCache:
         return ConditionCache(self.config, self.dtype, self.device, self._cache_bytes, layers)
 
     def _new_graphs(self) -> StepGraphs:
+        # one shape: a captured step holds its memory
         return StepGraphs.on(self.device) if self._capture_steps else StepGraphs(None)
+
+    def _read(self, names: Iterable[str], device: torch.device) -> Iterator[tuple[str, Tensor]]:
+        """Parameters with the adapters that are loaded now."""
+        return merged(self._checkpoint, self._adapters.values(), self.dtype, device, names)
 
     def _forget(self) -> None:
         """Drops what depends on weights or device."""
         self._image_latents.clear()
         self._cache = self._new_cache()
+        self._streamed = None
         self._graphs = self._new_graphs()
 
     def _refresh(self, *adapters: Adapter) -> None:
         """Sets the weights that some adapters touch to what the loaded ones make of them."""
         touched = {update.parameter for adapter in adapters for update in adapter.updates}
-        apply_adapters(self.model, self._checkpoint, self._adapters.values(), sorted(touched))
+        self._store.refresh(sorted(touched))
         self._cache.clear()
+        if self._streamed is not None:
+            self._streamed.clear()
         self._graphs.clear()
 
     def _reload(self, dtype: torch.dtype) -> None:
         """Reads the weights in another dtype, loaded adapters included."""
-        self.model = Transformer(self.config, self._checkpoint.read(dtype, self.device))
+        resident, device = self._store.resident, self.device
+        self._store.stop()
+        self.model = _load(self._checkpoint, dtype, device, resident)
+        self._store = LayerStore(self.model, self._read, self._host)
         self._refresh(*self._adapters.values())
         self._forget()
-
-    def _note_residency(self, switch: str, what: str) -> None:
-        if self.device.type != "cpu":
-            warnings.warn(
-                f"{switch} has no effect: {what} stay on {self.device}", UserWarning, stacklevel=3
-            )
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
@@ -502,6 +674,21 @@ class OmniGenPipeline:
                 yield
             finally:
                 self._running = False
+
+
+def _load(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, resident: int
+) -> Transformer:
+    """The model with so many layers on a device, and no memory for the others."""
+    layers = checkpoint.config.num_layers
+    here = spread(resident, layers)
+    weights = {
+        name: torch.empty(shape, dtype=dtype, device="meta")
+        for name, shape in parameter_shapes(checkpoint.config).items()
+        if name.startswith("layers.") and int(name.split(".")[1]) not in here
+    }
+    names = [name for name in checkpoint.sources if name not in weights]
+    return Transformer(checkpoint.config, weights | checkpoint.read(dtype, device, names))
 
 
 def _replace(latents: Tensor, given: Tensor, changed: Any) -> None:

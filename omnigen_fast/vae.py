@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from . import strips
 from .config import LATENT_CHANNELS, VAE_SCALE
 from .errors import CheckpointError
 from .images import InputImage
@@ -30,6 +33,8 @@ class Vae:
 
     def __init__(self, autoencoder: AutoencoderKL) -> None:
         self.autoencoder = autoencoder.eval().requires_grad_(False)
+        self._device = self.device
+        self._resident = True
         self._scale = autoencoder.config.scaling_factor
         self._shift = autoencoder.config.shift_factor or 0.0
 
@@ -59,35 +64,107 @@ class Vae:
         return next(self.autoencoder.parameters()).device
 
     def to(self, device: torch.device) -> None:
-        self.autoencoder.to(device)
+        """Where it computes; its weights come there at once, or when they are used (`place`)."""
+        self._device = device
+        if self._resident:
+            self.autoencoder.to(device)
+
+    def place(self, resident: bool) -> None:
+        """Keeps the weights on the device, or on the host while `loaded` does not need them."""
+        if resident != self._resident:
+            self._resident = False
+            try:
+                self.autoencoder.to(self._device if resident else "cpu")
+            except BaseException:
+                self.autoencoder.to("cpu")  # the part that came
+                raise
+            self._resident = resident
+
+    @contextmanager
+    def loaded(self) -> Iterator[None]:
+        """The weights are on the device inside."""
+        if self._resident or self._device.type == "cpu":
+            yield
+            return
+        kept = {parameter: parameter.data for parameter in self.autoencoder.parameters()}
+        try:
+            for parameter, value in kept.items():
+                parameter.data = value.to(self._device)
+            yield
+        finally:  # the host's copies are the masters: nothing is copied back
+            for parameter, value in kept.items():
+                parameter.data = value
 
     @torch.no_grad()
-    def encode(self, image: InputImage) -> Tensor:
+    def encode(
+        self,
+        image: InputImage,
+        strip_rows: int | None = None,
+        *,
+        store: torch.device | None = None,
+        recompute: bool = False,
+    ) -> Tensor:
         """Latents [4, height / 8, width / 8], float32.
 
         Drawn from the posterior as the original does, but with a generator seeded by the image's
         content: the same image has the same latents in every request, whatever its seed, so that a
         seeded edit repeats and the condition can be kept.
+
+        Args:
+            strip_rows, store, recompute: as for `decode`.
         """
-        pixels = torch.from_numpy(image.pixels).to(self.device, torch.float32)
-        pixels = pixels.permute(2, 0, 1).unsqueeze(0) / 255 * 2 - 1
-        posterior = self.autoencoder.encode(pixels).latent_dist
+        from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+        if strip_rows is None:
+            posterior = self.autoencoder.encode(self._pixels(image)).latent_dist
+        else:
+            posterior = DiagonalGaussianDistribution(
+                strips.encode(self.autoencoder, image.pixels, strip_rows, store, recompute)
+            )
         generator = torch.Generator().manual_seed(int(image.digest[:15], 16))
         noise = torch.randn(posterior.mean.shape, generator=generator).to(self.device)
         latents = posterior.mean + posterior.std * noise
         return ((latents - self._shift) * self._scale)[0]
 
+    def _pixels(self, image: InputImage) -> Tensor:
+        pixels = torch.from_numpy(image.pixels).to(self.device, torch.float32)
+        return pixels.permute(2, 0, 1).unsqueeze(0) / 255 * 2 - 1
+
     @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(
+        self,
+        latents: Tensor,
+        strip_rows: int | None = None,
+        *,
+        store: torch.device | None = None,
+        recompute: bool = False,
+    ) -> Tensor:
         """Images [pictures, 3, height, width] in [0, 1] of latents [pictures, 4, ...], float32.
 
         One picture at a time: the memory of one, and the same values in any batch.
+
+        Args:
+            strip_rows: rows of latents that are worked off at once, with the same image up to the
+                order of sums; None for the whole image at once.
+            store: where strips are kept; by default with the weights. On the host, a GPU needs
+                memory for a few strips only.
+            recompute: keep half as much and compute about a third more.
+
+        Raises:
+            RequestError: strips of less than a row, or of an autoencoder of another structure.
         """
-        images = []
-        for one in latents.to(self.device, torch.float32).split(1):
-            decoded = self.autoencoder.decode(one / self._scale + self._shift).sample
-            images.append((decoded * 0.5 + 0.5).clamp(0, 1))
-        return torch.cat(images)
+        latents = latents.to(self.device, torch.float32)
+        pictures, _, height, width = latents.shape
+        size = pictures, 3, VAE_SCALE * height, VAE_SCALE * width
+        images = torch.empty(size, device=self.device)
+        for one, image in zip(latents.split(1), images, strict=True):
+            if strip_rows is None:
+                image.copy_(self.autoencoder.decode(one / self._scale + self._shift).sample[0])
+            else:
+                one = one / self._scale + self._shift
+                strips.decode(self.autoencoder, one, image, strip_rows, store, recompute)
+            image.mul_(0.5).add_(0.5).clamp_(0, 1)
+        return images
 
 
 def _empty_autoencoder(config: dict[str, Any], folder: str | os.PathLike[str]) -> AutoencoderKL:

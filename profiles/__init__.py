@@ -1,13 +1,62 @@
-"""What the runtime knows of each device: a JSON file each, beside this one or the user's own."""
+"""What the runtime knows of each device: a JSON file each, beside this one or the user's own.
+
+A file must have `name`, `memory_bytes`, `bandwidth_bytes_per_second`, `bf16_flops_per_second` and
+`source` (a text, or an object with a text for each figure); what else `Profile` has is optional,
+and a cautious value stands in for it, which `Profile.source` names as such.
+"""
 
 from __future__ import annotations
 
 import json
-import math
-from dataclasses import dataclass, fields
+import re
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
+from typing import Any
+
+from ..errors import ProfileError
 
 _FOLDER = Path(__file__).parent
+_CELL = re.compile(r"OOM|(?P<gigabytes>\d+)G, ?(?:(?P<minutes>\d+)m)?(?:(?P<seconds>\d+)s)?")
+
+
+@dataclass(frozen=True)
+class DocumentedCell:
+    """One cell of the original's tables: what it documents to need on a device, for 50 steps."""
+
+    table: str  # its title
+    settings: str  # the row's text
+    column: str
+    images: int  # input images, each of `max_input_image_size` on both sides
+    max_input_image_size: int
+    height: int
+    width: int
+    use_kv_cache: bool
+    offload_kv_cache: bool
+    separate_cfg_infer: bool
+    offload_model: bool
+    text: str  # "12G, 1m6s", or "OOM"
+
+    @property
+    def gigabytes(self) -> int | None:
+        """None where the original ran out of memory. Whether G is 10^9 or 2^30 isn't documented."""
+        found = self._parse()["gigabytes"]
+        return None if found is None else int(found)
+
+    @property
+    def seconds(self) -> int | None:
+        """None where the original ran out of memory."""
+        found = self._parse()
+        if found["gigabytes"] is None:
+            return None
+        return 60 * int(found["minutes"] or 0) + int(found["seconds"] or 0)
+
+    def _parse(self) -> dict[str, str | None]:
+        found = _CELL.fullmatch(self.text)
+        assert found, self.text  # checked when it was read
+        return found.groupdict()
 
 
 @dataclass(frozen=True)
@@ -21,7 +70,14 @@ class Profile:
     attained_product_flops_per_second: float  # large matrix products
     attained_attention_flops_per_second: float
     attained_bandwidth_share: float  # of the bandwidth, by elementwise kernels
-    source: str
+    fp32_flops_per_second: float  # attained by products without TF32: what the VAE runs at
+    # attained by copies from pinned host memory; on a CPU, by reading mapped weights
+    link_bytes_per_second: float
+    context_bytes: float  # taken before the first tensor: driver context, libraries' work spaces
+    source: Mapping[str, str] = field(compare=False)  # of each figure
+    capability: str | None = None  # of CUDA, such as "8.0"
+    device_names: tuple[str, ...] = ()  # what `torch.cuda.get_device_name` calls the device
+    documented: tuple[DocumentedCell, ...] = ()  # what the original is documented to need on it
 
     def seconds(self, bytes_moved: float, flops: float = 0, attention: bool = False) -> float:
         """Roofline (Williams et al., 2009) with attained rates: the larger of both times."""
@@ -34,39 +90,198 @@ class Profile:
         return max(bytes_moved / bandwidth, flops / rate)
 
 
+_LIMITS = ("memory_bytes", "bandwidth_bytes_per_second", "bf16_flops_per_second")
+_REQUIRED = ("name", *_LIMITS, "source")
+# What stands in for a figure that a file lacks, and why.
+_DEFAULTS: dict[str, tuple[str, Callable[[Mapping[str, Any]], float]]] = {
+    "attained_product_flops_per_second": (
+        "80 % of the peak, as on an A100",
+        lambda given: 0.8 * given["bf16_flops_per_second"],
+    ),
+    "attained_attention_flops_per_second": (
+        "55 % of the peak, as on an H100",
+        lambda given: 0.55 * given["bf16_flops_per_second"],
+    ),
+    "attained_bandwidth_share": ("0.85, as on an H100", lambda given: 0.85),
+    "fp32_flops_per_second": (
+        "5 % of the bfloat16 peak, less than any device that ships",
+        lambda given: 0.05 * given["bf16_flops_per_second"],
+    ),
+    "link_bytes_per_second": ("12e9, as over PCIe 4.0 x8 or 3.0 x16", lambda given: 12e9),
+    "context_bytes": ("0.6e9, as on an H200", lambda given: 0.6e9),
+}
+_OTHERS = ("capability", "device_names", "documented")
+_SIZES = ("max_input_image_size", "height", "width")
+_SWITCHES = ("use_kv_cache", "offload_kv_cache", "separate_cfg_infer", "offload_model")
+
+
 def names() -> list[str]:
     """The devices that ship."""
     return sorted(path.stem for path in _FOLDER.glob("*.json"))
 
 
+def by_device_name(name: str) -> Profile | None:
+    """The profile that ships for what `torch.cuda.get_device_name` returned, or None."""
+    # drivers before 2021 leave the maker out
+    key = name.strip().removeprefix("NVIDIA ")
+    for device in names():
+        profile = load(device)
+        if key in (known.removeprefix("NVIDIA ") for known in profile.device_names):
+            return profile
+    return None
+
+
 def load(name: str | Path) -> Profile:
-    """A profile by the name of a device that ships, or from a JSON file with `Profile`'s fields.
+    """A profile by the name of a device that ships, or from a JSON file like theirs.
 
     Raises:
-        ValueError: there is no such device or file, or it lacks a field or has a wrong one.
+        ProfileError: there is no such device or file, or it lacks a figure or has a wrong one.
     """
-    path = _FOLDER / f"{name}.json"
-    if str(name) not in names():
-        path = Path(name)
-        if not path.is_file():
-            raise ValueError(
-                f"no profile {str(name)!r}: give a file, or one of {', '.join(names())}"
-            )
+    if str(name) in names():
+        return _shipped(str(name))
+    path = Path(name)
+    if not path.is_file():
+        raise ProfileError(f"no profile {str(name)!r}: give a file, or one of {', '.join(names())}")
+    return _read(path)
+
+
+@cache
+def _shipped(name: str) -> Profile:
+    return _read(_FOLDER / f"{name}.json")
+
+
+def _read(path: Path) -> Profile:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    wanted = {field.name: field.type for field in fields(Profile)}
-    if not isinstance(values, dict) or values.keys() != wanted.keys():
-        raise ValueError(f"{path} must have exactly the fields {', '.join(wanted)}")
-    for field, kind in wanted.items():
-        value = values[field]
-        good = isinstance(value, str) if kind == "str" else _positive(value)
-        if not good:
-            raise ValueError(f"{path}: {field} can't be {value!r}")
-    return Profile(**values)
+        values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_object)
+    except OSError as error:
+        raise ProfileError(f"{path} can't be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ProfileError(f"{path} is not JSON: {error}") from error
+    try:
+        return _profile(values)
+    except _Wrong as error:
+        raise ProfileError(f"{path}: {error}") from error
 
 
-def _positive(value: object) -> bool:
+class _Wrong(Exception):
+    """Something in a file, before the file's name is known."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} is given twice")
+    return values
+
+
+def _profile(values: Any) -> Profile:
+    if not isinstance(values, dict):
+        raise _Wrong(f"a profile is an object with {', '.join(_REQUIRED)}")
+    missing = [key for key in _REQUIRED if key not in values]
+    if missing:
+        raise _Wrong(f"{', '.join(missing)} must be given")
+    known = (*_REQUIRED, *_DEFAULTS, *_OTHERS)
+    unknown = sorted(values.keys() - set(known))
+    if unknown:
+        raise _Wrong(f"there is no {', '.join(unknown)}; a profile has {', '.join(known)}")
+    _require(_is_text(values["name"]), values, "name", "a text")
+    figures = {key: values[key] for key in (*_LIMITS, *_DEFAULTS) if key in values}
+    for key in figures:
+        _require(_is_positive(figures[key]), figures, key, "a positive number")
+    source = _source(values, figures.keys() | values.keys() & {"documented"})
+    for key, (why, default) in _DEFAULTS.items():
+        if key not in figures:
+            figures[key] = default(figures)
+            source[key] = f"not given: {why}"
+    share = "attained_bandwidth_share"
+    _require(figures[share] <= 1, figures, share, "at most 1")
+    peak = figures["bf16_flops_per_second"]
+    for key in ("attained_product_flops_per_second", "attained_attention_flops_per_second"):
+        _require(figures[key] <= peak, figures, key, f"at most the peak of {peak:g}")
+    capability = values.get("capability")
+    good = _is_text(capability) and re.fullmatch(r"\d+\.\d", capability)
+    _require(capability is None or good, values, "capability", 'null or a text like "8.0"')
+    devices = values.get("device_names", [])
+    good = _is_list(devices) and all(map(_is_text, devices))
+    _require(good, values, "device_names", "a list of texts")
+    return Profile(
+        name=values["name"],
+        **figures,
+        source=source,
+        capability=capability,
+        device_names=tuple(devices),
+        documented=_documented(values["documented"]) if "documented" in values else (),
+    )
+
+
+def _source(values: dict[str, Any], figures: set[str]) -> dict[str, str]:
+    """The source of each figure that is given."""
+    source = values["source"]
+    if _is_text(source):
+        return dict.fromkeys(figures, source)
+    good = isinstance(source, dict) and all(map(_is_text, source.values()))
+    _require(good, values, "source", "a text, or an object of texts")
+    if source.keys() != figures:
+        raise _Wrong(f"source must have a text for each of {', '.join(sorted(figures))}")
+    return dict(source)
+
+
+def _documented(values: Any) -> tuple[DocumentedCell, ...]:
+    """All cells of a file's `documented`: {columns, tables: [{title, rows}]}."""
+    _keys(values, "documented", ("columns", "tables"))
+    columns, tables = values["columns"], values["tables"]
+    _require(
+        _is_list(columns) and all(map(_is_text, columns)), values, "columns", "a list of texts"
+    )
+    _require(_is_list(tables), values, "tables", "a list of objects")
+    cells = []
+    for table in tables:
+        _keys(table, "a table", ("title", "rows"))
+        _require(_is_text(table["title"]), table, "title", "a text")
+        _require(_is_list(table["rows"]), table, "rows", "a list of objects")
+        for row in table["rows"]:
+            cells += _row(table["title"], columns, row)
+    return tuple(cells)
+
+
+def _row(table: str, columns: list[str], row: Any) -> list[DocumentedCell]:
+    _keys(row, "a row", ("settings", *_SIZES, *_SWITCHES, "cells"))
+    _require(_is_text(row["settings"]), row, "settings", "a text")
+    for key in _SIZES:
+        good = isinstance(row[key], int) and row[key] > 0 and row[key] % 16 == 0
+        _require(good, row, key, "a positive multiple of 16")
+    for key in _SWITCHES:
+        _require(isinstance(row[key], bool), row, key, "true or false")
+    texts = row["cells"]
+    good = _is_list(texts) and len(texts) == len(columns)
+    good = good and all(_is_text(text) and _CELL.fullmatch(text) for text in texts)
+    _require(good, row, "cells", f'{len(columns)} texts like "12G, 1m6s" or "OOM"')
+    same = {key: row[key] for key in ("settings", *_SIZES, *_SWITCHES)}
+    return [
+        DocumentedCell(table=table, column=column, images=images, text=text, **same)
+        for images, (column, text) in enumerate(zip(columns, texts, strict=True))
+    ]
+
+
+def _keys(value: Any, what: str, keys: tuple[str, ...]) -> None:
+    if not isinstance(value, dict) or value.keys() != set(keys):
+        raise _Wrong(f"{what} must be an object with exactly {', '.join(keys)}")
+
+
+def _require(good: Any, values: Mapping[str, Any], key: str, allowed: str) -> None:
+    if not good:
+        raise _Wrong(f"{key} can't be {values[key]!r}: it must be {allowed}")
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _is_positive(value: Any) -> bool:
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and math.isfinite(value) and value > 0
+    return number and 0 < value <= sys.float_info.max

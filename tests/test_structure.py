@@ -15,20 +15,27 @@ ORDER = [
     "errors",
     "config",
     "memory.plan",
+    "memory.terms",
+    "memory.original",
+    "memory.offload",
     "images",
     "request",
     "cache",
     "processor",
     "model",
     "checkpoint",
+    "vae_cost",
+    "strips",
     "vae",
     "lora",
+    "weights",
     "denoise",
     "graph",
     "pipeline",
     "cli",
 ]
 USE_KERNELS = {"model", "denoise", "graph", "vae"}
+USE_PROFILES = {"memory.original"}
 
 
 def _imports(path: Path) -> set[tuple[int, str]]:
@@ -54,6 +61,8 @@ def test_imports_go_one_way(module):
     allowed = set(ORDER[: ORDER.index(module)])
     if module in USE_KERNELS:
         allowed.add("kernels")
+    if module in USE_PROFILES:
+        allowed.add("profiles")
     if module == "cli":
         allowed |= {"__version__", "bench.commands"}
     path = ROOT / "omnigen_fast" / f"{module.replace('.', '/')}.py"
@@ -72,6 +81,12 @@ def test_kernels_import_torch_and_triton_only():
             root = name.split(".")[0]
             allowed = root in {"torch", "triton"} or root in sys.stdlib_module_names
             assert level == 1 or allowed, f"{path.name} imports {name}"
+
+
+def test_profiles_import_errors_only():
+    for level, name in _imports(ROOT / "profiles/__init__.py"):
+        root = name.split(".")[0]
+        assert root in sys.stdlib_module_names or (level, name) == (2, "errors"), name
 
 
 # peft itself needs transformers and accelerate: these three go together

@@ -60,6 +60,7 @@ class MemoryPlan:
     strip_rows: int | None  # latent rows that the VAE works off at once; None for all
     capture: bool  # record a step as a CUDA graph
     kept_bytes: int  # for conditions of earlier requests
+    strips_on_host: bool = False  # what the VAE keeps between strips is on the host
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,155 @@
+"""Memory that runs out, at every place that takes some: another plan, or one clear line, and then
+a pipeline that works as if nothing had been."""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from golden_cases import golden_request, relative_error
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import omnigen_fast
+from omnigen_fast import OmniGenPipeline
+from omnigen_fast.denoise import Loop
+from omnigen_fast.errors import OmniGenError
+from omnigen_fast.memory.plan import MemoryPlan
+
+PACKAGE = str(Path(omnigen_fast.__file__).parent)
+REQUEST = {
+    **golden_request("one_image"),
+    "num_inference_steps": 2,
+    "output_type": "pt",
+    "progress": False,
+}
+
+
+class Allocations(TorchDispatchMode):
+    """Sees every new storage; lets the one of a chosen number fail."""
+
+    def __init__(self, fail_at: int | None = None) -> None:
+        super().__init__()
+        self.sites: list[tuple[str, int]] = []
+        self._fail_at = fail_at
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {
+            leaf.untyped_storage()._cdata
+            for leaf in tree_leaves((args, kwargs))
+            if isinstance(leaf, torch.Tensor)
+        }
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor) and leaf.untyped_storage()._cdata not in given:
+                if len(self.sites) == self._fail_at:
+                    self.sites.append(_site())
+                    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+                self.sites.append(_site())
+        return result
+
+
+def _site() -> tuple[str, int]:
+    """The line of the package that asks for memory."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code.co_filename.startswith(PACKAGE):
+            return frame.f_code.co_filename.removeprefix(PACKAGE), frame.f_lineno
+        frame = frame.f_back
+    return "outside", 0
+
+
+PLAIN = MemoryPlan(
+    resident_layers=3,
+    cache="device",
+    branches_per_pass=None,
+    mlp_rows=4096,
+    vae_resident=True,
+    strip_rows=None,
+    capture=False,
+    kept_bytes=1 << 20,
+)
+PLANS = {
+    "plain": PLAIN,
+    "offloaded": replace(PLAIN, resident_layers=1, cache="ring", strip_rows=2, vae_resident=False),
+    "recomputed": replace(PLAIN, cache="none", branches_per_pass=1),
+}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_a_failure_at_any_allocation(load_pipe, name):
+    """At the first and the last allocation of every line that allocates."""
+    plan = PLANS[name]
+    pipe = load_pipe(memory=plan)
+    with Allocations() as seen:
+        expected = pipe(**REQUEST)
+    places = defaultdict(list)
+    for index, site in enumerate(seen.sites):
+        places[site].append(index)
+    assert len(places) > 30
+    for site, indices in places.items():
+        for index in {indices[0], indices[-1]}:
+            pipe.clear_cache()
+            with Allocations(fail_at=index), pytest.raises(OmniGenError) as raised:
+                pipe(**REQUEST)
+            assert "\n" not in str(raised.value), site
+            assert "out of memory" in str(raised.value)
+            assert torch.equal(pipe(**REQUEST), expected), f"after a failure in {site}"
+
+
+def test_the_next_plan_goes_on_from_the_last_finished_step(load_pipe):
+    """A failure in a step of an automatic plan: one notice, and the same image."""
+    pipe = load_pipe()
+    expected = pipe(**REQUEST)
+    steps = []
+    real = Loop.step
+
+    def step(self):
+        if len(steps) == 1:
+            steps.append("failed")
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+        real(self)
+        steps.append("done")
+
+    with mock.patch.object(Loop, "step", step):
+        found = pipe(**REQUEST)
+    assert steps == ["done", "failed", "done"]
+    assert relative_error(found, expected) < 1e-5
+    assert torch.equal(pipe(**REQUEST), expected)
+
+
+def test_no_plan_is_tried_twice(load_pipe, caplog):
+    pipe = load_pipe()
+    expected = pipe(**REQUEST)
+    tried = []
+
+    def arrange(self, plan, run):
+        tried.append(plan)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+
+    with (
+        mock.patch.object(OmniGenPipeline, "_arrange", arrange),
+        pytest.raises(OmniGenError, match="out of memory"),
+    ):
+        pipe(**REQUEST)
+    assert len(tried) > 1 and len(set(tried)) == len(tried)
+    assert torch.equal(pipe(**REQUEST), expected)
+
+
+def test_a_callback_that_fails_is_not_tried_again(load_pipe):
+    pipe = load_pipe()
+    calls = []
+
+    def callback(pipe, step, time, tensors):
+        calls.append(step)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        pipe(**REQUEST, callback_on_step_end=callback)
+    assert calls == [0]
