@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Protocol
@@ -20,6 +20,7 @@ from torch import Tensor
 from omnigen_fast.images import InputImage
 from omnigen_fast.pipeline import OmniGenPipeline
 from omnigen_fast.processor import EncodedBranch, guidance_branches
+from omnigen_fast.vae import Vae
 
 from .cases import GUIDANCE, Task
 from .gpu.measure import Clock
@@ -76,24 +77,38 @@ class Contender(Protocol):
 class KeptVae:
     """A VAE that encodes an image once, or draws latents by the image's content."""
 
-    def __init__(self, device: torch.device, vae: Any = None) -> None:
-        self._device, self._vae = device, vae
+    def __init__(self, device: torch.device, vae: Vae | None = None) -> None:
+        self.device, self.vae = device, vae
         self._latents: dict[str, Tensor] = {}
 
-    def encode(self, image: InputImage) -> Tensor:
-        """[4, height / 8, width / 8]."""
+    def encode(self, image: InputImage, *how: Any, **more: Any) -> Tensor:
+        """[4, height / 8, width / 8]; as `Vae.encode`."""
         if image.digest not in self._latents:
-            if self._vae is None:
+            if self.vae is None:
                 generator = torch.Generator().manual_seed(int(image.digest[:15], 16))
                 shape = (4, *(side // 8 for side in image.size))
                 drawn = torch.randn(shape, generator=generator)
-                self._latents[image.digest] = drawn.to(self._device)
+                self._latents[image.digest] = drawn.to(self.device)
             else:
-                self._latents[image.digest] = self._vae.encode(image)
+                with self.vae.loaded():
+                    self._latents[image.digest] = self.vae.encode(image, *how, **more)
         return self._latents[image.digest]
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._vae, name)
+    def decode(self, *given: Any, **more: Any) -> Tensor:
+        """As `Vae.decode`; drawn latents are no picture's."""
+        assert self.vae is not None
+        return self.vae.decode(*given, **more)
+
+    def place(self, resident: bool) -> None:
+        """As `Vae.place`."""
+        if self.vae is not None:
+            self.vae.place(resident)
+
+    @contextmanager
+    def loaded(self) -> Iterator[None]:
+        """As `Vae.loaded`."""
+        with nullcontext() if self.vae is None else self.vae.loaded():
+            yield
 
 
 def make_start(pipe: OmniGenPipeline, task: Task) -> Start:

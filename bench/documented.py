@@ -19,25 +19,16 @@ _ORIGINALS = {  # its own defaults
 }
 
 
-def profile_of(device: str) -> profiles.Profile | None:
-    """The profile that ships for a device of this name."""
-    for name in profiles.names():
-        profile = profiles.load(name)
-        if device in (profile.name, *getattr(profile, "device_names", ())):
-            return profile
-    return None
-
-
 def documented(device: str, task: Task) -> dict[str, Any] | str | None:
     """GB and seconds of a cell of the original's tables, or "OOM"; None where there is no such."""
-    profile = profile_of(device)
+    profile = profiles.by_device_name(device)
     return None if profile is None else documented_cell(profile, task)
 
 
 def documented_cell(profile: profiles.Profile, task: Task) -> dict[str, Any] | str | None:
     """See `documented`."""
     switches = _ORIGINALS | task.setting.arguments
-    for cell in getattr(profile, "documented", ()):
+    for cell in profile.documented:
         same = (cell.height, cell.width) == (task.size.output, task.size.output)
         same &= cell.images == task.images and cell.max_input_image_size == task.size.image
         if same and all(getattr(cell, name) == on for name, on in switches.items()):

@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -222,7 +222,9 @@ def _cell(
     """One cell: warm-up with a check and the peak memory, then interleaved pictures."""
     column = COLUMNS[task.images]
     say(f"{task.size}, {task.setting}, {column}")
-    cost = count(model.config, task)
+    cost = count(
+        model.config, replace(task, setting=Setting())
+    )  # switches move, they compute alike
     cell: dict[str, Any] = {
         "size": str(task.size),
         "side": task.size.output,
@@ -326,15 +328,15 @@ def _vae(model: Model, plan: Plan) -> dict[str, Any]:
     """Encoding an input image and decoding a picture; the same code in every contender."""
     if model.folder is None:
         return {"status": NOT_MEASURED, "why": "a random model has no VAE"}
-    vae, clock = model.ours.pipe.vae, Clock(plan.device)
+    kept, clock = model.ours.pipe.vae, Clock(plan.device)
     task = Task(plan.first_size, 1, plan.steps)
     latents = torch.zeros(task.latent_shape, device=plan.device)
     (image,) = task.prompt().images
     seconds: dict[str, list[float]] = {"encode": [], "decode": []}
     for index in range(plan.repeat + 1):
         for name, work in (
-            ("encode", lambda: vae._vae.encode(image)),
-            ("decode", lambda: vae.decode(latents)),
+            ("encode", lambda: kept.vae.encode(image)),
+            ("decode", lambda: kept.vae.decode(latents)),
         ):
             begin = clock.wait()
             work()

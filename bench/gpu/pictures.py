@@ -7,24 +7,25 @@ as latents, so the VAE is left out.
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 from omnigen_fast.kernels import ops
 from torch import Tensor
 
+from omnigen_fast import pipeline
 from omnigen_fast.config import PATCH, TOKEN_PIXELS, ModelConfig
 from omnigen_fast.denoise import Loop, denoise, schedule
 from omnigen_fast.model import Transformer
 from omnigen_fast.pipeline import OmniGenPipeline
 from omnigen_fast.processor import EncodedBranch, Processor
-from omnigen_fast.request import make_request
 
 from ..cases import COLUMNS, PROMPTS
 from ..common import TOKENIZER, random_weights
@@ -40,8 +41,15 @@ def make_pipeline(
     config: ModelConfig, weights: dict[str, Tensor], device: torch.device
 ) -> OmniGenPipeline:
     """A pipeline without checkpoint and VAE."""
+
+    def read(
+        dtype: torch.dtype, device: torch.device, names: Sequence[str] | None = None
+    ) -> dict[str, Tensor]:
+        wanted = weights if names is None else names
+        return {name: weights[name].to(device, dtype) for name in wanted}
+
     return OmniGenPipeline(
-        SimpleNamespace(config=config),
+        SimpleNamespace(config=config, read=read),
         Transformer(config, weights),
         KeptVae(device),
         Processor.from_file(TOKENIZER, config),
@@ -67,19 +75,6 @@ def arguments_of(side: int, images: int, steps: int) -> dict[str, Any]:
     }
 
 
-# What `make_request` wants to hear of besides.
-_DEFAULTS = {
-    "use_img_guidance": True,
-    "separate_cfg_infer": None,
-    "use_kv_cache": None,
-    "use_input_image_size_as_output": False,
-    "negative_prompt": None,
-    "num_images_per_prompt": 1,
-    "generator": None,
-    "latents": None,
-}
-
-
 @dataclass
 class Taken:
     """A picture that was made, and its times in seconds."""
@@ -96,26 +91,35 @@ class Taken:
 def take(
     pipe: OmniGenPipeline, arguments: dict[str, Any], clock: Clock, captured: bool, most: int
 ) -> Taken:
-    """What a call of the pipeline does, its parts timed, and at most so many steps."""
-    given = {name: value for name, value in arguments.items() if name != "progress"}
-    request = make_request(pipe.config, **(_DEFAULTS | given))
-    begin = clock.wait()
-    pictures = pipe._encode(request)
-    latents = pipe._draw_noise(request)
-    loop = pipe._prepare(request, pictures, latents, schedule(request.steps))
-    prepared = clock.wait()
-    run = pipe._graphs.runner(loop, pipe._cache) if captured else loop.step
-    marks = [clock.mark()]
+    """A call of the pipeline, its parts timed, and at most so many steps.
 
-    def after_step(step: int, _: Tensor) -> bool:
+    Args:
+        pipe: the pipeline.
+        arguments: of the call.
+        clock: of the pipeline's device.
+        captured: whether steps may be captured and replayed.
+        most: steps to take.
+    """
+    loops, marks, prepared = [], [], []
+
+    def timed(loop: Loop, run: Callable[[], None], after_step: Any, *rest: Any) -> None:
+        def after(step: int, latents: Tensor) -> bool:
+            marks.append(clock.mark())
+            return after_step(step, latents) and step + 1 < most
+
+        prepared.append(clock.wait())
+        loops.append(loop)
         marks.append(clock.mark())
-        return step + 1 < most
+        denoise(loop, run if captured else loop.step, after, *rest)
 
-    denoise(loop, run, after_step)
-    end = clock.wait()
+    with mock.patch.object(pipeline, "denoise", timed):
+        begin = clock.wait()
+        latents = pipe(**arguments)
+        end = clock.wait()
+    (loop,), (before,) = loops, prepared
     steps = [clock.between(*pair) for pair in pairwise(marks)]
-    branches = list({branch.key: branch for picture in pictures for branch, _ in picture}.values())
-    return Taken(latents.clone(), loop, branches, prepared - begin, steps, end - begin)
+    branches = [velocity.branch for velocity in loop.plan.branches]
+    return Taken(latents, loop, branches, before - begin, steps, end - begin)
 
 
 def _layer_flops(config: ModelConfig) -> tuple[int, int]:
