@@ -2,7 +2,9 @@ PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 
-.PHONY: test demo lint format clean
+PEER := .peers/original
+
+.PHONY: test demo bench peers lint format clean
 
 $(READY): setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -37,5 +39,22 @@ demo: $(READY)
 		--image tests/golden/images/coffee.png --image tests/golden/images/cat.png \
 		--height 256 --width 256 --out demo-output/two-images.png
 
+# The original package in an environment of its own: it needs an old transformers. Its torchvision
+# and timm are left out, since nothing of them runs.
+$(PEER)/.ready: bench/peers/original.txt constraints.txt
+	$(PYTHON) -m venv $(PEER)
+	$(PEER)/bin/python -m pip install --quiet --constraint constraints.txt torch
+	$(PEER)/bin/python -m pip install --quiet --constraint constraints.txt \
+		--requirement bench/peers/original.txt
+	$(PEER)/bin/python -m pip install --quiet --no-deps OmniGen==1.0.3
+	touch $@
+peers: $(PEER)/.ready
+
+# The original's table of sizes for a small random model, in ten minutes on two CPU cores. A peer
+# whose environment can't be built is a row that says so.
+bench: $(READY)
+	-$(MAKE) peers
+	$(VENV)/bin/omnigen-fast bench --steps 8 --repeat 2
+
 clean:
-	rm -rf $(VENV) build *.egg-info demo-output
+	rm -rf $(VENV) .peers build *.egg-info demo-output

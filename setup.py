@@ -7,12 +7,20 @@ setup(
     python_requires=">=3.10",
     packages=[
         "omnigen_fast",
+        "omnigen_fast.bench",
+        "omnigen_fast.bench.gpu",
+        "omnigen_fast.bench.kernels",
+        "omnigen_fast.bench.peers",
         "omnigen_fast.kernels",
         "omnigen_fast.memory",
         "omnigen_fast.profiles",
     ],
-    package_dir={"omnigen_fast.kernels": "kernels", "omnigen_fast.profiles": "profiles"},
-    package_data={"omnigen_fast.profiles": ["*.json"]},
+    package_dir={
+        "omnigen_fast.bench": "bench",
+        "omnigen_fast.kernels": "kernels",
+        "omnigen_fast.profiles": "profiles",
+    },
+    package_data={"omnigen_fast.bench": ["counts.json"], "omnigen_fast.profiles": ["*.json"]},
     install_requires=[
         "torch>=2.11,<2.14",
         "triton>=3.6,<3.8; platform_system == 'Linux' and platform_machine == 'x86_64'",
@@ -26,7 +34,9 @@ setup(
         "click>=8.1",
     ],
     extras_require={
+        "bench": ["matplotlib>=3.8", "psutil>=5.9"],
         "dev": [
+            "matplotlib>=3.8",
             "pytest>=8",
             "pytest-benchmark>=4",
             "hypothesis>=6.100",

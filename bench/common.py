@@ -78,6 +78,20 @@ def small_config() -> ModelConfig:
     )
 
 
+def tiny_config() -> ModelConfig:
+    """What the tests of the benches themselves run."""
+    return replace(
+        full_config(),
+        hidden_size=192,
+        num_layers=2,
+        num_heads=2,
+        num_kv_heads=2,
+        intermediate_size=256,
+        vocab_size=640,
+        pos_embed_size=16,
+    )
+
+
 def interleave(
     variants: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 1
 ) -> dict[str, list[float]]:

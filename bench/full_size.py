@@ -30,6 +30,7 @@ import torch
 from omnigen_fast.checkpoint import _ORIGINAL, _sources
 
 from .common import TOKENIZER, full_config, machine, write_result
+from .peers.model_files import phi3_config
 
 ALLOWED_OVERHEAD = 0.6e9
 STREAMED_LIMIT = 3e9
@@ -51,27 +52,7 @@ def write_checkpoint(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     config = full_config()
     shutil.copy(TOKENIZER, folder)
-    (folder / "config.json").write_text(
-        json.dumps(
-            {
-                "hidden_size": config.hidden_size,
-                "num_hidden_layers": config.num_layers,
-                "num_attention_heads": config.num_heads,
-                "num_key_value_heads": config.num_kv_heads,
-                "intermediate_size": config.intermediate_size,
-                "vocab_size": config.vocab_size,
-                "rms_norm_eps": config.rms_norm_eps,
-                "rope_theta": config.rope_theta,
-                "max_position_embeddings": config.max_position_embeddings,
-                "original_max_position_embeddings": config.original_max_position_embeddings,
-                "rope_scaling": {
-                    "type": "su",
-                    "short_factor": config.short_factor,
-                    "long_factor": config.long_factor,
-                },
-            }
-        )
-    )
+    (folder / "config.json").write_text(json.dumps(phi3_config(config)))
     header, offset, tensors = {}, 0, []
     for parameter, parts in _sources(config, _ORIGINAL).items():
         for part in parts:

@@ -1,4 +1,4 @@
-"""The command line: `omnigen-fast generate`, `omnigen-fast plan` and `omnigen-fast env`."""
+"""The command line: `generate`, `plan`, `env`, and of the benches `bench` and `compare`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from . import __version__
+from .bench.commands import bench, compare
 from .errors import CheckpointError, OmniGenError, RequestError
 from .request import OUTPUT_TYPES, checked_side
 
@@ -285,6 +286,10 @@ def env() -> None:
     from .pipeline import _check_device
 
     click.echo(f"will run on   {_check_device(None)}, transformer in bfloat16, VAE in float32")
+
+
+main.add_command(bench)
+main.add_command(compare)
 
 
 def _check_writable(out: Path) -> None:

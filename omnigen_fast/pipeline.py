@@ -53,7 +53,6 @@ from .processor import (
 )
 from .request import Request, finite, make_request
 from .vae import Vae
-from .vae_cost import VaeShape
 from .weights import LayerStore
 
 _log = logging.getLogger("omnigen_fast")
@@ -492,7 +491,7 @@ class OmniGenPipeline:
         budget = parse_memory(memory)
         return decide(
             self.config,
-            VaeShape.from_config(self.vae.autoencoder.config),
+            self.vae.shape,
             self.dtype.itemsize,
             run.workload(),
             profile,
@@ -774,7 +773,7 @@ def _first_plan(
     profile = profile_of(device)
     budget = parse_memory(memory)
     budget = free_bytes(device, profile) if budget is None else budget
-    shape = VaeShape.from_config(vae.autoencoder.config)
+    shape = vae.shape
     try:
         return decide(config, shape, dtype.itemsize, workload, profile, budget).plan
     except MemoryBudgetError:  # a smaller picture may fit

@@ -7,68 +7,52 @@ as latents, so the VAE is left out.
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 from omnigen_fast.kernels import ops
 from torch import Tensor
 
+from omnigen_fast import pipeline
 from omnigen_fast.config import PATCH, TOKEN_PIXELS, ModelConfig
 from omnigen_fast.denoise import Loop, denoise, schedule
-from omnigen_fast.images import InputImage
 from omnigen_fast.memory.plan import MemoryPlan
 from omnigen_fast.model import Transformer
-from omnigen_fast.pipeline import OmniGenPipeline, RunningCall
+from omnigen_fast.pipeline import OmniGenPipeline
 from omnigen_fast.processor import EncodedBranch, Processor
-from omnigen_fast.request import make_request
 
+from ..cases import COLUMNS, PROMPTS
 from ..common import TOKENIZER, random_weights
+from ..contenders import KeptVae
 from .measure import Clock, clocks, datasheet_rate, described
 from .run import FAILED, NO_GPU, NO_TIME, NOT_MEASURED, OK, NotMeasured, Run, first_line
 
-_PROMPTS = (
-    "A curly-haired man in a red shirt is drinking tea.",
-    "<img><|image_1|></img> Make it a winter evening, with snow on the roofs.",
-    "The cup of <img><|image_1|></img> stands beside the cat of <img><|image_2|></img>.",
-)
-_NAMES = ("text", "one image", "two images")
 # Error that diffusers' and our bfloat16 may have against each other, and float32 in the small model
 _PEER_BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
-
-
-class _DrawnVae:
-    """Latents drawn by the image's content."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-
-    def place(self, resident: bool) -> None:
-        """There are no weights."""
-
-    def loaded(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def encode(self, image: InputImage, *_: Any, **__: Any) -> Tensor:
-        generator = torch.Generator().manual_seed(int(image.digest[:15], 16))
-        shape = (4, *(side // 8 for side in image.size))
-        return torch.randn(shape, generator=generator).to(self._device)
 
 
 def make_pipeline(
     config: ModelConfig, weights: dict[str, Tensor], device: torch.device
 ) -> OmniGenPipeline:
     """A pipeline without checkpoint and VAE."""
+
+    def read(
+        dtype: torch.dtype, device: torch.device, names: Sequence[str] | None = None
+    ) -> dict[str, Tensor]:
+        wanted = weights if names is None else names
+        return {name: weights[name].to(device, dtype) for name in wanted}
+
     return OmniGenPipeline(
-        SimpleNamespace(config=config),
+        SimpleNamespace(config=config, read=read),
         Transformer(config, weights),
-        _DrawnVae(device),
+        KeptVae(device),
         Processor.from_file(TOKENIZER, config),
         memory=MemoryPlan.plain(config.num_layers, 2 << 30, capture=True),
     )
@@ -79,7 +63,7 @@ def arguments_of(side: int, images: int, steps: int) -> dict[str, Any]:
     draw = np.random.default_rng(0)
     pixels = [draw.integers(0, 256, (side, side, 3), dtype=np.uint8) for _ in range(images)]
     return {
-        "prompt": _PROMPTS[images],
+        "prompt": PROMPTS[images],
         "input_images": pixels or None,
         "height": side,
         "width": side,
@@ -91,21 +75,6 @@ def arguments_of(side: int, images: int, steps: int) -> dict[str, Any]:
         "output_type": "latent",
         "progress": False,
     }
-
-
-# What `make_request` wants to hear of besides.
-_DEFAULTS = {
-    "use_img_guidance": True,
-    "separate_cfg_infer": None,
-    "use_kv_cache": None,
-    "offload_kv_cache": None,
-    "offload_model": None,
-    "use_input_image_size_as_output": False,
-    "negative_prompt": None,
-    "num_images_per_prompt": 1,
-    "generator": None,
-    "latents": None,
-}
 
 
 @dataclass
@@ -124,33 +93,35 @@ class Taken:
 def take(
     pipe: OmniGenPipeline, arguments: dict[str, Any], clock: Clock, captured: bool, most: int
 ) -> Taken:
-    """What a call of the pipeline does, its parts timed, and at most so many steps."""
-    given = {name: value for name, value in arguments.items() if name != "progress"}
-    request = make_request(pipe.config, **(_DEFAULTS | given))
-    begin = clock.wait()
-    noise = pipe._draw_noise(request)
-    plan = MemoryPlan.plain(pipe.config.num_layers, 2 << 30, captured)
-    task = RunningCall(request, pipe._encode(request), noise, schedule(request.steps))
-    pipe._arrange(plan, task)
-    loop, cache = pipe._prepare(plan, task)
-    latents = loop.latents
-    prepared = clock.wait()
-    run = pipe._graphs.runner(loop, cache) if captured else loop.step
-    marks = [clock.mark()]
+    """A call of the pipeline, its parts timed, and at most so many steps.
 
-    def after_step(step: int, _: Tensor) -> bool:
+    Args:
+        pipe: the pipeline.
+        arguments: of the call.
+        clock: of the pipeline's device.
+        captured: whether steps may be captured and replayed.
+        most: steps to take.
+    """
+    loops, marks, prepared = [], [], []
+
+    def timed(loop: Loop, run: Callable[[], None], after_step: Any, *rest: Any) -> None:
+        def after(step: int, latents: Tensor) -> bool:
+            marks.append(clock.mark())
+            return after_step(step, latents) and step + 1 < most
+
+        prepared.append(clock.wait())
+        loops.append(loop)
         marks.append(clock.mark())
-        return step + 1 < most
+        denoise(loop, run if captured else loop.step, after, *rest)
 
-    denoise(loop, run, after_step)
-    end = clock.wait()
+    with mock.patch.object(pipeline, "denoise", timed):
+        begin = clock.wait()
+        latents = pipe(**arguments)
+        end = clock.wait()
+    (loop,), (before,) = loops, prepared
     steps = [clock.between(*pair) for pair in pairwise(marks)]
-    branches = list(
-        {branch.key: branch for picture in task.pictures for branch, _ in picture}.values()
-    )
-    return Taken(
-        latents.clone(), loop, list(branches.values()), prepared - begin, steps, end - begin
-    )
+    branches = [velocity.branch for velocity in loop.plan.branches]
+    return Taken(latents, loop, branches, before - begin, steps, end - begin)
 
 
 def _layer_flops(config: ModelConfig) -> tuple[int, int]:
@@ -200,7 +171,7 @@ def _fresh(run: Run, pipe: OmniGenPipeline) -> None:
 
 
 def _cases(run: Run) -> list[tuple[int, int]]:
-    return [(side, images) for side in run.sizes.sides for images in range(len(_NAMES))]
+    return [(side, images) for side in run.sizes.sides for images in range(len(COLUMNS))]
 
 
 def pictures(run: Run, found: dict[str, Any]) -> None:
@@ -212,7 +183,7 @@ def pictures(run: Run, found: dict[str, Any]) -> None:
     found["parameters"] = sum(one.numel() for one in _full_model(run).values())
     for side, images in _cases(run):
         row: dict[str, Any] = {
-            "case": f"{side} px, {_NAMES[images]}",
+            "case": f"{side} px, {COLUMNS[images]}",
             "status": NOT_MEASURED,
             "why": NO_TIME,
         }
@@ -317,7 +288,7 @@ def peer(run: Run, found: dict[str, Any]) -> None:
     run.save()
     clock, pipe, rows = Clock(run.device), _pipeline(run), found.setdefault("rows", [])
     for side, images in _cases(run):
-        row: dict[str, Any] = {"case": f"{side} px, {_NAMES[images]}"}
+        row: dict[str, Any] = {"case": f"{side} px, {COLUMNS[images]}"}
         rows.append(row)
         try:
             row.update(_beside(run, pipe, clock, side, images))
@@ -331,13 +302,13 @@ def peer(run: Run, found: dict[str, Any]) -> None:
 
 def _agreement(run: Run) -> float:
     """Difference of the first velocities of both in float32, in the small model."""
-    from ..cpu_peer import Peer
+    from ..peers.diffusers import DiffusersTransformer
 
     config = run.sizes.check
     weights = random_weights(config, torch.float32, device=run.device)
     pipe = make_pipeline(config, weights, run.device)
     with ops.use("reference"):
-        other = Peer(config, weights, torch.float32)
+        other = DiffusersTransformer(config, weights, torch.float32)
         difference = _first_difference(run, pipe, other, run.sizes.check_side, 1)
     if not difference <= _PEER_BOUNDS[torch.float32]:
         raise RuntimeError(f"diffusers computes something else: {difference:.1e} apart")
@@ -373,12 +344,15 @@ def _first_difference(run: Run, pipe: OmniGenPipeline, other: Any, side: int, im
 def _beside(
     run: Run, pipe: OmniGenPipeline, clock: Clock, side: int, images: int
 ) -> dict[str, Any]:
-    from ..cpu_peer import Peer
+    from ..peers.diffusers import DiffusersTransformer
 
     if run.left() < (10 if run.on_gpu else 0):
         return {"status": NOT_MEASURED, "why": NO_TIME}
     _fresh(run, pipe)
-    other = run.keep("peer", lambda: Peer(run.sizes.config, _full_model(run), torch.bfloat16))
+    other = run.keep(
+        "peer",
+        lambda: DiffusersTransformer(run.sizes.config, _full_model(run), torch.bfloat16),
+    )
     difference = _first_difference(run, pipe, other, side, images)
     if not difference <= _PEER_BOUNDS[torch.bfloat16]:
         why = f"results differ by {difference:.1e}; no times are reported"

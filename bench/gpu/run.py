@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import signal
 import sys
 import threading
@@ -20,8 +19,9 @@ import torch
 
 from omnigen_fast.config import ModelConfig
 
-from ..common import full_config, long_rope
+from ..common import full_config, tiny_config
 from ..kernels import workload
+from ..record import write_whole
 
 OK, FAILED, CUT_OFF, NOT_MEASURED = "ok", "failed", "cut off", "not measured"
 NO_TIME, NO_GPU = "time", "needs a GPU"
@@ -62,19 +62,7 @@ def sizes_of(tiny: bool) -> Sizes:
     if not tiny:
         values = vars(full) | {"num_layers": 4}
         return Sizes(full, ModelConfig(**values), 512, (1024, 512), 50, 5, workload.FULL)
-    short, long = long_rope(96)
-    small = {
-        "hidden_size": 192,
-        "num_layers": 2,
-        "num_heads": 2,
-        "num_kv_heads": 2,
-        "intermediate_size": 256,
-        "vocab_size": 640,
-        "short_factor": short,
-        "long_factor": long,
-        "pos_embed_size": 16,
-    }
-    config = ModelConfig(**(vars(full) | small))
+    config = tiny_config()
     return Sizes(config, config, 64, (64, 48), 5, 2, workload.Size(16, (20, 6, 12), 2, 192, 256))
 
 
@@ -130,10 +118,7 @@ class Run:
 
     def save(self) -> None:
         """Writes the result as it stands; a reader sees this one or the one before, whole."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(self.result, indent=1) + "\n")
-        os.replace(partial, self.path)
+        write_whole(self.path, json.dumps(self.result, indent=1) + "\n")
 
 
 Part = Callable[[Run, dict[str, Any]], None]

@@ -1,0 +1,419 @@
+"""What a step costs, counted: launches, bytes, operations, copies, allocations. No clock.
+
+A picture of full size runs on meta tensors, which have shapes and no values: the runtime takes the
+very steps that it takes on a GPU. Each of our operations is one kernel that reads and writes every
+tensor it must touch once (`tests/bench` holds the kernels to both); operations of PyTorch are
+counted as they are dispatched. So the counts are the same on every machine.
+
+    python -m bench.counts           # compares with the committed counts.json
+    python -m bench.counts --write   # accepts what is counted now
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from omnigen_fast.kernels import ops, reference
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from omnigen_fast.config import ModelConfig
+from omnigen_fast.denoise import Loop
+from omnigen_fast.model import parameter_shapes
+
+from .cases import COLUMNS, Size, Task
+from .common import full_config
+from .tracker import MemoryTracker
+
+COMMITTED = Path(__file__).with_name("counts.json")
+PRODUCTS, ATTENTION, NORMS, ELEMENTWISE, COPIES = FAMILIES = (
+    "products",
+    "attention",
+    "norms",
+    "elementwise",
+    "copies",
+)
+OURS = {
+    "attention_step": ATTENTION,
+    "attention_prefill": ATTENTION,
+    "rms_norm": NORMS,
+    "add_rms_norm": NORMS,
+    "modulate": NORMS,
+    "rope_": ELEMENTWISE,
+    "rope_cache_": ELEMENTWISE,
+    "swiglu": ELEMENTWISE,
+    "guidance_step_": ELEMENTWISE,
+}
+_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "convolution"}
+_COPIES = {"copy_", "_to_copy", "clone", "index_select", "index_copy_", "index", "cat", "embedding"}
+_COPIES |= {"index_put_", "gather", "scatter_", "fill_", "zero_", "stack"}
+_NO_KERNEL = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"}
+_NO_KERNEL |= {"lift_fresh", "detach", "alias"}
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One launch."""
+
+    name: str
+    family: str
+    read: int  # bytes
+    written: int  # bytes
+    flops: int = 0
+
+    @property
+    def bytes(self) -> int:
+        return self.read + self.written
+
+
+@dataclass(frozen=True)
+class Counted:
+    """A part of a picture: everything before the first step, or one step."""
+
+    operations: tuple[Operation, ...]
+    allocations: int
+
+    @property
+    def flops(self) -> int:
+        return sum(one.flops for one in self.operations)
+
+    @property
+    def bytes(self) -> int:
+        return sum(one.bytes for one in self.operations)
+
+    def of(self, family: str) -> list[Operation]:
+        return [one for one in self.operations if one.family == family]
+
+    def floor(self, bytes_per_second: float, flops_per_second: float) -> float:
+        """Roofline in seconds (Williams et al., 2009): of each launch the larger of both times."""
+        return sum(
+            max(one.bytes / bytes_per_second, one.flops / flops_per_second)
+            for one in self.operations
+        )
+
+    def summary(self) -> dict[str, Any]:
+        """What is held against the committed counts."""
+        copies: dict[str, int] = {}
+        for one in self.of(COPIES):
+            copies[one.name] = copies.get(one.name, 0) + 1
+        return {
+            "launches": len(self.operations),
+            "launches_by_family": {family: len(self.of(family)) for family in FAMILIES},
+            "flops": self.flops,
+            "bytes": self.bytes,
+            "bytes_by_family": {
+                family: sum(one.bytes for one in self.of(family)) for family in FAMILIES
+            },
+            "copies": dict(sorted(copies.items())),
+            "allocations": self.allocations,
+        }
+
+
+def touched(tensor: Tensor) -> int:
+    """Bytes of a tensor's distinct elements: a broadcast axis is read once."""
+    elements = 1
+    for size, stride in zip(tensor.shape, tensor.stride()):
+        elements *= size if stride else min(size, 1)
+    return elements * tensor.element_size()
+
+
+class _Values:
+    """What small integer tensors hold, remembered on their way to a device without values."""
+
+    _NAME = "_counted_values"
+
+    @classmethod
+    @contextmanager
+    def remembered(cls) -> Iterator[None]:
+        make = torch.tensor
+
+        def tensor(data: Any, *args: Any, **more: Any) -> Tensor:
+            made = make(data, *args, **more)
+            if made.device.type == "meta" and isinstance(data, list):
+                setattr(made, cls._NAME, data)
+            return made
+
+        with mock.patch.object(torch, "tensor", tensor):
+            yield
+
+    @classmethod
+    def carry(cls, source: Tensor, target: Tensor) -> None:
+        if source.device.type == "cpu" and source.dtype == torch.int32 and source.dim() == 1:
+            setattr(target, cls._NAME, source.tolist())
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> list[int]:
+        if tensor.device.type != "meta":
+            return tensor.tolist()
+        return getattr(tensor, cls._NAME)
+
+
+class Counter(TorchDispatchMode):
+    """Counts what is launched inside a `with` block, ours as a whole, PyTorch's one by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[Operation] = []
+        self._inside = False
+        self._patch = mock.patch.object(ops, "_call", self._call)
+        self._run = ops._call
+        self._remembered: Any = None
+
+    def __enter__(self) -> Counter:
+        self._patch.start()
+        self._remembered = _Values.remembered()
+        self._remembered.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._remembered.__exit__(*error)
+        self._patch.stop()
+
+    def _call(self, name: str, x: Tensor, *args: Any) -> Any:
+        self._inside = True
+        try:
+            result = self._run(name, x, *args)
+        finally:
+            self._inside = False
+        signature = inspect.signature(getattr(reference, name))
+        given = signature.bind(x, *args).arguments
+        self.operations.append(_ours(name, given, result))
+        return result
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if self._inside:
+            return result
+        name = func._schema.name.partition("::")[2]
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        if name == "_to_copy":
+            _Values.carry(inputs[0], outputs[0])
+        if name in _NO_KERNEL or not outputs or _is_view(func, inputs, outputs):
+            return result
+        devices = {tensor.device.type for tensor in outputs}
+        if devices == {"cpu"}:
+            return result  # on the host, beside the device's work
+        self.operations.append(_atens(name, func, inputs, outputs))
+        return result
+
+
+def _is_view(func: Any, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> bool:
+    if func._schema.is_mutable:
+        return False
+    storages = {one.untyped_storage()._cdata for one in inputs}
+    return all(one.untyped_storage()._cdata in storages for one in outputs)
+
+
+def _atens(name: str, func: Any, inputs: list[Tensor], outputs: list[Tensor]) -> Operation:
+    """An operation of PyTorch: all inputs are read, all outputs written."""
+    family = ELEMENTWISE
+    if name in _PRODUCTS:
+        family = PRODUCTS
+    elif name in _COPIES:
+        family = COPIES
+    written = sum(map(touched, outputs))
+    places = [one for one in inputs if one.device.type != "cpu"]
+    if name in ("index_select", "index", "embedding", "gather"):
+        # of the table the rows that are taken
+        read = written + sum(map(touched, places[1:]))
+    elif name == "index_copy_":
+        read = sum(map(touched, places[1:]))
+        written = touched(places[-1])
+    elif name in ("copy_",):
+        read = touched(places[-1]) if len(places) > 1 else 0
+    else:
+        targets = {id(one) for one in outputs} if name.endswith("out") else set()
+        read = sum(touched(one) for one in places if id(one) not in targets)
+    flops = 0
+    if family == PRODUCTS:
+        flops = _product_flops(name, inputs, outputs[0])
+        if func._schema.is_mutable:  # `out` is among the inputs
+            read -= sum(touched(one) for one in outputs if any(one is x for x in places))
+    return Operation(name, family, read, written, flops)
+
+
+def _product_flops(name: str, inputs: list[Tensor], output: Tensor) -> int:
+    """Multiplications and additions: two for each element of the output and of the inner axis."""
+    first = inputs[1] if name in ("addmm", "baddbmm") else inputs[0]
+    if name == "convolution":
+        return 2 * output.numel() * inputs[1][0].numel()
+    return 2 * output.numel() * first.shape[-1]
+
+
+def _ours(name: str, given: dict[str, Any], result: Any) -> Operation:
+    """One of our operations: each tensor that it must touch, once."""
+    tensors = {key: value for key, value in given.items() if isinstance(value, Tensor)}
+    out = tensors.pop("out", result if isinstance(result, Tensor) else None)
+    family, flops = OURS[name], 0
+    read = sum(map(touched, tensors.values()))
+    written = touched(out) if out is not None else 0
+    if name == "add_rms_norm":
+        written += touched(given["residual"])
+    elif name in ("rope_", "rope_cache_"):
+        qkv, heads, kv_heads = given["qkv"], given["heads"], given["kv_heads"]
+        head = touched(qkv) // (heads + 2 * kv_heads)
+        turned = head * (heads + kv_heads)
+        tables = touched(given["cos"]) + touched(given["sin"])
+        read, written = turned + tables, turned
+        if name == "rope_cache_":  # v in, k and v into the cache
+            read += head * kv_heads + touched(given["cache_rows"])
+            written += 2 * head * kv_heads
+    elif name == "guidance_step_":
+        written = touched(given["latents"])
+    elif name == "attention_step":
+        q, lengths = given["q"], _Values.of(given["cache_len"])
+        starts, bounds = _Values.of(given["cache_start"]), _Values.of(given["cu_rows"])
+        rows = [stop - first for first, stop in pairwise(bounds)]
+        seen = {row for first, more in zip(starts, lengths) for row in range(first, first + more)}
+        cached = 2 * len(seen) * touched(given["k_cache"][0])
+        read = sum(touched(given[one]) for one in ("q", "k", "v")) + cached
+        pairs = sum(count * (count + more) for count, more in zip(rows, lengths))
+        flops = 4 * q.shape[1] * q.shape[2] * pairs
+    elif name == "attention_prefill":
+        q, ends, bounds = given["q"], _Values.of(given["kv_end"]), _Values.of(given["cu_rows"])
+        first, pairs = given.get("first", 0), 0
+        for start, stop in pairwise(bounds):
+            for row in range(start + first, stop):  # its own key counts where kv_end is before it
+                pairs += ends[row] + (ends[row] <= row - start)
+        flops = 4 * q.shape[1] * q.shape[2] * pairs
+    return Operation(name, family, read, written, flops)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What a picture costs."""
+
+    prefill: Counted
+    step: Counted  # the second: the first may set up what the others use
+
+    @property
+    def launches(self) -> int:
+        return len(self.step.operations)
+
+    def flops(self, steps: int) -> int:
+        return self.prefill.flops + steps * self.step.flops
+
+
+def meta_weights(config: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
+    """Weights without values."""
+    shapes = parameter_shapes(config).items()
+    return {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes}
+
+
+def count(config: ModelConfig, task: Task) -> Picture:
+    """Counts a picture's prefill and its second step.
+
+    Only three steps are run; the condition has as many time tokens as the picture has steps.
+    """
+    from .contenders import KeptVae
+    from .gpu.pictures import make_pipeline
+
+    device = torch.device("meta")
+    pipe = make_pipeline(config, meta_weights(config), device)
+    pipe.vae = KeptVae(device)
+    parts: list[Counted] = []
+    counter = Counter()
+    run = Loop.step
+    tracker = MemoryTracker()
+
+    def close() -> None:
+        parts.append(Counted(tuple(counter.operations), tracker.allocations))
+        counter.operations.clear()
+        tracker.restart()
+
+    def step(loop: Loop) -> None:
+        close()  # before the first step: prefill; later ones: the pipeline between two steps
+        run(loop)
+        close()
+
+    def stop(pipe: Any, index: int, _time: float, _given: Any) -> None:
+        pipe._interrupt = index == 2
+
+    latents = torch.zeros(task.latent_shape)
+    with mock.patch.object(Loop, "step", step), counter, tracker:
+        pipe(**task.arguments(), latents=latents, callback_on_step_end=stop)
+    prefill, _first, _between, second = parts[:4]
+    return Picture(prefill, second)
+
+
+SIZES = {"1024 px": Size(1024, 1024), "512 px": Size(512, 512)}
+
+
+def summaries(config: ModelConfig | None = None) -> dict[str, Any]:
+    """Counts of a step at full size, for every size and column."""
+    config = config or full_config()
+    found: dict[str, Any] = {}
+    for name, size in SIZES.items():
+        for images, column in enumerate(COLUMNS):
+            found[f"{name}, {column}"] = count(config, Task(size, images, 50)).step.summary()
+    return found
+
+
+def rises(found: Any, committed: Any, where: str = "") -> list[str]:
+    """What is larger than the committed counts, or not among them; one line each."""
+    if isinstance(found, dict):
+        before = committed if isinstance(committed, dict) else {}
+        return [
+            line
+            for key, value in found.items()
+            for line in rises(value, before.get(key, 0), f"{where}: {key}" if where else key)
+        ]
+    if found > committed:
+        return [f"{where}: {found:,}, committed {committed:,}"]
+    return []
+
+
+def falls(found: Any, committed: Any) -> bool:
+    """Whether a committed count is larger than what is counted now."""
+    return bool(rises(committed, found))
+
+
+def read_committed() -> dict[str, Any]:
+    return json.loads(COMMITTED.read_text())
+
+
+def main() -> int:
+    """Compares, or writes; returns the exit status."""
+    found = summaries()
+    if sys.argv[1:] == ["--write"]:
+        COMMITTED.write_text(json.dumps(found, indent=1) + "\n")
+        print(f"wrote {COMMITTED}")
+        return 0
+    if sys.argv[1:]:
+        print("usage: python -m bench.counts [--write]", file=sys.stderr)
+        return 2
+    for name, one in found.items():
+        print(
+            f"{name:<20} {one['launches']:>4} launches, {one['flops'] / 1e12:7.2f} TFLOP, "
+            f"{one['bytes'] / 1e9:6.2f} GB, {sum(one['copies'].values())} copies, "
+            f"{one['allocations']} allocations"
+        )
+    risen = rises(found, read_committed())
+    for line in risen:
+        print(f"risen: {line}", file=sys.stderr)
+    if risen:
+        print(
+            "python -m bench.counts --write accepts this; commit it with what caused it",
+            file=sys.stderr,
+        )
+    return 1 if risen else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
