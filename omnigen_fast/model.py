@@ -213,10 +213,15 @@ class Transformer(nn.Module):
     def device(self) -> torch.device:
         return self.norm.device
 
-    def to(self, *args, **kwargs) -> Transformer:
-        """As `nn.Module.to`."""
+    def to(self, device: torch.device | str) -> Transformer:
+        """Moves what has storage; layers that are streamed have none."""
         self._pos_embed_crops.clear()
-        return super().to(*args, **kwargs)
+        for module in self.modules():
+            for name, value in list(module.named_parameters(recurse=False)):
+                if not value.is_meta:
+                    moved = nn.Parameter(value.data.to(device), requires_grad=False)
+                    module.register_parameter(name, moved)
+        return self
 
     def _take(self, layer: int) -> Block:
         """A layer to compute with until `_release`."""

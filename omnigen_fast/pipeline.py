@@ -567,7 +567,7 @@ class OmniGenPipeline:
 
     def _arrange(self, plan: MemoryPlan, run: RunningCall) -> None:
         """Puts weights and caches where a plan wants them; frees first, then fills."""
-        shape = (run.request.latent_shape, run.request.steps, plan)
+        shape = (run.request.latent_shape, run.request.steps, replace(plan, kept_bytes=0))
         if shape != self._captured or not plan.capture:
             self._graphs.clear()  # a captured step holds the memory of its intermediate results
             self._captured = shape
