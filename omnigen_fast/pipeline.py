@@ -447,7 +447,7 @@ class OmniGenPipeline:
             for plan in self._plans(run, memory):
                 try:
                     return self._carry_out(plan, run, after_step)
-                except Exception as error:
+                except BaseException as error:  # an interrupt from the keyboard too
                     self._recover()
                     if run.calling_back or not is_out_of_memory(error):
                         raise
