@@ -21,6 +21,7 @@ from omnigen_fast.images import InputImage
 from omnigen_fast.pipeline import OmniGenPipeline
 from omnigen_fast.processor import EncodedBranch, guidance_branches
 from omnigen_fast.vae import Vae
+from omnigen_fast.vae_cost import VaeShape
 
 from .cases import GUIDANCE, Task
 from .gpu.measure import Clock
@@ -98,6 +99,11 @@ class KeptVae:
         """As `Vae.decode`; drawn latents are no picture's."""
         assert self.vae is not None
         return self.vae.decode(*given, **more)
+
+    @property
+    def shape(self) -> VaeShape:
+        """As `Vae.shape`."""
+        return VaeShape() if self.vae is None else self.vae.shape
 
     def place(self, resident: bool) -> None:
         """As `Vae.place`."""

@@ -22,6 +22,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -116,21 +117,13 @@ class ResidentSet(threading.Thread):
 def run_picture(folder: Path, side: int, steps: int, stream: bool) -> None:
     """In a process of its own: loads, makes a picture, prints peaks and times as JSON."""
     from omnigen_fast import OmniGenPipeline
-    from omnigen_fast.memory.plan import MLP_ROWS, MemoryPlan
+    from omnigen_fast.memory.plan import MemoryPlan
 
     def peak() -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
-    streamed = MemoryPlan(
-        resident_layers=0,
-        cache="device",
-        branches_per_pass=None,
-        mlp_rows=MLP_ROWS,
-        vae_resident=True,
-        strip_rows=4,
-        capture=False,
-        kept_bytes=0,
-    )
+    streamed = MemoryPlan.plain(layers=0)
+    streamed = replace(streamed, strip_rows=4)
     watch = ResidentSet()
     watch.start()
     start = time.perf_counter()

@@ -302,6 +302,7 @@ class StreamedCache:
         if self._buffers.shape[2] != needed:
             self._buffers = self._buffers.new_empty(RING, 2, 0, *self._row_shape)  # frees it first
             self._buffers = self._buffers.new_empty(RING, 2, needed, *self._row_shape)
+            self._ring.reset()  # the buffers are others
         try:
             for entry in missing:
                 shape = (2, entry.rows, *self._row_shape)
@@ -352,6 +353,7 @@ class StreamedCache:
 
     def discard(self, entries: Sequence[Entry]) -> None:
         """See `ConditionCache.discard`."""
+        self.reset()  # a copy may be on its way there
         for entry in entries:
             self._kept.pop(entry, None)
 

@@ -19,3 +19,17 @@ class CheckpointError(OmniGenError, ValueError):
 
 class ProfileError(OmniGenError, ValueError):
     """A device's profile can't be used."""
+
+
+class MemoryBudgetError(OmniGenError):
+    """No plan fits the memory that there is.
+
+    Attributes:
+        least_bytes: the least memory that a plan under the same switches needs.
+        budget_bytes: what there is.
+    """
+
+    def __init__(self, message: str, least_bytes: int, budget_bytes: int) -> None:
+        super().__init__(message)
+        self.least_bytes = least_bytes
+        self.budget_bytes = budget_bytes

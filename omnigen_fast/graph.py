@@ -82,6 +82,10 @@ class StepGraphs:
         capture = partial(capture_cuda, device=device)
         return cls(capture, possible=lambda: ops.capturable(device))
 
+    def possible(self) -> bool:
+        """Whether steps can be captured now."""
+        return self._capture is not None and self._possible()
+
     def clear(self) -> None:
         """Drops all captures: weights or their places have changed."""
         self._captured.clear()
@@ -96,7 +100,7 @@ class StepGraphs:
             cache: the one that the loop's velocities come from.
         """
         key = _key(loop, cache)
-        if self._capture is None or key in self._refused or not self._possible():
+        if not self.possible() or key in self._refused:
             return loop.step
         if key in self._captured:
             self._captured.move_to_end(key)

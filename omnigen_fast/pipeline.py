@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -26,11 +27,22 @@ from .denoise import (
     recomputed_velocity,
     schedule,
 )
-from .errors import OmniGenError, RequestError
+from .errors import MemoryBudgetError, OmniGenError, RequestError
 from .graph import StepGraphs
 from .lora import Adapter, merged, read_adapter
+from .memory.estimate import Cost, Estimate
 from .memory.offload import HostMemory, first_line, is_out_of_memory, lane_for, spread
-from .memory.plan import MLP_ROWS, MemoryPlan, Workload
+from .memory.plan import Condition, MemoryPlan, Workload
+from .memory.planner import (
+    Decision,
+    describe,
+    free_bytes,
+    front,
+    parse_memory,
+    profile_of,
+)
+from .memory.planner import plan as decide
+from .memory.report import Report
 from .model import TimeEmbeddings, Transformer, parameter_shapes
 from .processor import (
     EncodedBranch,
@@ -43,6 +55,9 @@ from .request import Request, finite, make_request
 from .vae import Vae
 from .weights import LayerStore
 
+_log = logging.getLogger("omnigen_fast")
+
+_SMALLER = "make height and width smaller, or ask for fewer pictures per call"
 _KEPT_IMAGES = 256  # latents of input images; one of 1024 px takes 262 KB
 _DTYPES = (torch.bfloat16, torch.float32)
 
@@ -55,7 +70,7 @@ StepCallback = Callable[["OmniGenPipeline", int, float, dict[str, Any]], Mapping
 
 
 @dataclass
-class _Run:
+class RunningCall:
     """A request on its way; what a plan that fails has finished stays."""
 
     request: Request
@@ -65,6 +80,7 @@ class _Run:
     steps_done: int = 0
     finished: bool = False  # all steps, or stopped
     calling_back: bool = False
+    predicted: Cost | None = None  # of the plan that is carried out
     failures: list[str] = field(default_factory=list)
 
     def entries(self, cached: bool) -> dict[Entry, tuple[EncodedBranch, ...]]:
@@ -74,7 +90,7 @@ class _Run:
 
     def workload(self) -> Workload:
         """The request's sizes, as the planner wants them."""
-        entries = self.entries(self.request.use_cache)
+        entries = self.entries(self.request.switches.use_kv_cache is not False)
         images = {
             image.digest: image.size
             for branches in entries.values()
@@ -85,7 +101,7 @@ class _Run:
             height=self.request.height,
             width=self.request.width,
             steps=self.request.steps,
-            branches=tuple(map(len, self.pictures)),
+            branches=tuple(tuple(b.length for b, _ in picture) for picture in self.pictures),
             conditions=tuple(entry.condition for entry in entries),
             images=tuple(images.values()),
         )
@@ -121,6 +137,8 @@ class OmniGenPipeline:
         self._capture_steps = capture_steps
         self._graphs = self._new_graphs()
         self._memory = memory
+        self._offload_model: bool | None = None
+        self._report: Report | None = None
         self._captured: Any = None  # what the captured step serves
         self._lock = threading.RLock()
         self._running = False
@@ -159,7 +177,7 @@ class OmniGenPipeline:
                 memory of one step's intermediate results.
             memory: how much of the device's memory to use: "auto" for what is free, less a margin;
                 an amount, as "8GiB" or as a number of bytes; or a `MemoryPlan` that is carried out
-                as it stands.
+                as it stands, but for what a call's own switches say.
 
         Raises:
             CheckpointError: files are missing, malformed, or not an OmniGen model.
@@ -179,8 +197,11 @@ class OmniGenPipeline:
         if vae_folder is None:
             hub["revision"] = None  # names a commit of the model, not of the VAE
             vae_folder = resolve(vae_path or SDXL_VAE, patterns=VAE_FILES, **hub)
-        vae = Vae.from_folder(vae_folder, target)
-        model = Transformer(checkpoint.config, checkpoint.read(dtype, target))
+        vae = Vae.from_folder(vae_folder, torch.device("cpu"))
+        plan = _first_plan(checkpoint.config, vae, dtype, target, memory)
+        vae.place(plan.vae_resident)
+        vae.to(target)
+        model = _load(checkpoint, dtype, target, plan.resident_layers)
         return cls(checkpoint, model, vae, processor, condition_cache_bytes, capture_steps, memory)
 
     @property
@@ -302,6 +323,8 @@ class OmniGenPipeline:
             max_input_image_size=max_input_image_size,
             separate_cfg_infer=separate_cfg_infer,
             use_kv_cache=use_kv_cache,
+            offload_kv_cache=offload_kv_cache,
+            offload_model=self._offload_model if offload_model is None else offload_model,
             use_input_image_size_as_output=use_input_image_size_as_output,
             seed=seed,
             output_type=output_type,
@@ -310,10 +333,6 @@ class OmniGenPipeline:
             generator=generator,
             latents=latents,
         )
-        if offload_model:
-            self._note_residency("offload_model=True", "weights")
-        if offload_kv_cache:
-            self._note_residency("offload_kv_cache=True", "keys and values")
         with self._exclusive():
             if dtype is not None and dtype != self.dtype:
                 self._reload(dtype)
@@ -391,11 +410,21 @@ class OmniGenPipeline:
             self._forget()
 
     def enable_model_cpu_offload(self) -> None:
-        """The original's switch for keeping weights on the host."""
-        self._note_residency("enable_model_cpu_offload", "weights")
+        """The original's switch: later calls stream all layers from the host."""
+        self._offload_model = True
 
     def disable_model_cpu_offload(self) -> None:
-        """The original's switch for keeping weights on the device, where they are."""
+        """The original's switch: later calls keep all layers on the device."""
+        self._offload_model = False
+
+    @property
+    def last_plan(self) -> MemoryPlan | None:
+        """The plan by which the last call ran; None before the first."""
+        return None if self._report is None else self._report.plan
+
+    def summary(self) -> str:
+        """What the last call ran as: plan, predicted and measured peak, predicted seconds."""
+        return "nothing has run yet" if self._report is None else self._report.text(self.config)
 
     def _generate(
         self,
@@ -405,7 +434,14 @@ class OmniGenPipeline:
         progress: bool,
     ) -> list[Any] | Tensor | np.ndarray:
         pictures = self._encode(request)
-        run = _Run(request, pictures, self._draw_noise(request), schedule(request.steps))
+        try:
+            run = RunningCall(request, pictures, self._draw_noise(request), schedule(request.steps))
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise OmniGenError(
+                    f"out of memory before the first step ({first_line(error)}); {_SMALLER}"
+                ) from error
+            raise
         with _progress_bar(request.steps, progress) as bar:
             after_step = self._after_step(run, callback, bar)
             for plan in self._plans(run, memory):
@@ -420,26 +456,60 @@ class OmniGenPipeline:
                 self._free()
         raise AssertionError("the last plan fails with its own error")
 
-    def _plans(self, run: _Run, memory: Memory) -> Iterator[MemoryPlan]:
+    def _plans(self, run: RunningCall, memory: Memory) -> Iterator[MemoryPlan]:
+        """What to try, one after the other as memory runs out; ends with one line that says so."""
         if isinstance(memory, MemoryPlan):
-            yield memory
-            return
-        yield MemoryPlan(
-            resident_layers=self.config.num_layers,
-            cache="device" if run.request.use_cache else "none",
-            branches_per_pass=run.request.branches_per_pass,
-            mlp_rows=MLP_ROWS,
-            vae_resident=True,
-            strip_rows=None,
-            capture=self._capture_steps,
+            yield run.request.switches.applied_to(memory, self.config.num_layers)
+            raise OmniGenError(
+                f"out of memory with the plan that was given ({run.failures[-1]}); give "
+                'memory="auto" or a plan that needs less'
+            )
+        decision = self._decide(run, memory)
+        plan: MemoryPlan | None = decision.plan
+        failed: list[MemoryPlan] = []
+        while plan is not None:
+            run.predicted = decision.estimate.cost(plan)
+            yield plan
+            failed.append(plan)
+            following = decision.after(failed)
+            plan = None if following is None else following.plan
+            if plan is not None:
+                _log.warning(
+                    "out of memory in spite of the plan (%s); it goes on with: %s",
+                    run.failures[-1],
+                    describe(plan, self.config),
+                )
+        raise OmniGenError(
+            f"out of memory with every plan for this request ({run.failures[-1]}); {_SMALLER}"
+        )
+
+    def _decide(self, run: RunningCall, memory: str | int) -> Decision:
+        profile = profile_of(self.device)
+        switches = run.request.switches
+        if self.device.type == "cpu":  # the host is the device: what is offloaded is there already
+            switches = replace(switches, offload_kv_cache=None, offload_model=None)
+        budget = parse_memory(memory)
+        return decide(
+            self.config,
+            self.vae.shape,
+            self.dtype.itemsize,
+            run.workload(),
+            profile,
+            free_bytes(self.device, profile) if budget is None else budget,
+            switches,
+            current=self.last_plan,
             kept_bytes=self._cache_bytes,
+            capture=self._graphs.possible(),
         )
 
     def _carry_out(
-        self, plan: MemoryPlan, run: _Run, after_step: Callable[[int, Tensor], bool]
+        self, plan: MemoryPlan, run: RunningCall, after_step: Callable[[int, Tensor], bool]
     ) -> list[Any] | Tensor | np.ndarray:
         """From the last finished step on, in the way that a plan says."""
         request = run.request
+        self._report = Report(plan, run.predicted)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
         self._arrange(plan, run)
         if not run.finished:
             loop, cache = self._prepare(plan, run)
@@ -450,6 +520,7 @@ class OmniGenPipeline:
             run.finished = True
             del loop, cache, replay
         if request.output_type == "latent":
+            self._measure()
             return run.latents.clone()
         if plan.resident_layers < self.config.num_layers:
             self._store.stop()  # the ring's memory is the decoder's now
@@ -457,7 +528,13 @@ class OmniGenPipeline:
             self._streamed.free()
         with self.vae.loaded():
             images = self.vae.decode(run.latents, plan.strip_rows, store=self._strip_store(plan))
+        self._measure()
         return _output(images, request.output_type)
+
+    def _measure(self) -> None:
+        if self.device.type == "cuda" and self._report is not None:
+            peak = torch.cuda.max_memory_reserved(self.device)
+            self._report = replace(self._report, measured_bytes=peak)
 
     def _encode(self, request: Request) -> list[list[tuple[EncodedBranch, float]]]:
         """The branches of each picture, and what each counts."""
@@ -488,7 +565,7 @@ class OmniGenPipeline:
             noise = torch.randn(shape, generator=generator, device=device)
         return noise.to(self.device, self.dtype).to(torch.float32)
 
-    def _arrange(self, plan: MemoryPlan, run: _Run) -> None:
+    def _arrange(self, plan: MemoryPlan, run: RunningCall) -> None:
         """Puts weights and caches where a plan wants them; frees first, then fills."""
         shape = (run.request.latent_shape, run.request.steps, plan)
         if shape != self._captured or not plan.capture:
@@ -504,7 +581,7 @@ class OmniGenPipeline:
         self.vae.place(plan.vae_resident)
         self._store.arrange(plan.resident_layers)
 
-    def _prepare(self, plan: MemoryPlan, run: _Run) -> tuple[Loop, AnyCache]:
+    def _prepare(self, plan: MemoryPlan, run: RunningCall) -> tuple[Loop, AnyCache]:
         """Computes all that does not depend on the noise, or finds it kept."""
         request, times = run.request, run.times
         cached = plan.cache != "none"
@@ -580,7 +657,7 @@ class OmniGenPipeline:
         return torch.device("cpu") if plan.strips_on_host else None
 
     def _after_step(
-        self, run: _Run, callback: StepCallback | None, bar: Any
+        self, run: RunningCall, callback: StepCallback | None, bar: Any
     ) -> Callable[[int, Tensor], bool]:
         def after(step: int, latents: Tensor) -> bool:
             bar.update()
@@ -628,7 +705,9 @@ class OmniGenPipeline:
         return self._streamed
 
     def _new_cache(self, layers: int | None = None) -> ConditionCache:
-        return ConditionCache(self.config, self.dtype, self.device, self._cache_bytes, layers)
+        # one layer that every layer overwrites is of no use to later requests
+        kept_bytes = self._cache_bytes if layers is None else 0
+        return ConditionCache(self.config, self.dtype, self.device, kept_bytes, layers)
 
     def _new_graphs(self) -> StepGraphs:
         # one shape: a captured step holds its memory
@@ -674,6 +753,32 @@ class OmniGenPipeline:
                 yield
             finally:
                 self._running = False
+
+
+def _first_plan(
+    config: ModelConfig, vae: Vae, dtype: torch.dtype, device: torch.device, memory: Memory
+) -> MemoryPlan:
+    """Where weights are loaded to, before there is a request: as for one picture of 1024 px."""
+    if isinstance(memory, MemoryPlan):
+        return memory
+    side = min(1024, config.max_image_side)
+    text, negative = 60, 121  # tokens of a usual prompt and of the built-in negative one
+    workload = Workload(
+        height=side,
+        width=side,
+        steps=50,
+        branches=((text, negative),),
+        conditions=(Condition((text,)), Condition((negative,))),
+    )
+    profile = profile_of(device)
+    budget = parse_memory(memory)
+    budget = free_bytes(device, profile) if budget is None else budget
+    shape = vae.shape
+    try:
+        return decide(config, shape, dtype.itemsize, workload, profile, budget).plan
+    except MemoryBudgetError:  # a smaller picture may fit
+        estimate = Estimate(config, shape, dtype.itemsize, workload, profile)
+        return front(estimate, capture=False)[-1].plan
 
 
 def _load(

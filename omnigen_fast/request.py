@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .config import LATENT_CHANNELS, TOKEN_PIXELS, VAE_SCALE, ModelConfig
 from .errors import RequestError
 from .images import InputImage, read_image
+from .memory.plan import Switches
 
 if TYPE_CHECKING:
     import torch
@@ -63,8 +64,7 @@ class Request:
     width: int
     steps: int
     guidance: Guidance
-    branches_per_pass: int | None  # guidance branches of a picture in one pass; None: all
-    use_cache: bool
+    switches: Switches  # what the caller has fixed of the memory plan
     seed: int | None
     generator: Any  # None, a torch.Generator, or one for each image
     latents: Any  # None, or a tensor [images, 4, height / 8, width / 8]
@@ -104,6 +104,8 @@ def make_request(
     max_input_image_size: int,
     separate_cfg_infer: bool | None,
     use_kv_cache: bool | None,
+    offload_kv_cache: bool | None,
+    offload_model: bool | None,
     use_input_image_size_as_output: bool,
     seed: int | None,
     output_type: str,
@@ -146,7 +148,13 @@ def make_request(
         seed = _integer("seed", seed, -(1 << 63), (1 << 64) - 1)
         if generator is not None:
             raise RequestError("give seed or generator, not both")
-    separate = separate_cfg_infer is not None and _switch("separate_cfg_infer", separate_cfg_infer)
+    switches = {
+        "use_kv_cache": use_kv_cache,
+        "offload_kv_cache": offload_kv_cache,
+        "offload_model": offload_model,
+        "separate_cfg_infer": separate_cfg_infer,
+    }
+    given = {name: _switch(name, v) for name, v in switches.items() if v is not None}
     if _switch("use_input_image_size_as_output", use_input_image_size_as_output):
         if len(texts) != 1 or len(image_lists[0]) != 1:
             raise RequestError(
@@ -155,8 +163,8 @@ def make_request(
                 "and width instead"
             )
     else:
-        height = _side("height", height, config)
-        width = _side("width", width, config)
+        height = checked_side("height", height, config)
+        width = checked_side("width", width, config)
 
     prompts = tuple(
         Prompt(
@@ -186,8 +194,7 @@ def make_request(
         width=width,
         steps=steps,
         guidance=guidance,
-        branches_per_pass=1 if separate else None,
-        use_cache=use_kv_cache is None or _switch("use_kv_cache", use_kv_cache),
+        switches=Switches(**given),
         seed=seed,
         generator=generator,
         latents=latents,
@@ -305,7 +312,7 @@ def _negatives(negative_prompt: Any, prompts: int) -> list[str]:
     return negatives
 
 
-def _side(name: str, value: Any, config: ModelConfig) -> int:
+def checked_side(name: str, value: Any, config: ModelConfig) -> int:
     side = _integer(name, value, TOKEN_PIXELS, config.max_image_side, " pixels")
     if side % TOKEN_PIXELS:
         below = side - side % TOKEN_PIXELS

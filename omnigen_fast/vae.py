@@ -15,6 +15,7 @@ from . import strips
 from .config import LATENT_CHANNELS, VAE_SCALE
 from .errors import CheckpointError
 from .images import InputImage
+from .vae_cost import VaeShape
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -62,6 +63,11 @@ class Vae:
     @property
     def device(self) -> torch.device:
         return next(self.autoencoder.parameters()).device
+
+    @property
+    def shape(self) -> VaeShape:
+        """Its sizes, all that its cost depends on."""
+        return VaeShape.from_config(self.autoencoder.config)
 
     def to(self, device: torch.device) -> None:
         """Where it computes; its weights come there at once, or when they are used (`place`)."""

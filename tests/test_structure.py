@@ -14,9 +14,14 @@ ROOT = Path(__file__).parents[1]
 ORDER = [
     "errors",
     "config",
+    "vae_cost",
     "memory.plan",
     "memory.terms",
     "memory.original",
+    "memory.estimate",
+    "memory.planner",
+    "memory.overview",
+    "memory.report",
     "memory.offload",
     "images",
     "request",
@@ -24,7 +29,6 @@ ORDER = [
     "processor",
     "model",
     "checkpoint",
-    "vae_cost",
     "strips",
     "vae",
     "lora",
@@ -35,7 +39,7 @@ ORDER = [
     "cli",
 ]
 USE_KERNELS = {"model", "denoise", "graph", "vae"}
-USE_PROFILES = {"memory.original"}
+USE_PROFILES = {"memory.original", "memory.estimate", "memory.planner", "memory.overview", "cli"}
 
 
 def _imports(path: Path) -> set[tuple[int, str]]:

@@ -23,6 +23,7 @@ from torch import Tensor
 from omnigen_fast import pipeline
 from omnigen_fast.config import PATCH, TOKEN_PIXELS, ModelConfig
 from omnigen_fast.denoise import Loop, denoise, schedule
+from omnigen_fast.memory.plan import MemoryPlan
 from omnigen_fast.model import Transformer
 from omnigen_fast.pipeline import OmniGenPipeline
 from omnigen_fast.processor import EncodedBranch, Processor
@@ -53,6 +54,7 @@ def make_pipeline(
         Transformer(config, weights),
         KeptVae(device),
         Processor.from_file(TOKENIZER, config),
+        memory=MemoryPlan.plain(config.num_layers, 2 << 30, capture=True),
     )
 
 

@@ -116,7 +116,9 @@ class Ring:
         self._order = tuple(order)
         self._fill = fill
         self._place = {item: place for place, item in enumerate(order)}
-        self._free: deque[tuple[int, Mark]] = deque((slot, None) for slot in range(slots))
+        # the computation may not be done yet with what the buffers' memory held before
+        now = lane.mark()
+        self._free: deque[tuple[int, Mark]] = deque((slot, now) for slot in range(slots))
         self._coming: deque[tuple[int, int, Mark]] = deque()  # item, slot, when it is there
         self._taken: dict[int, int] = {}
         self._next = 0

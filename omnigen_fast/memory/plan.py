@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 RING = 2  # layers of streamed weights, or of streamed keys and values, that are on the device
 MLP_ROWS = 4096  # large enough that a product loses nothing, small enough to bound its memory
@@ -32,7 +32,7 @@ class Workload:
     height: int  # of the output, pixels
     width: int
     steps: int
-    branches: tuple[int, ...]  # of each picture
+    branches: tuple[tuple[int, ...], ...]  # of each picture: condition tokens of its branches
     conditions: tuple[Condition, ...]  # without repetition
     images: tuple[tuple[int, int], ...] = ()  # (height, width) of the input images to encode
 
@@ -62,6 +62,20 @@ class MemoryPlan:
     kept_bytes: int  # for conditions of earlier requests
     strips_on_host: bool = False  # what the VAE keeps between strips is on the host
 
+    @classmethod
+    def plain(cls, layers: int, kept_bytes: int = 0, capture: bool = False) -> MemoryPlan:
+        """Everything on the device and at once."""
+        return cls(
+            resident_layers=layers,
+            cache="device",
+            branches_per_pass=None,
+            mlp_rows=MLP_ROWS,
+            vae_resident=True,
+            strip_rows=None,
+            capture=capture,
+            kept_bytes=kept_bytes,
+        )
+
 
 @dataclass(frozen=True)
 class Switches:
@@ -71,3 +85,16 @@ class Switches:
     offload_kv_cache: bool | None = None
     offload_model: bool | None = None
     separate_cfg_infer: bool | None = None
+
+    def applied_to(self, plan: MemoryPlan, layers: int) -> MemoryPlan:
+        """The plan with what is fixed here, for a model of so many layers."""
+        changes: dict[str, Any] = {}
+        if self.offload_kv_cache is not None:
+            changes["cache"] = "ring" if self.offload_kv_cache else "device"
+        if self.use_kv_cache is not None and not (self.use_kv_cache and plan.cache != "none"):
+            changes["cache"] = "device" if self.use_kv_cache else "none"
+        if self.offload_model is not None:
+            changes["resident_layers"] = 0 if self.offload_model else layers
+        if self.separate_cfg_infer is not None:
+            changes["branches_per_pass"] = 1 if self.separate_cfg_infer else None
+        return replace(plan, **changes)

@@ -11,16 +11,7 @@ from golden_cases import GOLDEN, golden_request, relative_error
 from omnigen_fast.memory.plan import MemoryPlan
 
 LAYERS = 3  # of the golden checkpoint
-PLAIN = MemoryPlan(
-    resident_layers=LAYERS,
-    cache="device",
-    branches_per_pass=None,
-    mlp_rows=4096,
-    vae_resident=True,
-    strip_rows=None,
-    capture=False,
-    kept_bytes=1 << 20,
-)
+PLAIN = MemoryPlan.plain(LAYERS, kept_bytes=1 << 20)
 SAME_BITS = {
     "streamed": {"resident_layers": 0},
     "half streamed": {"resident_layers": 1},

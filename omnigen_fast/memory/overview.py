@@ -1,0 +1,186 @@
+"""What a device would need for a request, in tables: without weights, prompts or the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from ..config import ModelConfig, released_sizes
+from ..errors import MemoryBudgetError
+from ..profiles import DocumentedCell, Profile
+from ..vae_cost import VaeShape
+from .original import Sizes
+from .plan import SHARED_TOKENS, Condition, Switches, Workload
+from .planner import Candidate, Decision, describe, plan
+
+_SHOWN = 12  # plans of a table
+_BEFORE_IMAGES = 15  # tokens of the prompt's wrapping and the first image's tag (about)
+# The settings of the original's second table.
+_SETTINGS = {
+    "kv": Switches(True, False, False, False),
+    "kv, offload_kv": Switches(True, True, False, False),
+    "kv, offload_kv, separate_cfg": Switches(True, True, False, True),
+    "kv, offload_kv, offload_model": Switches(True, True, True, False),
+    "all four": Switches(True, True, True, True),
+}
+
+
+def typical_workload(
+    height: int,
+    width: int,
+    *,
+    images: int = 0,
+    max_input_image_size: int = 1024,
+    steps: int = 50,
+    pictures: int = 1,
+    prompt_tokens: int = 60,
+    image_first: bool = False,
+    config: ModelConfig | None = None,
+) -> Workload:
+    """A request of different prompts of one length, each with square input images.
+
+    Args:
+        height, width: of the output, multiples of 16.
+        images: how many input images each prompt has.
+        max_input_image_size: their side.
+        steps: Euler steps.
+        pictures: how many prompts there are, with a picture each.
+        prompt_tokens: of a wrapped prompt, without its images' own.
+        image_first: whether the images stand in front of the instruction, so that the branches of
+            prompt and images begin alike.
+        config: decides which branches take the same rotary factor; the released model's.
+    """
+    config = config or released_sizes()
+    side = max_input_image_size // 16 * 16
+    sizes = Sizes(height, width, ((side, side),) * images, steps, prompt_tokens)
+    cond, uncond, *rest = sizes.branches
+    conditions = [(Condition((cond,)), *(Condition((one,)) for one in rest))] * pictures
+    if images and image_first:
+        image = rest[0]
+        same_factor = config.uses_long_factor(cond + 1 + sizes.noise_tokens) == (
+            config.uses_long_factor(image + 1 + sizes.noise_tokens)
+        )
+        shared = min(_BEFORE_IMAGES + sizes.image_tokens + 3 * (images - 1), cond, image)
+        if same_factor and shared >= SHARED_TOKENS:
+            conditions = [(Condition((cond, image), shared),)] * pictures
+    return Workload(
+        height=height,
+        width=width,
+        steps=steps,
+        branches=(sizes.branches,) * pictures,
+        # the negative prompt is one for all
+        conditions=(Condition((uncond,)), *(one for picture in conditions for one in picture)),
+        images=sizes.images * pictures,
+    )
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One of the original's settings: what we take under it, and what it is documented to."""
+
+    name: str
+    decision: Decision | MemoryBudgetError
+    documented: DocumentedCell | None
+
+
+def settings(
+    profile: Profile,
+    workload: Workload,
+    budget_bytes: int,
+    dtype_bytes: int = 2,
+    config: ModelConfig | None = None,
+) -> Iterator[Setting]:
+    """Our plans under the original's settings, in no more memory than it is documented to need."""
+    config = config or released_sizes()
+    for name, switches in _SETTINGS.items():
+        cell = _documented(profile, workload, switches)
+        most = budget_bytes
+        if cell and cell.gigabytes is not None:
+            most = min(most, cell.gigabytes * 10**9)
+        decision: Decision | MemoryBudgetError
+        try:
+            decision = plan(
+                config,
+                VaeShape(),
+                dtype_bytes,
+                workload,
+                profile,
+                most,
+                switches,
+                kept_bytes=0,
+            )
+        except MemoryBudgetError as error:
+            decision = error
+        yield Setting(name, decision, cell)
+
+
+def report(
+    profile: Profile, workload: Workload, decision: Decision, dtype_bytes: int, explain: bool
+) -> str:
+    """The table that `omnigen-fast plan` prints."""
+    config = decision.estimate.config
+    lines = [_headline(profile, workload, decision.budget_bytes), ""]
+    lines.append("      GB        s  plan (predicted; * the chosen one, - does not fit)")
+    for one in _selection(decision):
+        mark = "-" if not decision.fits(one) else " "
+        if one == decision.chosen:
+            mark = "*"
+        lines.append(
+            f"{mark} {one.peak_bytes / 1e9:6.2f} {one.seconds:8.1f}  {describe(one.plan, config)}"
+        )
+    lines += [
+        "",
+        "under the original's settings, in no more memory than it documents (ours predicted)",
+        "",
+    ]
+    lines.append("      GB        s   documented       settings")
+    for setting in settings(profile, workload, decision.budget_bytes, dtype_bytes, config):
+        ours = "  does not fit "
+        if isinstance(setting.decision, Decision):
+            cost = setting.decision.cost
+            ours = f"{cost.peak_bytes / 1e9:6.2f} {cost.seconds:8.1f}"
+        cell = setting.documented
+        lines.append(f"  {ours}   {cell.text if cell else '-':<15}  {setting.name}")
+    if explain:
+        lines += ["", decision.explain()]
+    return "\n".join(lines)
+
+
+def _headline(profile: Profile, workload: Workload, budget_bytes: int) -> str:
+    pictures, images = len(workload.branches), len(workload.images)
+    words = [f"{workload.width} x {workload.height} px", f"{workload.steps} steps"]
+    words.append(f"{pictures} pictures" if pictures > 1 else "one picture")
+    if images:
+        sides = sorted({f"{width} x {height}" for height, width in workload.images})
+        words.append(f"{images} input image{'s' * (images > 1)} of {', '.join(sides)} px")
+    return f"{profile.name}, {budget_bytes / 1e9:.2f} GB to use: {', '.join(words)}"
+
+
+def _documented(profile: Profile, workload: Workload, switches: Switches) -> DocumentedCell | None:
+    """The cell of the original's tables for the same request and switches."""
+    if len(workload.branches) != 1 or workload.steps != 50:
+        return None
+    for cell in profile.documented:
+        same_size = (cell.height, cell.width) == (workload.height, workload.width)
+        side = cell.max_input_image_size
+        same_images = workload.images == ((side, side),) * cell.images
+        same_switches = switches == Switches(
+            use_kv_cache=cell.use_kv_cache,
+            offload_kv_cache=cell.offload_kv_cache,
+            offload_model=cell.offload_model,
+            separate_cfg_infer=cell.separate_cfg_infer,
+        )
+        if same_size and same_images and same_switches:
+            return cell
+    return None
+
+
+def _selection(decision: Decision) -> Sequence[Candidate]:
+    """The chosen candidate and some others, evenly from the largest to the smallest."""
+    every = decision.candidates
+    largest, smallest = every[0].peak_bytes, every[-1].peak_bytes
+    shown = {every.index(decision.chosen), 0, len(every) - 1}
+    for i in range(1, _SHOWN - 1):
+        wanted = largest + (smallest - largest) * i / (_SHOWN - 1)
+        shown.add(min(range(len(every)), key=lambda k: abs(every[k].peak_bytes - wanted)))
+    return [every[place] for place in sorted(shown)]

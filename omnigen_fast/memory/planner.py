@@ -1,0 +1,475 @@
+"""Which plan is the fastest that fits: candidates, their costs, the choice and its reasons.
+
+Candidates that another one beats in both bytes and seconds can never be chosen, whatever the
+budget. What is left, the front, is sorted from the fastest to the smallest: the choice is its first
+one that fits, and what is tried after an out-of-memory stands further down.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from .. import profiles
+from ..config import ModelConfig
+from ..errors import MemoryBudgetError, RequestError
+from ..profiles import Profile
+from ..vae_cost import VaeShape
+from .estimate import Cost, Estimate
+from .plan import MLP_ROWS, RING, MemoryPlan, Switches, Workload
+from .terms import table, total_bytes
+
+ANY = Switches()
+KEPT_BYTES = 2 << 30  # for conditions of earlier requests, where there is room
+_KEPT_UNIT = 256 << 20  # so that a little more or less free memory does not move the cache
+# Of the MLP's widest product, and of the autoencoder at once: (latent rows, kept on the host).
+_MLP_CHOICES = (MLP_ROWS, 1024)
+_STRIP_CHOICES = ((None, False), (16, False), (16, True), (4, True))
+_CACHES = ("device", "ring", "none")
+_LESS = 0.95  # of what failed: the next attempt must need clearly less
+_MARGIN_SHARE, _MARGIN_BYTES = 0.03, 256 << 20  # of a device, left to others
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_UNITS |= {"ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
+_AMOUNT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A plan with its predicted peak and time."""
+
+    plan: MemoryPlan
+    peak_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The plan for a request, and what else there was to choose from."""
+
+    plan: MemoryPlan
+    cost: Cost
+    budget_bytes: int
+    candidates: tuple[Candidate, ...]  # each needs less and takes longer than the one before
+    fixed: tuple[str, ...]  # what the caller's switches have settled
+    estimate: Estimate
+
+    def fits(self, candidate: Candidate) -> bool:
+        return candidate.peak_bytes <= self.budget_bytes
+
+    @property
+    def chosen(self) -> Candidate:
+        """The candidate that became `plan`."""
+        return next(one for one in self.candidates if self.fits(one))
+
+    def after(self, failed: Sequence[MemoryPlan]) -> Candidate | None:
+        """What to try after these plans ran out of memory: it needs less than all of them.
+
+        None if there is nothing left.
+        """
+        limit = min(
+            (self.estimate.cost(plan).peak_bytes for plan in failed), default=self.budget_bytes + 1
+        )
+        for candidate in self.candidates:
+            if candidate.peak_bytes <= _LESS * limit:
+                return candidate
+        last = self.candidates[-1]
+        return last if last.peak_bytes < limit else None
+
+    def explain(self) -> str:
+        """The choice in words, with the terms of its peak and of its time."""
+        cost = self.cost
+        lines = [
+            f"{describe(self.plan, self.estimate.config)}: predicted {gigabytes(cost.peak_bytes)} "
+            f"of {gigabytes(self.budget_bytes)}, {cost.seconds:.1f} s"
+        ]
+        if self.fixed:
+            lines.append(f"as asked for: {', '.join(self.fixed)}")
+        faster = [one for one in self.candidates if one.peak_bytes > self.budget_bytes]
+        if faster:
+            one = faster[0]
+            lines.append(
+                f"with {gigabytes(one.peak_bytes)} it would take {one.seconds:.1f} s "
+                f"({describe(one.plan, self.estimate.config)})"
+            )
+        for name, terms in cost.phases.items():
+            peak = ", the peak" if name == cost.peak_phase else ""
+            lines.append(f"\n{name}{peak}, GB predicted\n{table(terms)}")
+        lines.append(f"\nseconds predicted\n{table(cost.durations)}")
+        return "\n".join(lines)
+
+
+def plan(
+    config: ModelConfig,
+    vae: VaeShape,
+    dtype_bytes: int,
+    workload: Workload,
+    profile: Profile,
+    budget_bytes: int,
+    switches: Switches = ANY,
+    current: MemoryPlan | None = None,
+    kept_bytes: int = KEPT_BYTES,
+    capture: bool = True,
+) -> Decision:
+    """The fastest plan that fits; of equally fast ones the smallest.
+
+    Args:
+        config: sizes of the transformer.
+        vae: of the autoencoder.
+        dtype_bytes: of a value of the transformer.
+        workload: sizes of the request.
+        profile: of the device.
+        budget_bytes: what may be used at most, the device's context included.
+        switches: what the caller has fixed; never overridden.
+        current: the plan by which weights lie now; moving them costs time.
+        kept_bytes: how much to keep for the conditions of earlier requests, where there is room.
+        capture: whether a step may be recorded as a CUDA graph.
+
+    Raises:
+        MemoryBudgetError: nothing fits; says what would, and what to change.
+    """
+    estimate = _estimate(config, vae, dtype_bytes, workload, profile)
+    if current is not None:
+        current = replace(current, kept_bytes=0)  # moves no weights
+    candidates = front(estimate, switches, current, capture)
+    chosen = next((one.plan for one in candidates if one.peak_bytes <= budget_bytes), None)
+    if chosen is None:
+        raise _nothing_fits(estimate, switches, candidates[-1].peak_bytes, budget_bytes)
+    chosen = replace(chosen, kept_bytes=_kept(estimate, chosen, budget_bytes, kept_bytes))
+    given = [(one.name, getattr(switches, one.name)) for one in fields(switches)]
+    return Decision(
+        plan=chosen,
+        cost=estimate.cost(chosen, current),
+        budget_bytes=budget_bytes,
+        candidates=candidates,
+        fixed=tuple(f"{name}={value}" for name, value in given if value is not None),
+        estimate=estimate,
+    )
+
+
+@lru_cache(maxsize=64)
+def front(
+    estimate: Estimate,
+    switches: Switches = ANY,
+    current: MemoryPlan | None = None,
+    capture: bool = True,
+) -> tuple[Candidate, ...]:
+    """The candidates that some budget would choose, from the fastest to the smallest."""
+    candidates = sorted(
+        _candidates(estimate, switches, current, capture), key=lambda one: (one[1], one[0])
+    )
+    best: list[Candidate] = []
+    for peak, seconds, transformer, layers, vae in candidates:
+        if not best or peak < best[-1].peak_bytes:
+            best.append(Candidate(_joined(transformer, layers, vae), peak, seconds))
+    return tuple(best)
+
+
+def describe(plan: MemoryPlan, config: ModelConfig) -> str:
+    """A plan in a few words."""
+    layers = config.num_layers
+    if plan.resident_layers == layers:
+        words = ["all layers on the device"]
+    else:
+        streamed = layers - plan.resident_layers
+        words = ["all layers streamed" if streamed == layers else f"{streamed} layers streamed"]
+    words.append(
+        {"device": "cache there", "ring": "cache streamed", "none": "no cache"}[plan.cache]
+    )
+    if plan.branches_per_pass is not None:
+        words.append(f"passes of {plan.branches_per_pass}")
+    if plan.mlp_rows != MLP_ROWS:
+        words.append(f"MLP {plan.mlp_rows}")
+    if not plan.vae_resident:
+        words.append("VAE moved")
+    if plan.strip_rows is not None:
+        words.append(f"strips of {plan.strip_rows}{' on host' * plan.strips_on_host}")
+    if plan.capture:
+        words.append("captured")
+    return ", ".join(words)
+
+
+def gigabytes(size: float) -> str:
+    return f"{size / 1e9:.2f} GB"
+
+
+def parse_memory(amount: str | int) -> int | None:
+    """Bytes of an amount of memory, such as "8GiB", "7.5 GB" or a number; None for "auto".
+
+    Raises RequestError for anything else.
+    """
+    if isinstance(amount, int) and not isinstance(amount, bool) and amount > 0:
+        return amount
+    if isinstance(amount, str):
+        if amount.strip().lower() == "auto":
+            return None
+        found = _AMOUNT.fullmatch(amount)
+        if found and found[2].lower() in _UNITS:
+            size = round(float(found[1]) * _UNITS[found[2].lower()])
+            if size > 0:
+                return size
+    raise RequestError(
+        f'memory must be "auto", or an amount such as "8GiB" or a number of bytes, got {amount!r}'
+    )
+
+
+def free_bytes(device: Any, profile: Profile) -> int:
+    """What a plan may use of a device: what is free or held by this process, less a margin.
+
+    Args:
+        device: a `torch.device`.
+        profile: whose `context_bytes` count as held, since a plan's bytes include them.
+    """
+    if device.type == "cuda":
+        import torch
+
+        free, total = torch.cuda.mem_get_info(device)
+        ours = torch.cuda.memory_reserved(device) + round(profile.context_bytes)
+    else:
+        free, total, ours = free_host_bytes(), _host_bytes(), _own_bytes()
+    return max(free + ours - total + less_margin(total), 0)
+
+
+def less_margin(memory_bytes: float) -> int:
+    """What plans may use of a device of which nothing else is used."""
+    return round(memory_bytes - max(_MARGIN_BYTES, _MARGIN_SHARE * memory_bytes))
+
+
+def free_host_bytes(root: Path = Path("/")) -> int:
+    """What can still be allocated on the host: what is available, within the cgroup's limit."""
+    available = _meminfo(root).get("MemAvailable")
+    if available is None:
+        available = _pages("SC_AVPHYS_PAGES")
+    return max(0, min([available, *_cgroup_room(root)]))
+
+
+def profile_of(device: Any) -> Profile:
+    """The profile that ships for a `torch.device`, or the nearest stand-in, with its own memory."""
+    if device.type != "cuda":
+        return replace(profiles.load("cpu"), memory_bytes=float(_host_bytes()))
+    import torch
+
+    properties = torch.cuda.get_device_properties(device)
+    found = profiles.by_device_name(properties.name)
+    if found is None:
+        # Choices depend on how rates compare with the link's more than on the rates themselves.
+        found = profiles.load("a100-40gb" if properties.total_memory > 33e9 else "rtx3090")
+        found = replace(found, name=f"{properties.name} (rates of {found.name})", documented=())
+    return replace(found, memory_bytes=float(properties.total_memory))
+
+
+# Requests of the same sizes follow one another.
+_estimate = lru_cache(maxsize=16)(Estimate)
+
+
+def _joined(transformer: MemoryPlan, layers: int, vae: MemoryPlan) -> MemoryPlan:
+    return replace(
+        transformer,
+        resident_layers=layers,
+        vae_resident=vae.vae_resident,
+        strip_rows=vae.strip_rows,
+        strips_on_host=vae.strips_on_host,
+    )
+
+
+def _candidates(
+    estimate: Estimate, switches: Switches, current: MemoryPlan | None, capture: bool
+) -> Iterator[tuple[int, float, MemoryPlan, int, MemoryPlan]]:
+    """(peak bytes, seconds, plan of the transformer, resident layers, plan of the VAE) of each.
+
+    Bytes and seconds are put together from parts that many candidates share: thousands of sums
+    rather than thousands of estimates.
+    """
+    layers = _layer_choices(estimate, switches)
+    autoencoders = [_VaeParts(estimate, one, current) for one in _vae_plans(estimate)]
+    for transformer in _transformer_plans(estimate, switches, capture):
+        parts = _TransformerParts(estimate, transformer)
+        for resident in layers:
+            if transformer.capture and resident < estimate.config.num_layers:
+                continue  # copies on another stream, ahead of the step, can't be recorded with it
+            weights = resident * estimate.layer_bytes
+            ring = min(RING, estimate.config.num_layers - resident) * estimate.slot_bytes
+            seconds = estimate.transformer_seconds(
+                replace(transformer, resident_layers=resident), current
+            )
+            for vae in autoencoders:
+                before = max(
+                    parts.encode + vae.encode if vae.encode else 0,
+                    parts.prefill + vae.resident,
+                    parts.denoise + vae.resident,
+                )
+                peak = weights + max(before + ring, parts.decode + vae.decode)
+                yield peak, seconds + vae.seconds, transformer, resident, vae.plan
+
+
+class _TransformerParts:
+    """Bytes of each phase without layers and VAE."""
+
+    def __init__(self, estimate: Estimate, plan: MemoryPlan) -> None:
+        # with all layers resident there is no ring; their own bytes are added by the caller
+        plan = replace(plan, resident_layers=estimate.config.num_layers, vae_resident=False)
+        layers = estimate.config.num_layers * estimate.layer_bytes
+        held = total_bytes(estimate.held(plan)) - layers
+        rings = total_bytes(estimate.rings(plan))
+        captured = total_bytes(estimate.captured(plan))
+        self.encode = held + rings + captured + estimate.times().bytes
+        self.prefill = total_bytes(estimate.prefill(plan)) - layers if plan.cache != "none" else 0
+        self.denoise = total_bytes(estimate.denoise(plan)) - layers
+        self.decode = held + captured
+
+
+class _VaeParts:
+    """Bytes that a plan's VAE adds to each phase, and its seconds."""
+
+    def __init__(self, estimate: Estimate, plan: MemoryPlan, current: MemoryPlan | None) -> None:
+        self.plan = plan
+        self.resident = estimate.vae_bytes * plan.vae_resident
+        maps = sum(estimate.encode_maps(plan))
+        self.encode = estimate.vae_bytes + maps if maps else 0
+        self.decode = estimate.vae_bytes + sum(estimate.decode_maps(plan))
+        self.seconds = estimate.vae_seconds(plan, current)
+
+
+# What candidates are made of, by replacing.
+PLAIN = MemoryPlan(
+    resident_layers=0,
+    cache="device",
+    branches_per_pass=None,
+    mlp_rows=MLP_ROWS,
+    vae_resident=True,
+    strip_rows=None,
+    capture=False,
+    kept_bytes=0,
+)
+
+
+def _layer_choices(estimate: Estimate, switches: Switches) -> Sequence[int]:
+    layers = estimate.config.num_layers
+    if switches.offload_model is not None:
+        return (0,) if switches.offload_model else (layers,)
+    return range(layers + 1)
+
+
+def _transformer_plans(
+    estimate: Estimate, switches: Switches, capture: bool
+) -> Iterator[MemoryPlan]:
+    most = max(map(len, estimate.workload.branches))
+    passes: tuple[int | None, ...] = (None, 1) if most > 1 else (None,)
+    if switches.separate_cfg_infer is not None:
+        passes = (1,) if switches.separate_cfg_infer else (None,)
+    capture = capture and not estimate.on_host
+    for cache, branches, rows, captured in product(
+        _cache_choices(estimate, switches), passes, _MLP_CHOICES, (True, False)
+    ):
+        if not captured or (capture and cache == "device"):
+            yield replace(
+                PLAIN, cache=cache, branches_per_pass=branches, mlp_rows=rows, capture=captured
+            )
+
+
+def _cache_choices(estimate: Estimate, switches: Switches) -> Sequence[str]:
+    use, offload = switches.use_kv_cache, switches.offload_kv_cache
+    if use is False:
+        return ("none",)
+    if offload is not None:
+        return ("ring",) if offload else ("device",) if use else ("device", "none")
+    # where the host's memory is the device's, a ring beside the cache only adds to it
+    kept = ("device",) if estimate.on_host else ("device", "ring")
+    return kept if use else (*kept, "none")
+
+
+def _vae_plans(estimate: Estimate) -> Iterator[MemoryPlan]:
+    for resident in (True,) if estimate.on_host else (True, False):
+        for rows, host in _STRIP_CHOICES:
+            if not host or not estimate.on_host:
+                yield replace(PLAIN, vae_resident=resident, strip_rows=rows, strips_on_host=host)
+
+
+def _kept(estimate: Estimate, plan: MemoryPlan, budget_bytes: int, kept_bytes: int) -> int:
+    """How much may be kept for later requests beside what this one needs."""
+    if plan.cache == "none":
+        return 0
+    if plan.cache == "ring":  # on the host
+        return 0 if estimate.on_host else kept_bytes
+    room = budget_bytes - estimate.cost(plan).peak_bytes + estimate.arena_bytes(plan)
+    return min(kept_bytes, room // _KEPT_UNIT * _KEPT_UNIT)
+
+
+def _nothing_fits(
+    estimate: Estimate, switches: Switches, least: int, budget_bytes: int
+) -> MemoryBudgetError:
+    """Says what would do, and which switches to leave to the planner."""
+    message = (
+        f"this request needs at least {gigabytes(least)} of memory and there are "
+        f"{gigabytes(budget_bytes)}"
+    )
+    given = [one.name for one in fields(switches) if getattr(switches, one.name) is not None]
+    left_out = [([name], replace(switches, **{name: None})) for name in given]
+    if len(given) > 1:
+        left_out.append((given, ANY))
+    ways = []
+    for names, others in left_out:
+        needed = front(estimate, others, capture=False)[-1].peak_bytes
+        if needed < _LESS * least:
+            values = ", ".join(f"{name}={getattr(switches, name)}" for name in names)
+            ways.append(f"leave out {values} (then {gigabytes(needed)} would do)")
+    ways.append("make height and width smaller")
+    if estimate.workload.images:
+        ways.append("make max_input_image_size smaller")
+    if len(estimate.workload.branches) > 1:
+        ways.append("ask for fewer pictures per call")
+    ways.append("give more memory")
+    return MemoryBudgetError(f"{message}; {', or '.join(ways)}", least, budget_bytes)
+
+
+def _meminfo(root: Path) -> dict[str, int]:
+    """Bytes of each line of /proc/meminfo; nothing where there is no such file."""
+    try:
+        text = (root / "proc/meminfo").read_text()
+    except OSError:
+        return {}
+    return {name: int(kb) << 10 for name, kb in re.findall(r"(\w+):\s+(\d+) kB", text)}
+
+
+def _cgroup_room(root: Path) -> Iterator[int]:
+    """What each limit of this process's control groups leaves; version 2, then version 1."""
+    for folder, limit, used in (
+        ("sys/fs/cgroup", "memory.max", "memory.current"),
+        ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        place = root / folder
+        try:
+            most, now = (int((place / name).read_text()) for name in (limit, used))
+            pages = re.search(
+                r"^(?:total_)?inactive_file (\d+)$", (place / "memory.stat").read_text(), re.M
+            )
+        except (OSError, ValueError):  # "max" where there is none
+            continue
+        yield most - now + (int(pages[1]) if pages else 0)  # pages that can be dropped
+
+
+def _host_bytes() -> int:
+    return _meminfo(Path("/")).get("MemTotal") or _pages("SC_PHYS_PAGES")
+
+
+def _own_bytes() -> int:
+    """What this process holds beside mapped files."""
+    try:
+        text = Path("/proc/self/status").read_text()
+    except OSError:
+        return 0
+    found = re.search(r"RssAnon:\s+(\d+) kB", text)
+    return int(found[1]) << 10 if found else 0
+
+
+def _pages(name: str) -> int:
+    import os
+
+    try:
+        return os.sysconf(name) * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):  # Windows has none of it
+        return 8 << 30

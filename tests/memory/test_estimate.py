@@ -1,0 +1,140 @@
+"""Predicted bytes against those that the pipeline's own code makes; predicted work and time."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+from dry_run import CONFIG, peaks, random_case
+
+from omnigen_fast import profiles
+from omnigen_fast.config import released_sizes
+from omnigen_fast.memory import planner
+from omnigen_fast.memory.estimate import Estimate, cost, step_flops
+from omnigen_fast.memory.overview import typical_workload
+from omnigen_fast.memory.terms import total_bytes, total_seconds
+from omnigen_fast.vae_cost import VaeShape, decode_bytes, encode_bytes
+
+A800, RTX3090 = profiles.load("a800"), profiles.load("rtx3090")
+PLAIN = replace(planner.PLAIN, resident_layers=32)
+# Bytes that both sides count alike, whatever is done with them.
+FIXED = ("layers", "other weights", "cache", "ring of layers")
+
+
+def estimate_of(workload, profile=A800):
+    return Estimate(released_sizes(), VaeShape(), 2, workload, profile)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_bytes_are_those_of_the_pipeline(seed):
+    """To 2 % of what there is beside weights and caches, which is far less than 2 % of all."""
+    rng = random.Random(seed)
+    for _ in range(21):
+        run, plan = random_case(rng)
+        found = peaks(run, plan)
+        assert set(found) == ({"denoise"} if plan.cache == "none" else {"prefill", "denoise"})
+        estimate = Estimate(CONFIG, VaeShape(), 2, run.workload(), A800)
+        for phase, counted in found.items():
+            terms = list(getattr(estimate, phase)(plan))
+            predicted = total_bytes(terms) - estimate.context_bytes
+            fixed = total_bytes(term for term in terms if term.name in FIXED)
+            assert predicted - fixed == pytest.approx(counted - fixed, rel=0.02), (phase, plan)
+
+
+def test_operations_of_a_step():
+    """The figures of 1024 px with guidance: no, one and two input images."""
+    for images, tera in enumerate((72.9, 122.5, 135.7)):
+        workload = typical_workload(1024, 1024, images=images)
+        assert step_flops(released_sizes(), workload) / 1e12 == pytest.approx(tera, rel=0.002)
+
+
+def test_autoencoder_phases():
+    workload = typical_workload(1024, 768, images=1, max_input_image_size=512, pictures=2)
+    estimate, shape = estimate_of(workload), VaeShape()
+    for plan in (PLAIN, replace(PLAIN, vae_resident=False, strip_rows=16, strips_on_host=True)):
+        host = plan.strips_on_host
+        phases = cost(released_sizes(), shape, 2, workload, plan, A800).phases
+        found = {term.name: term.bytes for term in phases["decode"]}
+        assert found["decode"] == decode_bytes(
+            shape, 1024, 768, plan.strip_rows, host_store=host, pictures=2
+        )
+        assert {term.name: term.bytes for term in phases["encode"]}["encode"] == encode_bytes(
+            shape, 512, 512, plan.strip_rows, host_store=host
+        )
+        # moved or resident, its weights are there once
+        assert found["VAE"] == estimate.vae_bytes
+        assert [term.name for term in phases["decode"]].count("VAE") == 1
+        denoising = {term.name for term in phases["denoise"]}
+        assert ("VAE" in denoising) == plan.vae_resident
+
+
+def test_rings_are_gone_before_the_decode():
+    workload = typical_workload(1024, 1024, images=1)
+    plan = replace(PLAIN, resident_layers=0, cache="ring")
+    phases = estimate_of(workload).cost(plan).phases
+    rings = {"ring of layers", "ring of caches"}
+    assert rings <= {term.name for term in phases["denoise"]}
+    assert not rings & {term.name for term in phases["decode"]}
+
+
+def test_a_recording_keeps_its_memory():
+    estimate = estimate_of(typical_workload(512, 512))
+    eager, captured = (estimate.cost(replace(PLAIN, capture=capture)) for capture in (False, True))
+    assert total_bytes(captured.denoise) > total_bytes(eager.denoise)
+    assert total_bytes(captured.decode) > total_bytes(eager.decode)
+    assert captured.seconds < eager.seconds
+
+
+@pytest.mark.parametrize("images", range(3))
+@pytest.mark.parametrize("profile", [A800, RTX3090], ids=lambda one: one.name)
+def test_streaming_hides_behind_the_computation(profile, images):
+    estimate = estimate_of(typical_workload(1024, 1024, images=images), profile)
+    resident, streamed = (estimate.cost(replace(PLAIN, resident_layers=some)) for some in (32, 0))
+    assert resident.seconds < streamed.seconds < 1.1 * resident.seconds
+
+
+def test_streaming_does_not_hide_where_a_step_is_short():
+    """An H200's step at 512 px computes for less time than its weights travel."""
+    workload = typical_workload(512, 512)
+    estimate = estimate_of(workload, profiles.load("h200"))
+    plan = replace(PLAIN, resident_layers=0)
+    streamed = estimate.cost(plan)
+    waiting = {one.name: one.seconds for one in streamed.durations}["waiting"]
+    assert waiting > 0.5 * streamed.seconds
+    least = workload.steps * 32 * estimate.layer_bytes / estimate.profile.link_bytes_per_second
+    assert streamed.seconds > least
+
+
+def test_seconds_are_the_sum_of_the_durations():
+    rng = random.Random(5)
+    for _ in range(50):
+        run, plan = random_case(rng)
+        for current in (None, PLAIN, replace(PLAIN, resident_layers=3, vae_resident=False)):
+            estimate = Estimate(CONFIG, VaeShape(), 2, run.workload(), RTX3090)
+            found = estimate.cost(plan, current)
+            assert min(one.seconds for one in found.durations) > -1e-9
+            assert total_seconds(found.durations) == pytest.approx(
+                estimate.seconds(plan, current), rel=1e-9
+            )
+
+
+def test_recomputing_costs_time_and_saves_the_cache():
+    workload = typical_workload(1024, 1024, images=2)
+    kept, recomputed = (
+        estimate_of(workload).cost(replace(PLAIN, cache=cache)) for cache in ("device", "none")
+    )
+    assert recomputed.seconds > 1.5 * kept.seconds
+    saved = total_bytes(kept.denoise) - total_bytes(recomputed.denoise)
+    assert saved > 0.8 * estimate_of(workload).arena_bytes(PLAIN)
+
+
+def test_a_shared_prefix_is_kept_and_computed_once():
+    apart, together = (
+        typical_workload(1024, 1024, images=1, image_first=first) for first in (False, True)
+    )
+    saved = apart.cache_rows() - together.cache_rows()
+    assert 4096 <= saved < 4130  # the image's tokens, and what stands before them
+    first, second = (estimate_of(one).cost(PLAIN) for one in (apart, together))
+    assert total_bytes(first.prefill) - total_bytes(second.prefill) > saved * 393_216
+    assert second.seconds < first.seconds
