@@ -54,7 +54,7 @@ peers: $(PEER)/.ready
 # whose environment can't be built is a row that says so. BENCH takes more options.
 bench: $(READY)
 	-$(MAKE) peers
-	$(VENV)/bin/omnigen-fast bench --steps 6 --repeat 3 $(BENCH)
+	$(VENV)/bin/omnigen-fast bench --steps 4 --repeat 3 $(BENCH)
 
 clean:
 	rm -rf $(VENV) .peers build *.egg-info demo-output
