@@ -51,10 +51,10 @@ $(PEER)/.ready: bench/peers/original.txt constraints.txt
 peers: $(PEER)/.ready
 
 # The original's table of sizes for a small random model, in ten minutes on two CPU cores. A peer
-# whose environment can't be built is a row that says so.
+# whose environment can't be built is a row that says so. BENCH takes more options.
 bench: $(READY)
 	-$(MAKE) peers
-	$(VENV)/bin/omnigen-fast bench --steps 8 --repeat 2
+	$(VENV)/bin/omnigen-fast bench --steps 4 --repeat 3 $(BENCH)
 
 clean:
 	rm -rf $(VENV) .peers build *.egg-info demo-output

@@ -36,7 +36,7 @@ class Size:
 
 # The rows of the original's own tables, and what two CPU cores do of them.
 ORIGINAL_SIZES = (Size(1024, 1024), Size(1024, 512), Size(768, 768), Size(512, 512))
-CPU_SIZES = (Size(512, 512), Size(512, 256), Size(256, 256))
+CPU_SIZES = (Size(512, 512), Size(256, 512), Size(256, 256))
 
 
 def parse_sizes(text: str) -> tuple[Size, ...]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -103,8 +102,4 @@ def check_model(
 
 
 def _ours(config: ModelConfig, weights: dict[str, Tensor], device: torch.device) -> Ours:
-    pipe: Any = make_pipeline(config, weights, device)
-    pipe.vae = KeptVae(device)
-    pipe._cache_bytes = 0
-    pipe.clear_cache()
-    return Ours(pipe)
+    return Ours(make_pipeline(config, weights, device, condition_cache_bytes=0))

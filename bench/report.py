@@ -161,12 +161,27 @@ def _footnotes(result: dict[str, Any]) -> list[str]:
                 f"{name}: in float32 at most {worst:.0e} from ours ({len(checks)} checks), in the "
                 f"cells at most {max(apart, default=0):.0e} in {result['dtype']}."
             )
+    return [*said, *_reasons(result), *_beside(result)]
+
+
+def _reasons(result: dict[str, Any]) -> list[str]:
+    """Why cells have no time, each reason once."""
+    places: dict[tuple[str, str, str], list[str]] = {}
     for cell in result["cells"]:
         for name, row in cell["contenders"].items():
-            if row["status"] not in ("ok", "not installed") and "why" in row:
+            known = "why" in result["peers"].get(name, {})
+            if row["status"] not in ("ok", "not installed") and not known:
                 where = f"{cell['size']}, {cell['setting']}, {cell['column']}"
-                if "why" not in result["peers"].get(name, {}):
-                    said.append(f"{where}: {name}: {row['status']}: {row['why']}.")
+                places.setdefault((name, row["status"], row.get("why", "")), []).append(where)
+    return [
+        f"{name}: {status}: {why} ({where[0] if len(where) == 1 else f'{len(where)} cells'})."
+        for (name, status, why), where in places.items()
+    ]
+
+
+def _beside(result: dict[str, Any]) -> list[str]:
+    """Cold start and VAE."""
+    said = []
     cold = result.get("cold_start")
     if cold:
         said.append(f"Cold start: {_cold(cold)}.")

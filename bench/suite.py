@@ -270,6 +270,8 @@ def _cell(
             say(f"{name}: {rows[name]['why']}")
             running.remove(name)
             if name == "omnigen_fast":
+                for other in running:
+                    rows[other]["why"] = "ours failed, so there is nothing to compare with"
                 return cell
     pictures: dict[str, list[Taken]] = {name: [] for name in running}
     for variant in range(plan.repeat):

@@ -39,7 +39,10 @@ _PEER_BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 
 def make_pipeline(
-    config: ModelConfig, weights: dict[str, Tensor], device: torch.device
+    config: ModelConfig,
+    weights: dict[str, Tensor],
+    device: torch.device,
+    condition_cache_bytes: int = 2 << 30,
 ) -> OmniGenPipeline:
     """A pipeline without checkpoint and VAE."""
 
@@ -54,7 +57,7 @@ def make_pipeline(
         Transformer(config, weights),
         KeptVae(device),
         Processor.from_file(TOKENIZER, config),
-        memory=MemoryPlan.plain(config.num_layers, 2 << 30, capture=True),
+        memory=MemoryPlan.plain(config.num_layers, condition_cache_bytes, capture=True),
     )
 
 
