@@ -116,6 +116,8 @@ def _defaults(request):
         "max_input_image_size": 1024,
         "separate_cfg_infer": None,
         "use_kv_cache": None,
+        "offload_kv_cache": None,
+        "offload_model": None,
         "use_input_image_size_as_output": False,
         "output_type": "pil",
         "negative_prompt": None,
