@@ -452,7 +452,7 @@ def _kv_ends(mask: Tensor, tokens: int, noise_tokens: int) -> Tensor:
     places = torch.arange(tokens, device=mask.device)
     length = seen.sum(1)
     padding = tokens - length
-    block = mask[:, :tokens, :tokens].bool() & seen[:, :, None] & seen[:, None, :]
+    block = mask[:, :tokens, :tokens].bool() & seen[:, :, None]
     ends = block.sum(2)
     prefix = (places - padding[:, None])[:, None, :] < ends[:, :, None]
     wrong = (

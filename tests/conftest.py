@@ -72,3 +72,39 @@ def diffusers_folder(tmp_path_factory) -> Path:
     shutil.copy(TINY / "tokenizer.json", folder / "tokenizer")
     (folder / "model_index.json").write_text('{"_class_name": "OmniGenPipeline"}')
     return folder
+
+
+@pytest.fixture(scope="session")
+def build(diffusers_folder):
+    """Builds diffusers' own pipeline on the golden checkpoint, as it is without this project."""
+    import torch
+    from diffusers import (
+        AutoencoderKL,
+        FlowMatchEulerDiscreteScheduler,
+        OmniGenPipeline,
+        OmniGenTransformer2DModel,
+    )
+    from transformers import PreTrainedTokenizerFast
+
+    import omnigen_fast
+
+    omnigen_fast.enable(OmniGenPipeline)  # torchvision may be missing
+
+    def make(dtype: torch.dtype = torch.float32):
+        folder = diffusers_folder
+        transformer = OmniGenTransformer2DModel.from_pretrained(
+            folder / "transformer", torch_dtype=dtype
+        )
+        pipe = OmniGenPipeline(
+            transformer=transformer,
+            scheduler=FlowMatchEulerDiscreteScheduler(invert_sigmas=True, num_train_timesteps=1),
+            vae=AutoencoderKL.from_pretrained(folder / "vae"),
+            tokenizer=PreTrainedTokenizerFast(
+                tokenizer_file=str(folder / "tokenizer/tokenizer.json")
+            ),
+        )
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    yield make
+    omnigen_fast.disable(OmniGenPipeline)
