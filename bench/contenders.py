@@ -82,12 +82,6 @@ class KeptVae:
         self.device, self.vae = device, vae
         self._latents: dict[str, Tensor] = {}
 
-    @property
-    def shape(self) -> Any:
-        """As `Vae.shape`."""
-        assert self.vae is not None
-        return self.vae.shape
-
     def encode(self, image: InputImage, *how: Any, **more: Any) -> Tensor:
         """[4, height / 8, width / 8]; as `Vae.encode`."""
         if image.digest not in self._latents:
