@@ -1,6 +1,7 @@
 """omnigen_fast: the OmniGen image generation model, fast and exact.
 
-`from omnigen_fast import OmniGenPipeline` is the whole public interface, with the errors it raises.
+`from omnigen_fast import OmniGenPipeline` is the whole public interface, with the errors it raises;
+`enable`, `disable` and `summary` are for those who have a diffusers pipeline.
 """
 
 from __future__ import annotations
@@ -10,10 +11,20 @@ from typing import TYPE_CHECKING, Any
 from .errors import CheckpointError, OmniGenError, RequestError
 
 if TYPE_CHECKING:
+    from .diffusers_pipeline import disable, enable, summary
     from .pipeline import OmniGenPipeline
 
 __version__ = "0.1.0"
-__all__ = ["CheckpointError", "OmniGenError", "OmniGenPipeline", "RequestError", "__version__"]
+__all__ = [
+    "CheckpointError",
+    "OmniGenError",
+    "OmniGenPipeline",
+    "RequestError",
+    "__version__",
+    "disable",
+    "enable",
+    "summary",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -22,4 +33,8 @@ def __getattr__(name: str) -> Any:
         from .pipeline import OmniGenPipeline
 
         return OmniGenPipeline
+    if name in ("enable", "disable", "summary"):
+        from . import diffusers_pipeline
+
+        return getattr(diffusers_pipeline, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

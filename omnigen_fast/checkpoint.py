@@ -317,6 +317,11 @@ def _table_side(shapes: Mapping[str, tuple[int, ...]], name: str) -> int:
     return max(1, side)
 
 
+def diffusers_sources(config: ModelConfig) -> dict[str, tuple[Source, ...]]:
+    """Every parameter of ours with the tensors of diffusers' transformer that fill it."""
+    return _sources(config, _DIFFUSERS)
+
+
 def _sources(
     config: ModelConfig, names: Mapping[str, Sequence[str]]
 ) -> dict[str, tuple[Source, ...]]:

@@ -24,6 +24,7 @@ from .processor import ConditionSequence
 
 _PATCH_VALUES = LATENT_CHANNELS * PATCH * PATCH
 _OUTPUT_NORM_EPS = 1e-6
+_KEPT_CROPS = 4  # of the position table; one of 1024 px takes 25 MB
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -213,10 +214,15 @@ class Transformer(nn.Module):
     def device(self) -> torch.device:
         return self.norm.device
 
-    def to(self, *args, **kwargs) -> Transformer:
-        """As `nn.Module.to`."""
+    def to(self, device: torch.device | str) -> Transformer:
+        """Moves what has storage; layers that are streamed have none."""
         self._pos_embed_crops.clear()
-        return super().to(*args, **kwargs)
+        for module in self.modules():
+            for name, value in list(module.named_parameters(recurse=False)):
+                if not value.is_meta:
+                    moved = nn.Parameter(value.data.to(device), requires_grad=False)
+                    module.register_parameter(name, moved)
+        return self
 
     def _take(self, layer: int) -> Block:
         """A layer to compute with until `_release`."""
@@ -522,7 +528,7 @@ class Transformer(nn.Module):
         """[height * width, hidden]: the centre of the position table."""
         crop = self._pos_embed_crops.get((height, width))
         if crop is None:
-            if len(self._pos_embed_crops) >= 16:
+            if len(self._pos_embed_crops) >= _KEPT_CROPS:
                 self._pos_embed_crops.clear()
             top, left = ((self.config.pos_embed_size - side) // 2 for side in (height, width))
             crop = self.pos_embed[top : top + height, left : left + width].flatten(0, 1)

@@ -447,7 +447,7 @@ class OmniGenPipeline:
             for plan in self._plans(run, memory):
                 try:
                     return self._carry_out(plan, run, after_step)
-                except Exception as error:
+                except BaseException as error:  # an interrupt from the keyboard too
                     self._recover()
                     if run.calling_back or not is_out_of_memory(error):
                         raise
@@ -567,7 +567,7 @@ class OmniGenPipeline:
 
     def _arrange(self, plan: MemoryPlan, run: RunningCall) -> None:
         """Puts weights and caches where a plan wants them; frees first, then fills."""
-        shape = (run.request.latent_shape, run.request.steps, plan)
+        shape = (run.request.latent_shape, run.request.steps, replace(plan, kept_bytes=0))
         if shape != self._captured or not plan.capture:
             self._graphs.clear()  # a captured step holds the memory of its intermediate results
             self._captured = shape

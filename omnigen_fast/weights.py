@@ -110,9 +110,7 @@ class LayerStore:
         self._copies.clear()
         self._lane = None
         self._host = host
-        for parameter in self._model.parameters():
-            if not parameter.is_meta:
-                parameter.data = parameter.data.to(device)
+        self._model.to(device)
 
     def _drop(self, layer: int) -> None:
         model = self._model

@@ -3,57 +3,18 @@
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
-from golden_cases import CASES, GOLDEN, TINY, golden_request, golden_result, relative_error
+from golden_cases import CASES, GOLDEN, golden_request, golden_result, relative_error
 from safetensors.torch import load_file, save_file
 
-from omnigen_fast.checkpoint import _DIFFUSERS, Checkpoint, _sources
 from omnigen_fast.processor import guidance_branches
 from omnigen_fast.request import DEFAULT_NEGATIVE_PROMPT, make_request
 
 FLOAT32 = [name for name, case in CASES.items() if case.get("dtype") is None]
 BFLOAT16 = [name for name, case in CASES.items() if case.get("dtype") == "bfloat16"]
 TOLERANCE = 1e-5
-
-
-@pytest.fixture(scope="module")
-def diffusers_folder(tmp_path_factory) -> Path:
-    """The golden checkpoint in diffusers' layout, written by diffusers' own classes."""
-    from diffusers import AutoencoderKL, OmniGenTransformer2DModel
-
-    folder = tmp_path_factory.mktemp("diffusers")
-    checkpoint = Checkpoint.open(TINY)
-    config, ours = checkpoint.config, checkpoint.read(torch.float32, torch.device("cpu"))
-    transformer = OmniGenTransformer2DModel(
-        hidden_size=config.hidden_size,
-        num_attention_heads=config.num_heads,
-        num_key_value_heads=config.num_kv_heads,
-        intermediate_size=config.intermediate_size,
-        num_layers=config.num_layers,
-        pad_token_id=3,
-        vocab_size=config.vocab_size,
-        rope_scaling={
-            "type": "su",
-            "short_factor": list(config.short_factor),
-            "long_factor": list(config.long_factor),
-        },
-        pos_embed_max_size=config.pos_embed_size,
-    )
-    theirs = {
-        part.name: ours[name][part.start : part.start + part.shape[0]]
-        for name, parts in _sources(config, _DIFFUSERS).items()
-        for part in parts
-    }
-    transformer.load_state_dict(theirs)
-    transformer.save_pretrained(folder / "transformer")
-    AutoencoderKL.from_pretrained(TINY / "vae").save_pretrained(folder / "vae")
-    (folder / "tokenizer").mkdir()
-    shutil.copy(TINY / "tokenizer.json", folder / "tokenizer")
-    (folder / "model_index.json").write_text('{"_class_name": "OmniGenPipeline"}')
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +116,8 @@ def _defaults(request):
         "max_input_image_size": 1024,
         "separate_cfg_infer": None,
         "use_kv_cache": None,
+        "offload_kv_cache": None,
+        "offload_model": None,
         "use_input_image_size_as_output": False,
         "output_type": "pil",
         "negative_prompt": None,

@@ -35,10 +35,11 @@ ORDER = [
     "weights",
     "denoise",
     "graph",
+    "diffusers_pipeline",
     "pipeline",
     "cli",
 ]
-USE_KERNELS = {"model", "denoise", "graph", "vae"}
+USE_KERNELS = {"diffusers_pipeline", "model", "denoise", "graph", "vae"}
 USE_PROFILES = {"memory.original", "memory.estimate", "memory.planner", "memory.overview", "cli"}
 
 

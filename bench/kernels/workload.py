@@ -7,6 +7,7 @@ matrix product, the larger of the two times.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ import torch.nn.functional as F
 from omnigen_fast.kernels import ops, reference
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from omnigen_fast.graph import capture_cuda
 
 KERNELS, REFERENCE, COMPILED = "kernels", "reference", "reference, compiled"
 
@@ -108,18 +111,31 @@ def timer_of(device: torch.device) -> Callable[[], float]:
 
 
 def seconds(run: Callable[[], object], device: torch.device, budget: float = 0.3) -> float:
-    """Median time of a run, several in a row per measurement, for about `budget` seconds."""
+    """Median time of a run, several in a row per measurement, for about `budget` seconds.
+
+    On a GPU the runs of a measurement are captured in one graph where that is possible: launched
+    one by one, short kernels would be as slow as Python.
+    """
     now = timer_of(device)
     run()
     start = now()
     run()
     repeats = max(1, min(50, int(0.02 / max(1e-7, now() - start))))
+
+    def several() -> None:
+        for _ in range(repeats):
+            run()
+
+    launch: Callable[[], object] = several
+    if device.type == "cuda":
+        with contextlib.suppress(RuntimeError):  # some contenders wait for the device
+            launch = capture_cuda(several, device)
+    launch()
     times: list[float] = []
     begin = now()
     while len(times) < 5 or now() - begin < budget:
         start = now()
-        for _ in range(repeats):
-            run()
+        launch()
         times.append((now() - start) / repeats)
     return sorted(times)[len(times) // 2]
 

@@ -113,7 +113,7 @@ def plan(
     switches: Switches = ANY,
     current: MemoryPlan | None = None,
     kept_bytes: int = KEPT_BYTES,
-    capture: bool = True,
+    capture: bool | None = None,
 ) -> Decision:
     """The fastest plan that fits; of equally fast ones the smallest.
 
@@ -127,7 +127,7 @@ def plan(
         switches: what the caller has fixed; never overridden.
         current: the plan by which weights lie now; moving them costs time.
         kept_bytes: how much to keep for the conditions of earlier requests, where there is room.
-        capture: whether a step may be recorded as a CUDA graph.
+        capture: whether a step can be recorded as a CUDA graph; None for what the profile says.
 
     Raises:
         MemoryBudgetError: nothing fits; says what would, and what to change.
@@ -156,7 +156,7 @@ def front(
     estimate: Estimate,
     switches: Switches = ANY,
     current: MemoryPlan | None = None,
-    capture: bool = True,
+    capture: bool | None = None,
 ) -> tuple[Candidate, ...]:
     """The candidates that some budget would choose, from the fastest to the smallest."""
     candidates = sorted(
@@ -277,7 +277,7 @@ def _joined(transformer: MemoryPlan, layers: int, vae: MemoryPlan) -> MemoryPlan
 
 
 def _candidates(
-    estimate: Estimate, switches: Switches, current: MemoryPlan | None, capture: bool
+    estimate: Estimate, switches: Switches, current: MemoryPlan | None, capture: bool | None
 ) -> Iterator[tuple[int, float, MemoryPlan, int, MemoryPlan]]:
     """(peak bytes, seconds, plan of the transformer, resident layers, plan of the VAE) of each.
 
@@ -355,13 +355,14 @@ def _layer_choices(estimate: Estimate, switches: Switches) -> Sequence[int]:
 
 
 def _transformer_plans(
-    estimate: Estimate, switches: Switches, capture: bool
+    estimate: Estimate, switches: Switches, capture: bool | None
 ) -> Iterator[MemoryPlan]:
     most = max(map(len, estimate.workload.branches))
     passes: tuple[int | None, ...] = (None, 1) if most > 1 else (None,)
     if switches.separate_cfg_infer is not None:
         passes = (1,) if switches.separate_cfg_infer else (None,)
-    capture = capture and not estimate.on_host
+    if capture is None:
+        capture = not estimate.on_host
     for cache, branches, rows, captured in product(
         _cache_choices(estimate, switches), passes, _MLP_CHOICES, (True, False)
     ):

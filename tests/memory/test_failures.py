@@ -13,6 +13,7 @@ from unittest import mock
 import pytest
 import torch
 from golden_cases import golden_request, relative_error
+from omnigen_fast.kernels import ops
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -152,3 +153,23 @@ def test_a_callback_that_fails_is_not_tried_again(load_pipe):
     with pytest.raises(torch.OutOfMemoryError):
         pipe(**REQUEST, callback_on_step_end=callback)
     assert calls == [0]
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_an_interrupt_in_the_middle_of_a_step(load_pipe, name):
+    """Layers and keys that were taken from a ring are free again."""
+    pipe = load_pipe(memory=PLANS[name])
+    expected = pipe(**REQUEST)
+    calls, real = [], ops.attention_step
+
+    def attend(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    for _ in range(3):
+        calls.clear()
+        with mock.patch.object(ops, "attention_step", attend), pytest.raises(KeyboardInterrupt):
+            pipe(**REQUEST)
+        assert torch.equal(pipe(**REQUEST), expected)
