@@ -20,7 +20,11 @@ setup(
         "omnigen_fast.kernels": "kernels",
         "omnigen_fast.profiles": "profiles",
     },
-    package_data={"omnigen_fast.bench": ["counts.json"], "omnigen_fast.profiles": ["*.json"]},
+    package_data={
+        "omnigen_fast": ["models/*/*", "models/*/vae/*"],
+        "omnigen_fast.bench": ["counts.json"],
+        "omnigen_fast.profiles": ["*.json"],
+    },
     install_requires=[
         "torch>=2.11,<2.14",
         "triton>=3.6,<3.8; platform_system == 'Linux' and platform_machine == 'x86_64'",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from .errors import CheckpointError
 from .model import parameter_shapes
 
 SDXL_VAE = "stabilityai/sdxl-vae"  # what the original falls back to
+SHIPPED = ("shapes",)  # models inside this package
 MODEL_FILES = ("*.json", "*.safetensors", "*/*.json", "*/*.safetensors")
 VAE_FILES = ("config.json", "diffusion_pytorch_model*.safetensors*")
 # Bytes converted before a file's mapping is renewed: its pages must not pile up beside the copies.
@@ -171,12 +173,28 @@ def resolve(
 ) -> str:
     """The local folder of a model: `name` itself if it is one, else fetched from the hub.
 
-    Of the hub's files only those that match `patterns` are fetched.
+    Of the hub's files only those that match `patterns` are fetched. A name of `SHIPPED` is always
+    the model inside this package; a folder of that name is given as "./shapes".
 
     Raises:
         CheckpointError: neither a folder nor to be had from the hub.
     """
     name = os.fspath(name)
+    if name in SHIPPED:
+        if os.path.isdir(name):
+            warnings.warn(
+                f"{name} is the model that ships with this package; for the folder here give "
+                f"./{name}",
+                UserWarning,
+                stacklevel=3,
+            )
+        folder = os.path.join(os.path.dirname(os.path.abspath(__file__)), "models", name)
+        if not os.path.isfile(os.path.join(folder, "model.safetensors")):
+            raise CheckpointError(
+                f"the model {name} is not in this copy of the package; train it with python -m "
+                f"examples.{name}.train --out FOLDER and give that folder"
+            )
+        return folder
     if os.path.isdir(name):
         return name
     if os.path.exists(name):

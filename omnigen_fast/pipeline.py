@@ -163,7 +163,9 @@ class OmniGenPipeline:
         """Loads a model from a folder or from the hub, in the original's or diffusers' layout.
 
         Args:
-            model_name: a local folder, or a hub id such as "Shitao/OmniGen-v1".
+            model_name: a local folder, a hub id such as "Shitao/OmniGen-v1", or "shapes", the
+                small model that ships with this package (a local folder of that name is
+                "./shapes").
             vae_path: folder or hub id of the VAE where `model_name` holds none; without it the
                 one that the original falls back to is fetched.
             device: where to run; the first GPU if there is one, else the CPU.

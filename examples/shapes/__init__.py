@@ -1,0 +1,1 @@
+"""A small model of OmniGen's architecture, trained from scratch on scenes drawn here."""

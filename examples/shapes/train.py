@@ -1,0 +1,306 @@
+"""Trains the demo model from scratch.
+
+`python -m examples.shapes.train --out FOLDER`: first the VAE, then the pool of encoded pictures,
+then the transformer with rectified flow. What is done is kept in the folder: a run that was ended
+goes on where its last checkpoint was taken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from omnigen_fast.checkpoint import _ORIGINAL
+from omnigen_fast.config import ModelConfig
+from omnigen_fast.processor import Processor
+from omnigen_fast.request import DEFAULT_NEGATIVE_PROMPT
+
+from .autoencoder import encode_scenes, save_autoencoder, train_autoencoder
+from .network import Conditions, Network
+from .optimizer import Optimizer
+from .pool import Pool, collate, make_families
+from .tasks import EDITS, Task
+from .words import write_tokenizer
+
+DRAWS = 4  # of time and noise for each condition
+# How often the last part of a step's batch is of each kind.
+_OTHERS = {"subject": 0.28, "compose": 0.22, "mask": 0.12, "pair": 0.28, "images": 0.10}
+LONGEST_STEP = 20.0  # seconds; whatever is beyond it the machine was stopped or asleep
+_LONG = tuple(round(64 ** (i / 31), 4) for i in range(32))  # no picture here is long enough
+
+
+def phi3_config(vocab_size: int, hidden: int = 192, layers: int = 6) -> dict:
+    """The `config.json` of the original layout."""
+    return {
+        "architectures": ["Phi3ForCausalLM"],
+        "model_type": "phi3",
+        "hidden_act": "silu",
+        "hidden_size": hidden,
+        "intermediate_size": 3 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": hidden // 64,
+        "num_key_value_heads": hidden // 64,
+        "vocab_size": vocab_size,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "max_position_embeddings": 131072,
+        "original_max_position_embeddings": 4096,
+        "rope_scaling": {"type": "su", "short_factor": [1.0] * 32, "long_factor": list(_LONG)},
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "torch_dtype": "bfloat16",
+    }
+
+
+POS_EMBED_SIZE = 64  # 1024 px, the default size of a call
+
+
+class Sampler:
+    """Batches of conditions, noisy latents, times and velocities."""
+
+    def __init__(self, pool: Pool, latents: Tensor, processor: Processor, seed: int) -> None:
+        self._pool, self._latents, self._processor = pool, latents, processor
+        self.rng = random.Random(seed)
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def batch(self, kind: str, size: int) -> tuple[Conditions, Tensor, Tensor, Tensor]:
+        """A part of a step: (conditions, noisy latents, times, velocities).
+
+        `kind` is one of `tasks.KINDS`, "edit" for any edit, "images" for image guidance's branch
+        (input images without words), or "negative" for the branch of the negative prompt.
+        """
+        rng = self.rng
+        if kind == "negative":
+            # one condition for all; every draw has a picture of its own
+            text = DEFAULT_NEGATIVE_PROMPT if rng.random() < 0.8 else ""
+            kinds = rng.choices(("text", "edit", "subject", "compose"), k=size * DRAWS)
+            targets = self._of([self._task(one).target for one in kinds]).unsqueeze(0)
+            conditions = collate(
+                self._processor, [text], targets.new_empty(1, 0, *targets.shape[2:])
+            )
+            return conditions, *self._noise(targets)
+        if kind == "images":
+            kind = rng.choices(("edit", "subject", "compose", "pair"), (6, 2, 2, 1))[0]
+            tasks = [self._task(kind) for _ in range(size)]
+            count = len(tasks[0].inputs)
+            tags = " ".join(f"<img><|image_{i + 1}|></img>" for i in range(count))
+            texts = [tags] * size
+        else:
+            tasks = [self._task(kind) for _ in range(size)]
+            texts = [task.words(rng) for task in tasks]
+        images = [self._of(task.inputs) for task in tasks]
+        conditions = collate(self._processor, texts, torch.stack(images))
+        targets = self._of([task.target for task in tasks])
+        return conditions, *self._noise(targets.unsqueeze(1).expand(-1, DRAWS, -1, -1, -1))
+
+    def _task(self, kind: str) -> Task:
+        return self._pool.task(self.rng.choice(list(EDITS)) if kind == "edit" else kind, self.rng)
+
+    def _of(self, scenes: Sequence) -> Tensor:  # [scenes, 4, height, width]
+        if not scenes:
+            return self._latents[:0]
+        return self._latents[[self._pool.index(scene) for scene in scenes]]
+
+    def _noise(self, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rectified flow (Liu et al., 2022): `x_t = (1 - t) noise + t image`, `v = image - noise`.
+
+        Times are spread evenly over the draws of a condition; most are logit-normal, as the middle
+        is where a picture is decided (Esser et al., 2024).
+        """
+        count, draws = targets.shape[:2]
+        places = torch.rand(count, draws, generator=self.generator)
+        even = (torch.arange(draws) + places) / draws
+        normal = torch.special.ndtri(even.clamp(1e-4, 1 - 1e-4))
+        times = torch.sigmoid(1.2 * normal - 0.3)
+        uniform = torch.rand(count, 1, generator=self.generator) < 0.3
+        times = torch.where(uniform, even, times)
+        noise = torch.randn(targets.shape, generator=self.generator)
+        t = times[..., None, None, None]
+        return (1 - t) * noise + t * targets, times, targets - noise
+
+
+def save_model(folder: Path, config: dict, weights: dict[str, Tensor]) -> None:
+    """Writes `config.json` and `model.safetensors` in the original layout and bfloat16."""
+    from safetensors.torch import save_file
+
+    tensors = {}
+    for name, value in weights.items():
+        tensors[original_name(name)] = value.detach().to(torch.bfloat16).contiguous()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+
+def original_name(name: str) -> str:
+    """What the original layout calls one of our parameters."""
+    head, _, tail = name.partition(".")
+    if head == "layers":
+        layer, _, kind = tail.partition(".")
+        return _ORIGINAL[kind][0].format(layer)
+    if name in _ORIGINAL:
+        return _ORIGINAL[name][0]
+    module, _, kind = name.rpartition(".")
+    return f"{_ORIGINAL[module][0]}.{kind}"
+
+
+def learning_fraction(used: float, step: int) -> float:
+    """Of the full learning rate: a short warm-up; from 55 % of the time on it falls to zero."""
+    return min(1, (step + 1) / 100) * min(1, max(0.0, 1 - used) / 0.45)
+
+
+def train_transformer(
+    network: Network,
+    sampler: Sampler,
+    optimizer: Optimizer,
+    *,
+    minutes: float,
+    batch: int,
+    threads: int = 1,
+    steps: int | None = None,
+    spent: float = 0.0,
+    save: Callable[[float], None] = lambda spent: None,
+) -> list[float]:
+    """Trains until the time (or the number of steps) is used up; returns the losses.
+
+    Args:
+        threads: parts of a step that are computed at the same time. Each runs on one core: these
+            tensors are so small that cores which share an operation wait for one another most of
+            the time.
+        spent: minutes that an earlier run took.
+        save: called every two minutes and at the end with the minutes spent.
+    """
+    losses: list[float] = []
+    workers = ThreadPoolExecutor(threads)
+    last = last_save = last_log = time.monotonic()
+    used, minutes_spent = 0.0, spent
+    while used < 1:
+        kinds = list(_OTHERS)
+        other = sampler.rng.choices(kinds, [_OTHERS[kind] for kind in kinds])[0]
+        parts = {"text": batch, "edit": batch, other: batch, "negative": batch // 4}
+        batches = {kind: sampler.batch(kind, size) for kind, size in parts.items()}
+        total = sum(parts.values())
+        weights = {kind: size / total for kind, size in parts.items()}
+        # the longest part first
+        kinds = [other, "edit", "text", "negative"]
+        running = [
+            workers.submit(backward, network, *batches[kind], weights[kind]) for kind in kinds
+        ]
+        logged = {kind: one.result() for kind, one in zip(kinds, running)}
+        now = time.monotonic()
+        minutes_spent += min(now - last, LONGEST_STEP) / 60
+        last = now
+        used = (optimizer.steps + 1) / steps if steps else minutes_spent / minutes
+        optimizer.step(learning_fraction(used, optimizer.steps))
+        losses.append(sum(weights[kind] * logged[kind] for kind in parts))
+        if now - last_log > 30 or used >= 1:
+            recent = losses[-50:]
+            print(
+                f"step {optimizer.steps}, {minutes_spent:.1f} min: loss "
+                f"{sum(recent) / len(recent):.4f} "
+                + " ".join(f"{kind} {value:.3f}" for kind, value in logged.items()),
+                flush=True,
+            )
+            last_log = now
+        if now - last_save > 120 or used >= 1:
+            save(minutes_spent)
+            last_save = now
+    workers.shutdown()
+    return losses
+
+
+def backward(
+    network: Network,
+    conditions: Conditions,
+    noisy: Tensor,
+    times: Tensor,
+    velocity: Tensor,
+    weight: float,
+) -> float:
+    """Adds the gradients of a part's loss, times `weight`; returns the loss."""
+    predicted = network(conditions, noisy.to(network.weight("norm").dtype), times)
+    loss = (predicted.float() - velocity).square().mean()
+    (loss * weight).backward()
+    return loss.item()
+
+
+def make_network(config_values: dict, seed: int) -> Network:
+    """An untrained network of a `config.json`."""
+    torch.manual_seed(seed)
+    return Network(ModelConfig.from_phi3(config_values, POS_EMBED_SIZE))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder of the model and the run")
+    parser.add_argument("--minutes", type=float, default=65, help="for the transformer")
+    parser.add_argument("--vae-steps", type=int, default=9000)
+    parser.add_argument("--families", type=int, default=1600, help="about 6 pictures each")
+    parser.add_argument("--batch", type=int, default=8, help="conditions in a part of a step")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)  # see train_transformer
+    run = arguments.out / "run"
+    run.mkdir(parents=True, exist_ok=True)
+
+    if not (arguments.out / "vae").exists():
+        vae = train_autoencoder(arguments.vae_steps, arguments.seed, threads=arguments.threads)
+        save_autoencoder(vae, arguments.out / "vae")
+    pool = Pool(make_families(arguments.families, random.Random(arguments.seed)))
+    latents = _encoded(pool, arguments.out / "vae", run / "latents.pt")
+
+    config = phi3_config(write_tokenizer(arguments.out / "tokenizer.json"))
+    network = make_network(config, arguments.seed)
+    processor = Processor.from_file(arguments.out / "tokenizer.json", network.config)
+    network.to(torch.bfloat16)
+    optimizer = Optimizer(network)
+    sampler = Sampler(pool, latents, processor, arguments.seed)
+    state_path, spent = run / "state.pt", 0.0
+    if state_path.exists():
+        state = torch.load(state_path, weights_only=True)
+        optimizer.load(state["optimizer"])
+        spent = state["minutes"]
+        sampler.rng.seed(arguments.seed + optimizer.steps)
+        sampler.generator.manual_seed(arguments.seed + optimizer.steps)
+
+    def save(minutes_spent: float) -> None:
+        partial = state_path.with_suffix(".part")
+        torch.save({"optimizer": optimizer.state(), "minutes": minutes_spent}, partial)
+        partial.replace(state_path)
+        save_model(arguments.out, config, optimizer.averaged(network))
+
+    train_transformer(
+        network,
+        sampler,
+        optimizer,
+        minutes=arguments.minutes,
+        batch=arguments.batch,
+        threads=arguments.threads,
+        spent=spent,
+        save=save,
+    )
+
+
+def _encoded(pool: Pool, vae: Path, path: Path) -> Tensor:
+    """Latents of a pool's pictures, from `path` if they are there already."""
+    if path.exists():
+        return torch.load(path, weights_only=True)
+    from diffusers import AutoencoderKL
+
+    start = time.monotonic()
+    model = AutoencoderKL.from_pretrained(vae).eval()
+    latents = encode_scenes(model, pool.scenes)
+    print(f"{len(latents)} pictures encoded in {time.monotonic() - start:.0f} s", flush=True)
+    torch.save(latents, path)
+    return latents
+
+
+if __name__ == "__main__":
+    main()
