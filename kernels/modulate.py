@@ -51,7 +51,7 @@ def modulate(
     """Launches norm and modulation; see `reference.modulate`.
 
     Args:
-        out: written and returned where given, else allocated.
+        out: written and returned where given, else allocated; may be x.
 
     Raises:
         TypeError, ValueError: see `contract.modulate`.

@@ -125,6 +125,7 @@ _BEFORE_OUT = {
     "attention_step": 9,
     "attention_prefill": 7,
     "swiglu": 1,
+    "modulate": 4,
 }
 
 
@@ -431,6 +432,7 @@ def modulate(
     shift: Tensor,  # [hidden]
     scale: Tensor,  # [hidden]
     eps: float,
+    out: Tensor | None = None,  # [rows, hidden]; may be x
 ) -> Tensor:  # [rows, hidden]
     """See `reference.modulate`.
 
@@ -438,8 +440,8 @@ def modulate(
         TypeError, ValueError: see `contract.modulate`.
     """
     if torch.compiler.is_compiling():
-        return torch.ops.omnigen_fast.modulate(x, shift, scale, eps)
-    return _call("modulate", x, shift, scale, eps)
+        return _into(out, torch.ops.omnigen_fast.modulate(x, shift, scale, eps))
+    return _call("modulate", x, shift, scale, eps, out)
 
 
 def guidance_step_(

@@ -264,9 +264,10 @@ def modulate(
     shift: Tensor,  # [hidden]
     scale: Tensor,  # [hidden]
     eps: float,
+    out: Tensor | None = None,  # [rows, hidden]; may be x
 ) -> Tensor:  # [rows, hidden]
     """LayerNorm without weights, then `x * (1 + scale) + shift` (adaLN; Peebles & Xie, 2022)."""
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale)
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale, out=out)
 
 
 def guidance_step_(

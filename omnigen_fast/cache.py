@@ -159,16 +159,31 @@ class ConditionCache:
             self._places[entry] = place
         return missing
 
-    def select_step(self, slots: Tensor, times: Tensor, step: Tensor | int) -> None:
+    def staging(self, branches: int) -> tuple[Tensor, Tensor]:
+        """What `select_step` works in: [branches] int64, [layers, branches, heads, head_dim]."""
+        rows = torch.empty(branches, dtype=torch.int64, device=self.keys.device)
+        return rows, self.keys.new_empty(self.layers, branches, *self._row_shape)
+
+    def select_step(
+        self,
+        slots: Tensor,
+        times: Tensor,
+        step: Tensor | int,
+        staging: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
         """Puts the time tokens of `step` beside their branches' conditions, in every layer.
 
         Args:
             slots: `Span.slot` of the branches, int64, without repetition.
             times: `Span.times` of the branches, int64.
             step: from 0; as a tensor [1] on the device it is read when the copy runs.
+            staging: memory to work in, for steps that are to allocate nothing.
         """
+        rows, moved = self.staging(len(slots)) if staging is None else staging
+        torch.add(times, step, out=rows)
         for storage in (self.keys, self.values):
-            storage.index_copy_(1, slots, storage.index_select(1, times + step))
+            torch.index_select(storage, 1, rows, out=moved)
+            storage.index_copy_(1, slots, moved)
 
     def take(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer, [rows, kv_heads, head_dim], until `release`."""
@@ -246,7 +261,7 @@ class StreamedCache:
         self._buffers = torch.empty(RING, 2, 0, *self._row_shape, dtype=dtype, device=device)
         self._ring = self._new_ring()
         self._filled: Sequence[Entry] | None = None
-        self._step: tuple[Tensor, Tensor, Tensor | int] | None = None
+        self._step: tuple[Tensor, Tensor, Tensor] | None = None
 
     @property
     def row_bytes(self) -> int:
@@ -313,9 +328,22 @@ class StreamedCache:
             raise
         return missing
 
-    def select_step(self, slots: Tensor, times: Tensor, step: Tensor | int) -> None:
+    def staging(self, branches: int) -> tuple[Tensor, Tensor]:
+        """See `ConditionCache.staging`; of one layer."""
+        rows = torch.empty(branches, dtype=torch.int64, device=self._buffers.device)
+        return rows, self._buffers.new_empty(branches, *self._row_shape)
+
+    def select_step(
+        self,
+        slots: Tensor,
+        times: Tensor,
+        step: Tensor | int,
+        staging: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
         """See `ConditionCache.select_step`; done in each layer when it is taken."""
-        self._step = (slots, times, step)
+        rows, moved = self.staging(len(slots)) if staging is None else staging
+        torch.add(times, step, out=rows)
+        self._step = (slots, rows, moved)
 
     def take(self, layer: int) -> tuple[Tensor, Tensor]:
         """See `ConditionCache.take`."""
@@ -324,9 +352,10 @@ class StreamedCache:
             return keys, values
         keys, values = self._buffers[self._ring.take(layer)]
         assert self._step is not None
-        slots, times, step = self._step
+        slots, rows, moved = self._step
         for storage in (keys, values):
-            storage.index_copy_(0, slots, storage.index_select(0, times + step))
+            torch.index_select(storage, 0, rows, out=moved)
+            storage.index_copy_(0, slots, moved)
         return keys, values
 
     def release(self, layer: int) -> None:

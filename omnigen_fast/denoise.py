@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 import torch
@@ -57,6 +57,7 @@ class GuidancePlan:
     branches: tuple[Velocity, ...]  # without repetition
     slots: Tensor  # [branches], int64, see `ConditionCache.select_step`
     times: Tensor  # [branches], int64, likewise
+    prediction: Tensor | None  # [groups, N, 16], where the passes' velocities meet
     coefficient: Tensor  # [groups], float32
     cu_groups: Tensor  # [pictures + 1], int32
 
@@ -101,6 +102,11 @@ class GuidancePlan:
             branches=tuple(branches),
             slots=torch.tensor([v.span.slot for v in branches], device=device),
             times=torch.tensor([v.span.times for v in branches], device=device),
+            prediction=(
+                passes[0].values.new_empty(offsets[-1], noise_tokens, passes[0].values.shape[1])
+                if len(passes) > 1
+                else None
+            ),
             coefficient=torch.tensor(
                 [velocity.coefficient for velocities in pictures for velocity in velocities],
                 dtype=torch.float32,
@@ -128,21 +134,24 @@ class Loop:
     times: TimeEmbeddings
     plan: GuidancePlan
     velocity: VelocityOf
+    length: Tensor = field(init=False)  # [1], float32: of the step that is taken
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "length", self.lengths.new_empty(1))
 
     def step(self) -> None:
         """One Euler step: `z += (t_{i+1} - t_i) * sum_b coefficient_b v_b(z, t_i)`."""
         plan = self.plan
         velocities = self.velocity(self.latents, plan, self.index)
-        if len(velocities) == 1:  # its groups stand in the prediction's own order
-            prediction = velocities[0]
+        prediction = plan.prediction
+        if prediction is None:  # one pass, whose groups stand in the prediction's own order
+            (prediction,) = velocities
         else:
-            shape = (len(plan.coefficient), *velocities[0].shape[1:])
-            prediction = velocities[0].new_empty(shape)
             for places, values in zip(plan.places, velocities):
                 prediction.index_copy_(0, places, values)
-        length = self.lengths.index_select(0, self.index)[0]
+        torch.index_select(self.lengths, 0, self.index, out=self.length)
         ops.guidance_step_(
-            self.latents, prediction, plan.coefficient, plan.cu_groups, length, PATCH
+            self.latents, prediction, plan.coefficient, plan.cu_groups, self.length[0], PATCH
         )
         self.index.add_(1)
 
@@ -152,7 +161,7 @@ class Loop:
         found = [self.latents, self.index, self.lengths, self.times.shift, self.times.scale]
         found += [plan.coefficient, plan.cu_groups, plan.slots, plan.times, *plan.places]
         for groups in plan.passes:
-            found += [groups.picture, groups.cu_rows]
+            found += [groups.cu_rows]
             found += [groups.cache_start, groups.cache_len, groups.cos, groups.sin]
         return found
 
@@ -162,10 +171,16 @@ def cached_velocity(
 ) -> VelocityOf:
     """Velocities from a cache filled by prefill."""
 
+    now = [torch.empty_like(one[:1]) for one in (times.shift, times.scale)]
+    staging: list[tuple[Tensor, Tensor]] = []
+
     def velocity(latents: Tensor, plan: GuidancePlan, index: Tensor) -> list[Tensor]:
-        cache.select_step(plan.slots, plan.times, index)
-        shift, scale = (t.index_select(0, index)[0] for t in (times.shift, times.scale))
-        return model.step(latents, plan.passes, shift, scale, cache)
+        if not staging:
+            staging.append(cache.staging(len(plan.slots)))
+        cache.select_step(plan.slots, plan.times, index, staging[0])
+        for all_steps, one in zip((times.shift, times.scale), now):
+            torch.index_select(all_steps, 0, index, out=one)
+        return model.step(latents, plan.passes, now[0][0], now[1][0], cache)
 
     return velocity
 

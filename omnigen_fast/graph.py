@@ -163,4 +163,5 @@ def _key(loop: Loop, cache: ConditionCache) -> Hashable:
     """Equal for loops that one recording serves."""
     shapes = tuple((tuple(t.shape), t.dtype) for t in loop.tensors())
     storage = (cache.keys.data_ptr(), cache.values.data_ptr(), tuple(cache.keys.shape))
-    return shapes, storage, len(loop.plan.passes)
+    pictures = tuple(groups.pictures for groups in loop.plan.passes)
+    return shapes, storage, pictures

@@ -24,7 +24,7 @@ from .processor import ConditionSequence
 
 _PATCH_VALUES = LATENT_CHANNELS * PATCH * PATCH
 _OUTPUT_NORM_EPS = 1e-6
-_KEPT_CROPS = 4  # of the position table; one of 1024 px takes 25 MB
+_KEPT_CROPS = 16  # of the position table; one of 1024 px takes 25 MB
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -76,14 +76,16 @@ class TimeEmbeddings:
 class StepGroups:
     """The (picture, branch) pairs that one pass runs; each has the picture's N noise tokens."""
 
-    picture: Tensor  # [groups], int64: whose latents
+    pictures: tuple[int, ...]  # of each group: whose latents
     cu_rows: Tensor  # [groups + 1], int32
     max_rows: int
     cache_start: Tensor  # [groups], int32
     cache_len: Tensor  # [groups], int32: condition and the step's time token
     cos: Tensor  # [groups * N, head_dim / 2], float32
     sin: Tensor  # [groups * N, head_dim / 2], float32
+    residual: Tensor  # [groups * N, hidden]
     delta: Tensor  # [groups * N, hidden], what a layer leaves to be added
+    values: Tensor  # [groups * N, 16], the velocities
     space: Workspace  # of all passes
 
 
@@ -283,20 +285,23 @@ class Transformer(nn.Module):
         """
         device = self.device
         places = torch.arange(noise_tokens, device=device)
+        rows = len(groups) * noise_tokens
         tables = [self.rotary(places + span.condition + 1, long) for _, span, long in groups]
 
         def integers(values: list[int], dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.tensor(values, dtype=dtype, device=device)
 
         return StepGroups(
-            picture=integers([picture for picture, _, _ in groups], torch.int64),
+            pictures=tuple(picture for picture, _, _ in groups),
             cu_rows=integers([i * noise_tokens for i in range(len(groups) + 1)]),
             max_rows=noise_tokens,
             cache_start=integers([span.start for _, span, _ in groups]),
             cache_len=integers([span.condition + 1 for _, span, _ in groups]),
             cos=torch.cat([cos for cos, _ in tables]),
             sin=torch.cat([sin for _, sin in tables]),
-            delta=self.norm.new_empty(len(groups) * noise_tokens, self.config.hidden_size),
+            residual=self.norm.new_empty(rows, self.config.hidden_size),
+            delta=self.norm.new_empty(rows, self.config.hidden_size),
+            values=self.norm.new_empty(rows, _PATCH_VALUES),
             space=space,
         )
 
@@ -373,15 +378,16 @@ class Transformer(nn.Module):
             cache: filled, this step's time tokens selected.
 
         Returns:
-            Of each pass [groups, N, 16]: (row, column, channel) of each token's patch.
+            Of each pass [groups, N, 16]: (row, column, channel) of each token's patch. The next
+            step writes them again.
         """
-        residuals = [self._embed_noise(latents, groups) for groups in passes]
+        self._embed_noise(latents, passes)
         for layer in range(len(self.layers)):
             block, (keys, values) = self._take(layer), cache.take(layer)
-            self._step_layer(layer, block, residuals, passes, keys, values)
+            self._step_layer(layer, block, passes, keys, values)
             cache.release(layer)
             self._release(layer)
-        return self._predict(residuals, passes, shift, scale)
+        return self._predict(passes, shift, scale)
 
     def step_recomputed(
         self,
@@ -414,14 +420,14 @@ class Transformer(nn.Module):
             As `step`.
         """
         states = self._prefill_states(sequences, embedded, mlp_rows)
-        residuals = [self._embed_noise(latents, groups) for groups in passes]
+        self._embed_noise(latents, passes)
         for layer in range(len(self.layers)):
             block, (keys, values) = self._take(layer), cache.take(layer)
             self._prefill_layer(layer, block, states, keys, values)
             cache.select_step(slots, times, 0)
-            self._step_layer(layer, block, residuals, passes, keys, values)
+            self._step_layer(layer, block, passes, keys, values)
             self._release(layer)
-        return self._predict(residuals, passes, shift, scale)
+        return self._predict(passes, shift, scale)
 
     def _prefill_states(
         self, sequences: Sequence[ConditionSequence], embedded: Sequence[Tensor], mlp_rows: int
@@ -478,14 +484,13 @@ class Transformer(nn.Module):
         self,
         layer: int,
         block: Block,
-        residuals: Sequence[Tensor],
         passes: Sequence[StepGroups],
         keys: Tensor,
         values: Tensor,
     ) -> None:
         config = self.config
-        for residual, groups in zip(residuals, passes):
-            space = groups.space
+        for groups in passes:
+            residual, space = groups.residual, groups.space
             qkv = block.project(residual, groups.delta if layer else None, space)
             ops.rope_(qkv, groups.cos, groups.sin, config.num_heads, config.num_kv_heads)
             attended = ops.attention_step(
@@ -506,11 +511,28 @@ class Transformer(nn.Module):
         by_head = qkv.unflatten(1, (-1, config.head_dim))
         return by_head.split((config.num_heads, config.num_kv_heads, config.num_kv_heads), dim=1)
 
-    def _embed_noise(self, latents: Tensor, groups: StepGroups) -> Tensor:
-        """[groups * N, hidden]: the noise tokens of each group's picture."""
-        height, width = latents.shape[2] // PATCH, latents.shape[3] // PATCH
-        groups.space.pos_embed = self._crop_pos_embed(height, width)
-        return self._embed_patches("noise_proj", latents)[groups.picture].flatten(0, 1)
+    def _embed_noise(self, latents: Tensor, passes: Sequence[StepGroups]) -> None:
+        """Fills the residual streams with the noise tokens of the groups' pictures.
+
+        In the workspace, which no layer uses yet; a picture's tokens are made once for all groups.
+        """
+        pictures, _, height, width = latents.shape
+        height, width = height // PATCH, width // PATCH
+        space, rows = passes[0].space, pictures * height * width
+        space.pos_embed = self._crop_pos_embed(height, width)
+        patches = space.qkv[:rows, :_PATCH_VALUES]
+        patches.view(pictures, height, width, LATENT_CHANNELS, PATCH, PATCH).copy_(
+            latents.unflatten(3, (width, PATCH))
+            .unflatten(2, (height, PATCH))
+            .permute(0, 2, 4, 1, 3, 5)
+        )
+        weight = self.noise_proj_weight.flatten(1)
+        tokens = torch.addmm(self.noise_proj_bias, patches, weight.t(), out=space.normed[:rows])
+        tokens = tokens.unflatten(0, (pictures, -1))
+        for groups in passes:
+            residuals = groups.residual.unflatten(0, (len(groups.pictures), -1))
+            for picture, residual in zip(groups.pictures, residuals):
+                torch.add(tokens[picture], space.pos_embed, out=residual)
 
     def _embed_patches(self, projection: str, latents: Tensor) -> Tensor:
         """[pictures, N, hidden] of latents [pictures, 4, height, width], positions added.
@@ -536,24 +558,16 @@ class Transformer(nn.Module):
             self._pos_embed_crops[height, width] = crop
         return crop
 
-    def _predict(
-        self,
-        residuals: Sequence[Tensor],
-        passes: Sequence[StepGroups],
-        shift: Tensor,
-        scale: Tensor,
-    ) -> list[Tensor]:
+    def _predict(self, passes: Sequence[StepGroups], shift: Tensor, scale: Tensor) -> list[Tensor]:
         """The output layer: final RMSNorm, modulated LayerNorm, product; [groups, N, 16] each."""
-        predictions = []
-        for residual, groups in zip(residuals, passes):
+        for groups in passes:
             normed = ops.add_rms_norm(
-                residual,
+                groups.residual,
                 groups.delta,
                 self.norm,
                 self.config.rms_norm_eps,
-                out=groups.space.normed[: len(residual)],
+                out=groups.space.normed[: len(groups.residual)],
             )
-            modulated = ops.modulate(normed, shift, scale, _OUTPUT_NORM_EPS)
-            values = F.linear(modulated, self.output_weight, self.output_bias)
-            predictions.append(values.view(len(groups.picture), groups.max_rows, _PATCH_VALUES))
-        return predictions
+            modulated = ops.modulate(normed, shift, scale, _OUTPUT_NORM_EPS, out=normed)
+            torch.addmm(self.output_bias, modulated, self.output_weight.t(), out=groups.values)
+        return [groups.values.unflatten(0, (len(groups.pictures), -1)) for groups in passes]

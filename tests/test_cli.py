@@ -54,7 +54,7 @@ EVERY_OPTION = """
 --img-guidance-scale 1.5 --max-input-image-size 512
 --use-input-image-size-as-output --joint-cfg-infer --no-kv-cache
 --keep-kv-cache --offload-model --num-images-per-prompt 2 --seed 9
---latents noise.safetensors --output-type pil --out a.png --quiet
+--latents noise.safetensors --output-type pil --out a.png --quiet --memory 8GiB
 """
 
 
@@ -264,6 +264,7 @@ class TestArguments:
                 "revision": "v1",
                 "cache_dir": "cache",
                 "local_files_only": True,
+                "memory": "8GiB",
             },
         )
         assert seen["loras"] == [("one", 1.0), ("two", 0.5)]

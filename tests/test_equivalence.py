@@ -12,6 +12,7 @@ from golden_cases import CASES, GOLDEN, golden_request, golden_result, relative_
 
 from omnigen_fast import pipeline
 from omnigen_fast.errors import RequestError
+from omnigen_fast.memory.plan import MemoryPlan
 from omnigen_fast.model import Transformer
 from omnigen_fast.processor import EncodedBranch, shared_tokens
 
@@ -257,12 +258,13 @@ def test_a_branch_that_counts_nothing_is_not_run(pipe, monkeypatch, guidance, gr
     original = pipe.model.step
 
     def step(latents, passes, *args):
-        ran.append(sum(len(groups.picture) for groups in passes))
+        ran.append(sum(len(groups.pictures) for groups in passes))
         return original(latents, passes, *args)
 
     monkeypatch.setattr(pipe.model, "step", step)
     noise = _noise(1, 8, 6)
     request = {**EDIT, "seed": None, "latents": noise, "num_inference_steps": 1}
+    request["memory"] = MemoryPlan.plain(layers=3)  # for one step, keeping nothing may be chosen
     found = pipe(**request, **guidance)
     assert ran == [groups]
 
@@ -424,11 +426,11 @@ def test_a_failure_leaves_a_pipeline_that_works(pipe, monkeypatch):
     def fail_once(layer, *args):
         calls.append(layer)
         if layer == 1 and len(calls) == 2:
-            raise MemoryError("no room")
+            raise OSError("the file is gone")
         return original(layer, *args)
 
     monkeypatch.setattr(pipe.model, "_prefill_layer", fail_once)
-    with pytest.raises(MemoryError):
+    with pytest.raises(OSError, match="the file is gone"):
         pipe(**EDIT)
     assert torch.equal(pipe(**EDIT), expected)
 

@@ -13,7 +13,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import pairwise
 
 from ..config import LATENT_CHANNELS, PATCH, TIME_FREQUENCIES, TOKEN_PIXELS, VAE_SCALE, ModelConfig
 from ..profiles import Profile
@@ -273,13 +272,11 @@ class Estimate:
         yield self.times()
         if plan.cache == "none":
             yield from self._prefill(1, plan.mlp_rows, share=False)
-        loop, temporary = self.loop_bytes(plan), self.step_bytes(plan)
-        yield Term("loop", loop, "a pass's workspace; of all groups what is to be added, rotary")
-        yield Term("step", temporary, "residual stream of all groups, output layer, prediction")
+        loop = self.loop_bytes(plan)
+        why = "a pass's workspace; of all groups residual stream, what is to be added, rotary"
+        yield Term("loop", loop, why)
         if plan.capture:
-            again = max(loop, temporary)
-            why = "the recording's own memory: a step's, and once it serves another call the loop's"
-            yield Term("captured step", again, why)
+            yield Term("captured step", loop, "the recording's own, once it serves another call")
 
     def decode(self, plan: MemoryPlan) -> Iterator[Term]:
         yield from self.held(plan)
@@ -326,8 +323,7 @@ class Estimate:
     def captured(self, plan: MemoryPlan) -> Iterator[Term]:
         """What a recording holds outside the loop."""
         if plan.capture:
-            size = self.loop_bytes(plan) + self.step_bytes(plan)
-            yield Term("captured step", size, "kept for later calls: a loop's memory, and a step's")
+            yield Term("captured step", self.loop_bytes(plan), "a loop's, kept for later calls")
 
     def moved_vae(self, plan: MemoryPlan) -> Iterator[Term]:
         if not plan.vae_resident:
@@ -359,16 +355,10 @@ class Estimate:
         longest = max(len(one) for one in self.passes(plan.branches_per_pass)) * noise
         rows = self.groups * noise
         rotary = self.config.head_dim * _FLOAT  # cosines and sines of half a head each
-        return self.workspace_bytes(longest, plan.mlp_rows) + rows * (self.unit + rotary)
-
-    def step_bytes(self, plan: MemoryPlan) -> int:
-        """Largest that one step makes."""
-        noise = self.workload.noise_tokens
-        sizes = [len(one) * noise for one in self.passes(plan.branches_per_pass)]
-        # the output layer's modulated rows live until those of the next pass are there
-        pairs = [one + other for one, other in pairwise(sizes)]
-        values = sum(sizes) * _PATCH_VALUES * self.size
-        return (sum(sizes) + max(pairs, default=sizes[0])) * self.unit + values
+        # the velocities, and once more where those of several passes meet
+        values = _PATCH_VALUES * self.size * (1 + (len(self.passes(plan.branches_per_pass)) > 1))
+        streams = rows * (2 * self.unit + rotary + values)
+        return self.workspace_bytes(longest, plan.mlp_rows) + streams
 
     def workspace_bytes(self, rows: int, mlp_rows: int) -> int:
         """As `model.Workspace`."""

@@ -37,7 +37,7 @@ def test_a_rise_is_found_and_a_fall_is_none(full):
     committed = copy.deepcopy(full)
     name = "512 px, text"
     committed[name]["launches"] -= 1
-    committed[name]["copies"].pop("clone")
+    committed[name]["copies"].pop("copy_")
     found = counts.rises(full, committed)
     assert len(found) == 2 and found[0].startswith(f"{name}: launches: ")
     committed = copy.deepcopy(full)

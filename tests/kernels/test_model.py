@@ -41,9 +41,9 @@ def prepared(load_pipe):
     prefills, loops = [], []
     prefill, step = pipe.model.prefill, Loop.step
 
-    def keep_prefill(sequences, embedded, cache):
+    def keep_prefill(sequences, embedded, cache, *rest):
         prefills.append((sequences, [rows.clone() for rows in embedded], cache))
-        prefill(sequences, embedded, cache)
+        prefill(sequences, embedded, cache, *rest)
 
     def keep_loop(loop):
         if not loops:
