@@ -98,7 +98,7 @@ def train_autoencoder(
     rng = random.Random(seed)
     began = time.monotonic()
     size = batch // threads
-    parts = _batches(rng, size, CROP, (1, 2, 4, 5))
+    parts = _batches(rng, size, CROP, (1, 2, 3, 4))
     wholes = _batches(rng, max(1, size // 4), SIDE, (1, 1, 2, 3))
     workers = ThreadPoolExecutor(threads)
     for step in range(steps):

@@ -8,7 +8,6 @@ noise tokens, each at the same positions, and no draw sees another.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +16,8 @@ from torch import Tensor, nn
 
 from omnigen_fast.config import LATENT_CHANNELS, PATCH, TIME_FREQUENCIES, ModelConfig
 from omnigen_fast.model import parameter_shapes
+
+from .layer import Layer, Layout
 
 OUTPUT_NORM_EPS = 1e-6
 _LAYER_WEIGHTS = ("input_norm", "qkv_proj", "o_proj", "post_norm", "gate_up_proj", "down_proj")
@@ -38,6 +39,8 @@ class Network(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        if config.num_heads != config.num_kv_heads:
+            raise ValueError("grouped key and value heads are not trained here")
         self.config = config
         self.weights = nn.ParameterDict()
         for name, shape in parameter_shapes(config).items():
@@ -78,17 +81,26 @@ class Network(nn.Module):
         cos, sin = self._rotary(positions, stream.dtype)
         own_mask = torch.ones(rows, rows, dtype=torch.bool, device=stream.device)
         own_mask[0, 1:] = False  # the time token does not see the noise
-        biases = (
-            _bias(places < conditions.kv_end[..., None], stream.dtype).unsqueeze(1),
-            _bias(places < conditions.lengths[:, None], stream.dtype)[:, None, None],
-            _bias(own_mask, stream.dtype),
+        heads = self.config.num_heads
+
+        def bias(mask: Tensor) -> Tensor:  # the same for every head
+            return _bias(mask, stream.dtype).repeat_interleave(heads, dim=0)
+
+        layout = Layout(
+            cos,
+            sin,
+            condition_bias=bias(places < conditions.kv_end[..., None]),
+            seen_bias=bias((places < conditions.lengths[:, None]).unsqueeze(1)),
+            own_bias=_bias(own_mask, stream.dtype),
+            length=length,
+            draws=draws,
+            heads=heads,
+            eps=self.config.rms_norm_eps,
         )
-        heads = self.config.num_heads, self.config.num_kv_heads
         last = self.config.num_layers - 1
         for layer in range(self.config.num_layers):
             weights = [self.weight(f"layers.{layer}.{name}") for name in _LAYER_WEIGHTS]
-            eps, is_last = self.config.rms_norm_eps, layer == last
-            stream = _layer(eps, stream, weights, heads, length, draws, cos, sin, biases, is_last)
+            stream = Layer.apply(stream, *weights, layout, layer == last)
         noise = stream.unflatten(1, (draws, rows))[:, :, 1:]
         eps = self.config.rms_norm_eps
         normed = F.rms_norm(noise, noise.shape[-1:], self.weight("norm"), eps)
@@ -148,56 +160,6 @@ class Network(nn.Module):
         return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
 
 
-def _layer(
-    eps: float,
-    stream: Tensor,  # [batch, length + draws * rows, hidden]
-    weights: Sequence[Tensor],  # as in _LAYER_WEIGHTS
-    heads: tuple[int, int],  # of queries, of keys
-    length: int,
-    draws: int,
-    cos: Tensor,
-    sin: Tensor,
-    biases: tuple[Tensor, Tensor, Tensor],
-    last: bool,
-) -> Tensor:
-    """One layer; the last drops the condition, which nothing reads behind its keys."""
-    input_norm, qkv_proj, o_proj, post_norm, gate_up_proj, down_proj = weights
-    queries, keys = heads
-    hidden = stream.shape[2]
-    scale = (qkv_proj.shape[0] // (queries + 2 * keys)) ** -0.5
-    qkv = F.linear(F.rms_norm(stream, (hidden,), input_norm, eps), qkv_proj)
-    by_head = qkv.unflatten(2, (queries + 2 * keys, -1)).transpose(1, 2)
-    rotated, value = by_head.split([queries + keys, keys], dim=1)
-    query, key = _rotate(rotated, cos, sin).split([queries, keys], dim=1)
-
-    if queries > keys:
-        key, value = (x.repeat_interleave(queries // keys, dim=1) for x in (key, value))
-    condition_bias, seen_bias, own_bias = biases
-
-    def draw(x: Tensor) -> Tensor:  # [batch, heads, draws, rows, head_dim]
-        return x[:, :, length:].unflatten(2, (draws, -1))
-
-    # draws share the condition's keys: one product for all of them
-    over_condition = query[:, :, length:] @ key[:, :, :length].mT * scale + seen_bias
-    over_own = draw(query) @ draw(key).mT * scale + own_bias
-    rows = over_own.shape[3]
-    scores = torch.cat([over_condition.unflatten(2, (draws, rows)), over_own], dim=-1)
-    weights_of = torch.softmax(scores, dim=-1)
-    attended = weights_of[..., :length].flatten(2, 3) @ value[:, :, :length]
-    attended = attended + (weights_of[..., length:] @ draw(value)).flatten(2, 3)
-    if last:
-        stream = stream[:, length:]
-    else:
-        scores = query[:, :, :length] @ key[:, :, :length].mT * scale + condition_bias
-        condition = torch.softmax(scores, dim=-1) @ value[:, :, :length]
-        attended = torch.cat([condition, attended], dim=2)
-    attended = attended.transpose(1, 2).flatten(2)
-    stream = stream + F.linear(attended, o_proj)
-    normed = F.rms_norm(stream, (hidden,), post_norm, eps)
-    gate, up = F.linear(normed, gate_up_proj).chunk(2, dim=-1)
-    return stream + F.linear(F.silu(gate) * up, down_proj)
-
-
 def sine_table(config: ModelConfig) -> Tensor:  # [1, side^2, hidden]
     """The fixed position table: sines and cosines of the column, then of the row."""
     side, quarter = config.pos_embed_size, config.hidden_size // 4
@@ -221,11 +183,6 @@ def _initial(name: str, shape: tuple[int, ...], config: ModelConfig) -> Tensor:
     if name.endswith(("o_proj", "down_proj")):
         scale /= (2 * config.num_layers) ** 0.5
     return torch.randn(shape) * scale
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
 def _bias(mask: Tensor, dtype: torch.dtype) -> Tensor:

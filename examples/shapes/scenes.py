@@ -20,21 +20,11 @@ COLOURS = {
     "pink": (250, 125, 190),
 }
 MASK_COLOUR = "white"  # of a shape in a mask
-SIZES = {"small": 13, "large": 19}  # half the height of a shape, in pixels
-PLACES = (
-    "top left",
-    "top",
-    "top right",
-    "left",
-    "center",
-    "right",
-    "bottom left",
-    "bottom",
-    "bottom right",
-)
+SIZES = {"small": 15, "large": 25}  # half the height of a shape, in pixels
+PLACES = ("top left", "top right", "bottom left", "bottom right")
 BACKGROUNDS = ("white", "gray", "black", "striped", "checkered", "meadow")
-_SPACING = 43  # between neighbouring places: two large shapes leave a gap
-_JITTER = 1  # how far a shape may stand off its place
+_SPACING = 62  # between neighbouring places: two large shapes leave a gap
+_JITTER = 2  # how far a shape may stand off its place
 
 # Combinations that no picture of the training shows, one for each shape.
 HELD_OUT = frozenset(
@@ -78,8 +68,8 @@ class Scene:
 
 def place_centre(place: int) -> tuple[float, float]:
     """(x, y) of a place in pixels."""
-    row, column = divmod(place, 3)
-    return SIDE / 2 + (column - 1) * _SPACING, SIDE / 2 + (row - 1) * _SPACING
+    row, column = divmod(place, 2)
+    return SIDE / 2 + (column - 0.5) * _SPACING, SIDE / 2 + (row - 0.5) * _SPACING
 
 
 def random_thing(

@@ -57,12 +57,6 @@ def _a(word: str) -> str:
 
 def _place(rng: random.Random, place: int) -> str:
     name = PLACES[place]
-    if name == "center":
-        return rng.choice(["in the center", "in the middle"])
-    if name in ("left", "right"):
-        return rng.choice([f"on the {name}", f"at the {name}"])
-    if name in ("top", "bottom"):
-        return rng.choice([f"at the {name}", f"at the {name} center"])
     return rng.choice([f"at the {name}", f"in the {name} corner"])
 
 
