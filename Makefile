@@ -24,20 +24,9 @@ format: $(READY)
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-# The checkpoint of the tests: tiny and untrained, so the pictures are noise. What they show is that
-# the whole way works, on photographs.
-GENERATE := $(VENV)/bin/omnigen-fast generate --model tests/golden/tiny --seed 0 --steps 20 \
-	--max-input-image-size 256
+# The small model that ships, on one sheet.
 demo: $(READY)
-	mkdir -p demo-output
-	$(GENERATE) --prompt 'A curly-haired man in a red shirt is drinking tea.' \
-		--height 256 --width 256 --out demo-output/text.png
-	$(GENERATE) --prompt '<img><|image_1|></img> Remove the cup.' \
-		--image tests/golden/images/coffee.png --use-input-image-size-as-output \
-		--out demo-output/edit.png
-	$(GENERATE) --prompt 'The cup <img><|image_1|></img> stands beside the cat <img><|image_2|></img>' \
-		--image tests/golden/images/coffee.png --image tests/golden/images/cat.png \
-		--height 256 --width 256 --out demo-output/two-images.png
+	$(VENV)/bin/omnigen-fast demo --out demo-output/sheet.png
 
 # The original package in an environment of its own: it needs an old transformers. Its torchvision
 # and timm are left out, since nothing of them runs.

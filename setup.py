@@ -21,7 +21,7 @@ setup(
         "omnigen_fast.profiles": "profiles",
     },
     package_data={
-        "omnigen_fast": ["models/*/*", "models/*/vae/*"],
+        "omnigen_fast": ["models/*/*", "models/*/inputs/*", "models/*/vae/*"],
         "omnigen_fast.bench": ["counts.json"],
         "omnigen_fast.profiles": ["*.json"],
     },
@@ -44,6 +44,8 @@ setup(
             "pytest>=8",
             "pytest-benchmark>=4",
             "hypothesis>=6.100",
+            "ipykernel>=6.29",
+            "nbclient>=0.10",
             "peft>=0.13",
             "psutil>=5.9",
             "ruff==0.17.6",

@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -254,6 +255,37 @@ def plan(
             kept_bytes=0,
         )
         click.echo(report(profile, workload, decision, dtype_bytes, explain))
+    except (OmniGenError, OSError) as error:
+        raise _Failure(error) from error
+
+
+@main.command()
+@click.option("--model", default="shapes", show_default=True, help="Folder or hub id.")
+@click.option(
+    "--out",
+    default="demo-output/sheet.png",
+    show_default=True,
+    type=click.Path(path_type=Path),
+    help="Sheet to write.",
+)
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0))
+@click.option("--device", help="cuda, cuda:1, cpu, ...; the first GPU if there is one.")
+@click.option("--dtype", default="bfloat16", show_default=True, help="bfloat16 or float32.")
+def demo(model: str, out: Path, seed: int, device: str | None, dtype: str) -> None:
+    """Shows on one sheet what the small model that ships can do, and says what ran."""
+    try:
+        if out.suffix.lower() not in _SUFFIXES["pil"]:
+            raise RequestError(f"--out must end in {' or '.join(_SUFFIXES['pil'])}, got {out}")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _check_writable(out)
+        from .demo import run, sheet
+        from .pipeline import OmniGenPipeline
+
+        start = time.perf_counter()
+        pipe = OmniGenPipeline.from_pretrained(model, device=device, dtype=dtype)
+        results = run(pipe, click.echo, seed)
+        _write(out, lambda path: sheet(results).save(path))
+        click.echo(f"{len(results)} pictures in {time.perf_counter() - start:.1f} s: {out}")
     except (OmniGenError, OSError) as error:
         raise _Failure(error) from error
 

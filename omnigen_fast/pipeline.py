@@ -424,8 +424,13 @@ class OmniGenPipeline:
         """The plan by which the last call ran; None before the first."""
         return None if self._report is None else self._report.plan
 
+    @property
+    def last_report(self) -> Report | None:
+        """What `summary` puts into words."""
+        return self._report
+
     def summary(self) -> str:
-        """What the last call ran as: plan, predicted and measured peak, predicted seconds."""
+        """What the last call ran as: plan, share of cached work, peak, predicted seconds."""
         return "nothing has run yet" if self._report is None else self._report.text(self.config)
 
     def _generate(
@@ -509,7 +514,8 @@ class OmniGenPipeline:
     ) -> list[Any] | Tensor | np.ndarray:
         """From the last finished step on, in the way that a plan says."""
         request = run.request
-        self._report = Report(plan, run.predicted)
+        cached_share = 0.0 if plan.cache == "none" else run.workload().cached_share()
+        self._report = Report(plan, run.predicted, cached_share)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         self._arrange(plan, run)

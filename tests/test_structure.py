@@ -37,6 +37,7 @@ ORDER = [
     "graph",
     "diffusers_pipeline",
     "pipeline",
+    "demo",
     "cli",
 ]
 USE_KERNELS = {"diffusers_pipeline", "model", "denoise", "graph", "vae"}

@@ -45,6 +45,19 @@ class Workload:
         """Rows of keys and values that all conditions need."""
         return sum(condition.rows(self.steps) for condition in self.conditions)
 
+    def cached_share(self) -> float:
+        """Of the rows that all steps of a run without a cache compute, those that are kept, 0 to 1.
+
+        Conditions are computed once, and so is every step's time token; branches that other
+        pictures share count where they are kept.
+        """
+        branches = [tokens for picture in self.branches for tokens in picture]
+        uncached = self.steps * sum(tokens + 1 + self.noise_tokens for tokens in branches)
+        # a cache row for each branch is the current step's time token: a copy
+        filled = self.cache_rows() - sum(len(condition.tokens) for condition in self.conditions)
+        computed = filled + self.steps * self.noise_tokens * len(branches)
+        return 1 - computed / uncached
+
 
 @dataclass(frozen=True)
 class MemoryPlan:

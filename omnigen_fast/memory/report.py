@@ -16,11 +16,15 @@ class Report:
 
     plan: MemoryPlan
     predicted: Cost | None  # None for a plan that the caller gave
+    cached_share: float  # of the rows of a run without a cache, those that were kept
     measured_bytes: int | None = None  # peak that the allocator reserved; None where it can't tell
 
     def text(self, config: ModelConfig) -> str:
         """A few lines for people."""
         lines = [describe(self.plan, config)]
+        lines.append(
+            f"kept between steps: {self.cached_share:.0%} of the rows of a run without cache"
+        )
         if self.predicted is not None:
             cost = self.predicted
             lines.append(
