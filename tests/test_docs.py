@@ -3,26 +3,45 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import inspect
 import re
+import shlex
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from golden_cases import GOLDEN, TINY
 
 from omnigen_fast import OmniGenPipeline
+from omnigen_fast.cli import main
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
 PAGES = ["diffusers", "inference", "moving"]
+TEXTS = [ROOT / "README.md", ROOT / "examples/shapes/README.md", *sorted(DOCS.glob("*.md"))]
 SMALL = {"height": 64, "width": 64, "num_inference_steps": 1, "max_input_image_size": 64}
 
 
 def blocks(page: str) -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```", (DOCS / f"{page}.md").read_text(), re.M | re.S)
+    path = ROOT / "README.md" if page == "README" else DOCS / f"{page}.md"
+    return re.findall(r"^```python\n(.*?)^```", path.read_text(), re.M | re.S)
 
 
-EXAMPLES = [(page, code) for page in PAGES for code in blocks(page)]
+EXAMPLES = [(page, code) for page in (*PAGES, "README") for code in blocks(page)]
+
+
+def commands() -> list[str]:
+    """What the documents tell people to type: in lines of their own, and in the text."""
+    start = r"(?:omnigen-fast|python3? -m|make|jupyter|pip) "
+    found = set()
+    for path in TEXTS:
+        text = path.read_text()
+        found |= set(re.findall(rf"^({start}.*?)(?:\s+#.*)?$", text, re.M))
+        found |= set(re.findall(rf"`({start}[^`]*)`", text))
+    return sorted(found)
 
 
 def shrunk(call):
@@ -48,7 +67,7 @@ def test_examples_run(page, code, build, monkeypatch, tmp_path):
     monkeypatch.setattr(theirs, "from_pretrained", lambda name, torch_dtype: build(torch_dtype))
     monkeypatch.setattr(OmniGenPipeline, "__call__", shrunk(OmniGenPipeline.__call__))
     monkeypatch.setattr(theirs, "__call__", shrunk(theirs.__call__))
-    for name in ("street.jpg", "cat.png"):
+    for name in ("street.jpg", "cat.png", "two_man.jpg"):
         shutil.copy(GOLDEN / "images/cat.png", tmp_path / name)
     monkeypatch.chdir(tmp_path)
     found: dict = {}
@@ -61,6 +80,41 @@ def test_examples_say_that_they_need_the_weights():
     for page in PAGES:
         text = (DOCS / f"{page}.md").read_text()
         assert text.count("```python") == text.count("Needs the real weights.") >= 1
+
+
+@pytest.mark.parametrize("command", commands())
+def test_commands_are_right(command, tmp_path, monkeypatch):
+    """They run where that takes no weights; of the others, all options exist and are valid."""
+    program, *arguments = shlex.split(command)
+    if program == "make":
+        made = subprocess.run(
+            ["make", "--dry-run", *arguments], cwd=ROOT, capture_output=True, text=True
+        )
+        assert made.returncode == 0, made.stderr
+    elif program == "omnigen-fast":
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "FOLDER").mkdir()
+        name, *options = arguments
+        if name in ("env", "plan"):
+            result = CliRunner().invoke(main, arguments)
+            assert result.exit_code == 0, result.output
+        elif name == "generate":
+            shutil.copy(GOLDEN / "images/cat.png", tmp_path / "photo.jpg")
+            small = ["--model", str(TINY), "--height", "64", "--width", "64", "--steps", "1"]
+            if "--image" in options:
+                options[options.index("--prompt") + 1] = "<img><|image_1|></img> Remove it."
+            result = CliRunner().invoke(main, [name, *options, *small])
+            assert result.exit_code == 0, result.output
+        else:
+            main.commands[name].make_context(name, options)
+    elif program.startswith("python"):
+        module = arguments[arguments.index("-m") + 1]
+        assert importlib.util.find_spec(module), command
+        source = Path(importlib.util.find_spec(module).origin).read_text()
+        for option in (one for one in arguments if one.startswith("--")):
+            assert f'"{option}"' in source, option
+    else:
+        pytest.fail(f"no way to check: {command}")
 
 
 def test_every_argument_stands_in_the_table_with_its_default():
