@@ -33,6 +33,8 @@ from .words import write_tokenizer
 DRAWS = 4  # of time and noise for each condition
 # How often the last part of a step's batch is of each kind.
 _OTHERS = {"subject": 0.28, "compose": 0.22, "mask": 0.12, "pair": 0.28, "images": 0.10}
+WORDS_DECIDE = 0.15  # the time until which a picture's content comes from its condition
+DRAWING = 0.36  # of the steps, before `WORDS_DECIDE` counts
 LONGEST_STEP = 20.0  # seconds; whatever is beyond it the machine was stopped or asleep
 _LONG = tuple(round(64 ** (i / 31), 4) for i in range(32))  # no picture here is long enough
 
@@ -70,6 +72,7 @@ class Sampler:
         self._pool, self._latents, self._processor = pool, latents, processor
         self.rng = random.Random(seed)
         self.generator = torch.Generator().manual_seed(seed)
+        self.words_count = False  # whether half of the times are early
 
     def batch(self, kind: str, size: int) -> tuple[Conditions, Tensor, Tensor, Tensor]:
         """A part of a step: (conditions, noisy latents, times, velocities).
@@ -112,16 +115,22 @@ class Sampler:
     def _noise(self, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rectified flow (Liu et al., 2022): `x_t = (1 - t) noise + t image`, `v = image - noise`.
 
-        Times are spread evenly over the draws of a condition; most are logit-normal, as the middle
-        is where a picture is decided (Esser et al., 2024).
+        Times are spread evenly over the draws of a condition; most are logit-normal (Esser et al.,
+        2024). Those show how to draw but hardly what: from about t = 0.1 on a shape of so many
+        latents stands out of the noise, and nothing is learned from the words. So once `words_count`
+        half of the times are earlier than `WORDS_DECIDE`.
         """
         count, draws = targets.shape[:2]
         places = torch.rand(count, draws, generator=self.generator)
         even = (torch.arange(draws) + places) / draws
+        if self.words_count:
+            early, even = 2 * even * WORDS_DECIDE, 2 * even - 1
         normal = torch.special.ndtri(even.clamp(1e-4, 1 - 1e-4))
         times = torch.sigmoid(1.2 * normal - 0.3)
         uniform = torch.rand(count, 1, generator=self.generator) < 0.3
         times = torch.where(uniform, even, times)
+        if self.words_count:
+            times = torch.where(even < 0, early, times)
         noise = torch.randn(targets.shape, generator=self.generator)
         t = times[..., None, None, None]
         return (1 - t) * noise + t * targets, times, targets - noise
@@ -151,8 +160,8 @@ def original_name(name: str) -> str:
 
 
 def learning_fraction(used: float, step: int) -> float:
-    """Of the full learning rate: a short warm-up; from 55 % of the time on it falls to zero."""
-    return min(1, (step + 1) / 100) * min(1, max(0.0, 1 - used) / 0.45)
+    """Of the full learning rate: a short warm-up; from 60 % of the steps on it falls to zero."""
+    return min(1, (step + 1) / 100) * min(1, max(0.0, 1 - used) / 0.4)
 
 
 def train_transformer(
@@ -160,16 +169,16 @@ def train_transformer(
     sampler: Sampler,
     optimizer: Optimizer,
     *,
-    minutes: float,
+    steps: int,
     batch: int,
     threads: int = 1,
-    steps: int | None = None,
     spent: float = 0.0,
     save: Callable[[float], None] = lambda spent: None,
 ) -> list[float]:
-    """Trains until the time (or the number of steps) is used up; returns the losses.
+    """Trains up to a number of steps; returns the losses.
 
     Args:
+        steps: those that an optimizer has done before count.
         threads: parts of a step that are computed at the same time. Each runs on one core: these
             tensors are so small that cores which share an operation wait for one another most of
             the time.
@@ -179,8 +188,9 @@ def train_transformer(
     losses: list[float] = []
     workers = ThreadPoolExecutor(threads)
     last = last_save = last_log = time.monotonic()
-    used, minutes_spent = 0.0, spent
+    used, minutes_spent = optimizer.steps / steps, spent
     while used < 1:
+        sampler.words_count = used >= DRAWING
         kinds = list(_OTHERS)
         other = sampler.rng.choices(kinds, [_OTHERS[kind] for kind in kinds])[0]
         parts = {"text": batch, "edit": batch, other: batch, "negative": batch // 4}
@@ -196,7 +206,7 @@ def train_transformer(
         now = time.monotonic()
         minutes_spent += min(now - last, LONGEST_STEP) / 60
         last = now
-        used = (optimizer.steps + 1) / steps if steps else minutes_spent / minutes
+        used = (optimizer.steps + 1) / steps
         optimizer.step(learning_fraction(used, optimizer.steps))
         losses.append(sum(weights[kind] * logged[kind] for kind in parts))
         if now - last_log > 30 or used >= 1:
@@ -239,7 +249,7 @@ def make_network(config_values: dict, seed: int) -> Network:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the model and the run")
-    parser.add_argument("--minutes", type=float, default=65, help="for the transformer")
+    parser.add_argument("--steps", type=int, default=7500, help="of the transformer")
     parser.add_argument("--vae-steps", type=int, default=7000)
     parser.add_argument("--families", type=int, default=3000, help="about 6 pictures each")
     parser.add_argument("--batch", type=int, default=8, help="conditions in a part of a step")
@@ -280,7 +290,7 @@ def main() -> None:
         network,
         sampler,
         optimizer,
-        minutes=arguments.minutes,
+        steps=arguments.steps,
         batch=arguments.batch,
         threads=arguments.threads,
         spent=spent,
