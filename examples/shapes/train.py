@@ -116,8 +116,8 @@ class Sampler:
         """Rectified flow (Liu et al., 2022): `x_t = (1 - t) noise + t image`, `v = image - noise`.
 
         Times are spread evenly over the draws of a condition; most are logit-normal (Esser et al.,
-        2024). Those show how to draw but hardly what: from about t = 0.1 on a shape of so many
-        latents stands out of the noise, and nothing is learned from the words. So once `words_count`
+        2024). Those teach how to draw but hardly what: from about t = 0.1 on, a shape of so many
+        latents stands out of the noise, and the words say nothing new. So where `words_count`,
         half of the times are earlier than `WORDS_DECIDE`.
         """
         count, draws = targets.shape[:2]
