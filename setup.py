@@ -20,7 +20,11 @@ setup(
         "omnigen_fast.kernels": "kernels",
         "omnigen_fast.profiles": "profiles",
     },
-    package_data={"omnigen_fast.bench": ["counts.json"], "omnigen_fast.profiles": ["*.json"]},
+    package_data={
+        "omnigen_fast": ["example_images/*.png"],
+        "omnigen_fast.bench": ["counts.json"],
+        "omnigen_fast.profiles": ["*.json"],
+    },
     install_requires=[
         "torch>=2.11,<2.14",
         "triton>=3.6,<3.8; platform_system == 'Linux' and platform_machine == 'x86_64'",
@@ -34,6 +38,8 @@ setup(
         "click>=8.1",
     ],
     extras_require={
+        "app": ["gradio>=6,<7"],
+        "browser": ["playwright>=1.50"],
         "bench": ["matplotlib>=3.8", "psutil>=5.9"],
         "dev": [
             "matplotlib>=3.8",
