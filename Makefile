@@ -4,7 +4,7 @@ READY := $(VENV)/.ready
 
 PEER := .peers/original
 
-.PHONY: test demo bench peers lint format clean
+.PHONY: test test-browser chromium demo bench peers lint format clean
 
 $(READY): setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -19,6 +19,23 @@ lint: $(READY)
 
 test: lint
 	$(VENV)/bin/python -m pytest
+
+# The page in a real browser. What that takes on top is installed for it alone.
+test-browser: chromium $(VENV)/.ready-browser
+	$(VENV)/bin/python -m pytest tests/browser
+
+$(VENV)/.ready-browser: $(READY)
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt \
+		--editable '.[app,browser]'
+	touch $@
+
+chromium:
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || { \
+		[ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null || { \
+			echo 'chromium is missing; install it, on Debian with:' \
+				'sudo apt-get install chromium fonts-liberation' >&2; exit 1; }; \
+		apt-get update --quiet --quiet && DEBIAN_FRONTEND=noninteractive apt-get install \
+			--quiet --quiet --yes --no-install-recommends chromium fonts-liberation; }
 
 format: $(READY)
 	$(VENV)/bin/ruff check --fix .

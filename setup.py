@@ -21,7 +21,12 @@ setup(
         "omnigen_fast.profiles": "profiles",
     },
     package_data={
-        "omnigen_fast": ["models/*/*", "models/*/inputs/*", "models/*/vae/*"],
+        "omnigen_fast": [
+            "example_images/*.png",
+            "models/*/*",
+            "models/*/inputs/*",
+            "models/*/vae/*",
+        ],
         "omnigen_fast.bench": ["counts.json"],
         "omnigen_fast.profiles": ["*.json"],
     },
@@ -38,6 +43,8 @@ setup(
         "click>=8.1",
     ],
     extras_require={
+        "app": ["gradio>=6,<7"],
+        "browser": ["playwright>=1.50"],
         "bench": ["matplotlib>=3.8", "psutil>=5.9"],
         "dev": [
             "matplotlib>=3.8",

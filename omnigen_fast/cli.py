@@ -1,18 +1,22 @@
-"""The command line: `generate`, `plan`, `env`, and of the benches `bench` and `compare`."""
+"""The command line: making pictures, the page, plans, what is installed, and the benches."""
 
 from __future__ import annotations
 
 import os
 import re
+import secrets
+import shlex
 import sys
 import tempfile
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
-from . import __version__
+from . import __version__, metadata
 from .bench.commands import bench, compare
 from .errors import CheckpointError, OmniGenError, RequestError
 from .request import OUTPUT_TYPES, checked_side
@@ -45,7 +49,7 @@ def main() -> None:
 @click.option("--device", help="cuda, cuda:1, cpu, ...; the first GPU if there is one.")
 @click.option("--dtype", default="bfloat16", show_default=True, help="bfloat16 or float32.")
 @click.option("--lora", multiple=True, help="A LoRA folder, or FOLDER:WEIGHT. May be repeated.")
-@click.option("--prompt", multiple=True, required=True, help="May be repeated: a batch.")
+@click.option("--prompt", multiple=True, help="May be repeated: a batch.")
 @click.option(
     "--image",
     "input_images",
@@ -88,7 +92,20 @@ def main() -> None:
 )
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="File to write.")
 @click.option("--quiet", is_flag=True, help="No progress bar.")
+@click.option(
+    "--from",
+    "picture",
+    metavar="FILE",
+    help="Take what is not given here from the request in a PNG file that was made before.",
+)
+@click.option(
+    "--recorded-images",
+    is_flag=True,
+    help="With --from: open the input images that the file names. For files that you trust.",
+)
+@click.pass_context
 def generate(
+    context: click.Context,
     model: str,
     vae_path: str | None,
     revision: str | None,
@@ -105,13 +122,35 @@ def generate(
     out: Path,
     quiet: bool,
     memory: str,
+    picture: str | None,
+    recorded_images: bool,
     **arguments: Any,
 ) -> None:
     """Makes images from a prompt and writes them to --out.
 
-    Several images become NAME-1.png, NAME-2.png and so on. A file that is there is replaced.
+    Several images become NAME-1.png, NAME-2.png and so on. A file that is there is replaced. PNG
+    files carry the request: `show` prints it, --from makes it again.
     """
     try:
+        images = None
+        if picture is not None:
+            made = metadata.read(picture)
+            given = _given(context)
+            named = model if "model" in given else None
+            _check_rerun(made, picture, given, named, recorded_images)
+            prompt = prompt or made.prompts
+            negative_prompt = negative_prompt or made.negative_prompts or ()
+            if "height" in given or "width" in given:
+                arguments["use_input_image_size_as_output"] = False
+                given.add("use_input_image_size_as_output")
+            recorded = dict(made.arguments)
+            dtype = dtype if "dtype" in given else recorded.pop("dtype")
+            taken = recorded.keys() & arguments.keys() - given
+            arguments |= {name: recorded[name] for name in taken}
+            if recorded_images and not input_images:
+                images = metadata.recorded_images(made, picture)
+        if not prompt:
+            raise click.UsageError("Missing option '--prompt'.", context)
         suffixes = _SUFFIXES[output_type]
         if out.suffix.lower() not in suffixes:
             raise RequestError(
@@ -120,7 +159,25 @@ def generate(
             )
         _check_writable(out)
         loras = [_parse_lora(one) for one in lora]
-        images = _assign_images(input_images, len(prompt))
+        if images is None:
+            images = _assign_images(input_images, len(prompt))
+        record = None
+        if out.suffix.lower() == ".png":
+            if arguments["seed"] is None:
+                arguments["seed"] = secrets.randbelow(1 << 32)  # or nobody could make it again
+            record = metadata.Record(
+                model=model,
+                prompts=prompt,
+                input_images=metadata.sources(images, out.parent),
+                negative_prompts=negative_prompt or None,
+                arguments={
+                    name: (arguments | {"dtype": dtype})[name] for name in metadata.ARGUMENTS
+                },
+                loras=lora,
+                latents=metadata.source(latents, out.parent) if latents else None,
+                vae_path=vae_path,
+                revision=revision,
+            )
         noise = _read_latents(latents) if latents else None
         one = len(prompt) == 1
         from .pipeline import OmniGenPipeline
@@ -139,7 +196,7 @@ def generate(
             pipe.load_lora_weights(path, weight=weight)
         result = pipe(
             prompt=prompt[0] if one else list(prompt),
-            input_images=(images[0] if one else images) if input_images else None,
+            input_images=(images[0] if one else images) if any(images) else None,
             negative_prompt=(
                 None
                 if not negative_prompt
@@ -152,7 +209,7 @@ def generate(
             progress=not quiet,
             **arguments,
         )
-        for path in _save(result, output_type, out):
+        for path in _save(result, output_type, out, record):
             click.echo(path)
     except (OmniGenError, OSError) as error:
         raise _Failure(error) from error
@@ -320,8 +377,95 @@ def env() -> None:
     click.echo(f"will run on   {_check_device(None)}, transformer in bfloat16, VAE in float32")
 
 
+@main.command()
+@click.argument("file")
+def show(file: str) -> None:
+    """Prints the request that a PNG file carries."""
+    try:
+        for line in metadata.read(file).lines():
+            click.echo(line)
+    except (OmniGenError, OSError) as error:
+        raise _Failure(error) from error
+
+
+@main.command()
+@click.option("--model", default="Shitao/OmniGen-v1", show_default=True, help="Folder or hub id.")
+@click.option("--device", help="cuda, cuda:1, cpu, ...; the first GPU if there is one.")
+@click.option("--dtype", default="bfloat16", show_default=True, help="bfloat16 or float32.")
+@click.option("--local-files-only", is_flag=True, help="Do not ask the hub.")
+@click.option("--port", type=click.IntRange(1, 65535), help="The first free one from 7860.")
+@click.option("--share", is_flag=True, help="Also under a public address, through Gradio's server.")
+@click.option(
+    "--out-dir",
+    default="omnigen-pictures",
+    show_default=True,
+    type=click.Path(path_type=Path),
+    help="Where pictures are saved.",
+)
+def app(out_dir: Path, port: int | None, share: bool, **loading: Any) -> None:
+    """Opens a page in the browser for making images; for this machine alone unless --share."""
+    try:
+        from .page import serve
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] != "gradio":
+            raise
+        message = "the page needs gradio; install it with: pip install 'omnigen_fast[app]'"
+        raise _Failure(OmniGenError(message)) from error
+    try:
+        serve(out_dir=out_dir, port=port, share=share, **loading)
+    except (OmniGenError, OSError) as error:
+        raise _Failure(error) from error
+
+
 main.add_command(bench)
 main.add_command(compare)
+
+
+def _given(context: click.Context) -> set[str]:
+    """The options that stand on the command line."""
+    return {
+        name
+        for name in context.params
+        if context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
+    }
+
+
+def _check_rerun(
+    record: metadata.Record,
+    picture: str,
+    given: set[str],
+    model: str | None,
+    recorded_images: bool,
+) -> None:
+    """A picture does not choose which files are opened: the caller does.
+
+    `model` is what the caller gave, if anything.
+    """
+    needed = [] if model is not None else [("model", record.model)]
+    if model in (None, record.model):
+        if "vae_path" not in given and record.vae_path is not None:
+            needed.append(("vae-path", record.vae_path))
+        if "revision" not in given and record.revision is not None:
+            needed.append(("revision", record.revision))
+    if "lora" not in given:
+        needed += [("lora", lora) for lora in record.loras]
+    if "latents" not in given and record.latents is not None:
+        needed.append(("latents", metadata.found_from(picture, record.latents)))
+    if not recorded_images and "input_images" not in given:
+        several = len(record.prompts) > 1
+        needed += [
+            ("image", f"{i}:" * several + metadata.found_from(picture, image))
+            for i, images in enumerate(record.input_images, 1)
+            for image in images
+        ]
+    if not needed:
+        return
+    options = " ".join(f"--{name} {shlex.quote(value)}" for name, value in needed)
+    also = ", or --recorded-images to open those it names" if "image" in dict(needed) else ""
+    raise RequestError(
+        f"{picture} was made with {metadata.printable(options)}; a picture opens nothing by "
+        f"itself: give that, or others{also}"
+    )
 
 
 def _check_writable(out: Path) -> None:
@@ -371,14 +515,15 @@ def _read_latents(path: str) -> Any:
     return next(iter(tensors.values()))
 
 
-def _save(result: Any, output_type: str, out: Path) -> list[Path]:
+def _save(result: Any, output_type: str, out: Path, record: metadata.Record | None) -> list[Path]:
     """Writes the result; each file appears whole or not at all."""
     if output_type == "pil":
         names = [out]
         if len(result) > 1:
             names = [out.with_stem(f"{out.stem}-{i + 1}") for i in range(len(result))]
-        for name, image in zip(names, result):
-            _write(name, lambda path, image=image: image.save(path))
+        for i, (name, image) in enumerate(zip(names, result)):
+            options = {"pnginfo": metadata.png_info(replace(record, index=i))} if record else {}
+            _write(name, partial(image.save, **options))
         return names
     if output_type == "np":
         import numpy as np

@@ -232,6 +232,7 @@ class TestArguments:
         monkeypatch.setattr(OmniGenPipeline, "from_pretrained", lambda *_, **__: Pipe())
         assert run("--prompt", "x", "--out", "a.png").exit_code == 0
         assert seen.pop("prompt") == "x"
+        assert 0 <= seen.pop("seed") < 1 << 32  # drawn and recorded: it can be made again
         assert len(seen) > 15
         parameters = inspect.signature(OmniGenPipeline.__call__).parameters
         for name, value in seen.items():

@@ -1,0 +1,135 @@
+"""The page's answers, without a browser: it needs Gradio, as the browser's tests do."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from base64 import b64decode
+from pathlib import Path
+from types import SimpleNamespace
+
+import gradio as gr
+import pytest
+from golden_cases import TINY
+from PIL import Image
+
+from omnigen_fast import page
+from omnigen_fast.request import DEFAULT_NEGATIVE_PROMPT
+
+
+def values(**changes) -> list:
+    fields = {
+        **dict.fromkeys(("image_1", "image_2", "image_3")),
+        "height": 32,
+        "width": 32,
+        "guidance_scale": 2.5,
+        "img_guidance_scale": 1.6,
+        "steps": 2,
+        "seed": 0,
+        "randomize": False,
+        "max_input_image_size": 32,
+        "use_input_image_size": False,
+        "negative_prompt": DEFAULT_NEGATIVE_PROMPT,
+        "memory": "auto",
+    }
+    return list(({"prompt": "A cat."} | fields | changes).values())
+
+
+def user(name: str) -> SimpleNamespace:
+    """As much of Gradio's request as is looked at."""
+    return SimpleNamespace(session_hash=name)
+
+
+@pytest.fixture
+def opened(pipe, tmp_path) -> page.Page:
+    return page.Page(pipe, str(TINY), tmp_path / "pictures")
+
+
+def test_answers(opened, tmp_path):
+    *_, (status, picture, _, saved, *_) = opened.generate(user("a"), *values())
+    assert "Done: 2 steps" in status
+    assert isinstance(picture, Path) and str(picture) == saved
+    assert list((tmp_path / "pictures").iterdir()) == [picture]
+
+
+def test_on_a_full_disk_the_picture_is_shown(opened, monkeypatch):
+    def full(*arguments, **options):
+        raise OSError(errno.ENOSPC, "No space left on device", "a.png")
+
+    monkeypatch.setattr(page, "save", full)
+    *_, (status, picture, _, saved, *_) = opened.generate(user("a"), *values())
+    assert "alert" in status
+    assert "The picture was not saved: [Errno 28] No space left on device" in status
+    assert picture.size == (32, 32)
+    assert saved == ""
+
+
+def test_in_the_order_in_which_they_came(opened):
+    """While the first runs the others wait; the second gives up, the third has its turn."""
+    first, second, third = (opened.generate(user(name), *values()) for name in "abc")
+    assert "Starting" in next(first)[0]
+    assert "Waiting: 1 before" in next(second)[0]
+    assert "Waiting: 2 before" in next(third)[0]
+    opened.stop(user("b"))
+    assert "Stopped before it began" in next(second)[0]
+    assert not list(second)
+    assert "Waiting: 1 before" in next(third)[0]
+    assert "Done" in list(first)[-1][0]
+    assert "Done" in list(third)[-1][0]
+
+
+def test_one_that_waits_is_woken(opened):
+    first, second = (opened.generate(user(name), *values()) for name in "ab")
+    next(first), next(second)
+    ends = []
+    waiting = threading.Thread(target=lambda: ends.extend(second))
+    waiting.start()
+    assert "Done" in list(first)[-1][0]
+    waiting.join(60)
+    assert "Done" in ends[-1][0]
+
+
+def test_who_leaves_makes_room(opened):
+    first, second = (opened.generate(user(name), *values(steps=1000)) for name in "ab")
+    next(first), next(second)
+    first.close()
+    assert "Starting" in next(second)[0]
+    opened.stop(user("a"))  # of no use: it is b's
+    next(second)
+    opened.stop(user("b"))
+    assert "Stopped after step" in list(second)[-1][0]
+
+
+def test_a_bug_is_shown_and_told(opened, monkeypatch, capsys):
+    def broken(*arguments):
+        raise KeyError("<b>oops</b>")
+
+    monkeypatch.setattr(page, "Job", broken)
+    ((status, *_),) = opened.generate(user("a"), *values())
+    assert "it failed (KeyError: &#x27;&lt;b&gt;oops&lt;/b&gt;&#x27;)" in status
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_pictures_may_lie_anywhere(opened, tmp_path, monkeypatch):
+    path = tmp_path / "a.png"
+    Image.new("RGB", (8, 8)).save(path)
+    component = page._Image()
+    monkeypatch.setattr(component, "GRADIO_CACHE", str(tmp_path / "cache"))
+    shown = component.postprocess(path)
+    assert Path(shown.path).read_bytes() == path.read_bytes()
+    Path(tmp_path / "full").touch()
+    monkeypatch.setattr(component, "GRADIO_CACHE", str(tmp_path / "full"))  # takes no file
+    head, data = component.postprocess(path).url.split(",")
+    assert head == "data:image/png;base64"
+    assert b64decode(data) == path.read_bytes()
+    assert component.postprocess(None) is None
+    assert component.preprocess(None) is None
+
+
+def test_nothing_is_reported_or_kept(opened):
+    assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"
+    blocks = opened.build()
+    assert not blocks.analytics_enabled
+    assert not list(Path(page.__file__).parent.glob("*.pyi"))
+    assert isinstance(blocks, gr.Blocks)
