@@ -249,7 +249,7 @@ def test_training_runs_and_its_model_loads(tmp_path):
 
     saved = []
     losses = train.train_transformer(
-        network, sampler, optimizer, batch=4, threads=2, steps=2, save=saved.append
+        network, sampler, optimizer, threads=2, steps=2, save=saved.append
     )
     assert len(losses) == 2 and len(saved) == 1
     assert 0.5 < losses[0] < 10

@@ -30,11 +30,13 @@ from .pool import Pool, collate, make_families
 from .tasks import EDITS, Task
 from .words import write_tokenizer
 
-DRAWS = 4  # of time and noise for each condition
+CONDITIONS_TIMES_DRAWS = 32  # noisy pictures in a part of a step
 # How often the last part of a step's batch is of each kind.
 _OTHERS = {"subject": 0.28, "compose": 0.22, "mask": 0.12, "pair": 0.28, "images": 0.10}
 WORDS_DECIDE = 0.15  # the time until which a picture's content comes from its condition
-DRAWING = 0.36  # of the steps, before `WORDS_DECIDE` counts
+# From which share of the steps on: draws of time and noise for each condition, and the share of
+# draws with times before WORDS_DECIDE. First it learns to draw, then what.
+PHASES = ((0.0, 4, 0.0), (0.33, 4, 0.5), (0.64, 2, 0.75))
 LONGEST_STEP = 20.0  # seconds; whatever is beyond it the machine was stopped or asleep
 _LONG = tuple(round(64 ** (i / 31), 4) for i in range(32))  # no picture here is long enough
 
@@ -72,7 +74,11 @@ class Sampler:
         self._pool, self._latents, self._processor = pool, latents, processor
         self.rng = random.Random(seed)
         self.generator = torch.Generator().manual_seed(seed)
-        self.words_count = False  # whether half of the times are early
+        self.draws, self.early = PHASES[0][1:]
+
+    def enter(self, used: float) -> None:
+        """Goes into the phase of a share of the steps."""
+        self.draws, self.early = [phase[1:] for phase in PHASES if phase[0] <= used][-1]
 
     def batch(self, kind: str, size: int) -> tuple[Conditions, Tensor, Tensor, Tensor]:
         """A part of a step: (conditions, noisy latents, times, velocities).
@@ -84,7 +90,7 @@ class Sampler:
         if kind == "negative":
             # one condition for all; every draw has a picture of its own
             text = DEFAULT_NEGATIVE_PROMPT if rng.random() < 0.8 else ""
-            kinds = rng.choices(("text", "edit", "subject", "compose"), k=size * DRAWS)
+            kinds = rng.choices(("text", "edit", "subject", "compose"), k=size * self.draws)
             targets = self._of([self._task(one).target for one in kinds]).unsqueeze(0)
             conditions = collate(
                 self._processor, [text], targets.new_empty(1, 0, *targets.shape[2:])
@@ -102,7 +108,7 @@ class Sampler:
         images = [self._of(task.inputs) for task in tasks]
         conditions = collate(self._processor, texts, torch.stack(images))
         targets = self._of([task.target for task in tasks])
-        return conditions, *self._noise(targets.unsqueeze(1).expand(-1, DRAWS, -1, -1, -1))
+        return conditions, *self._noise(targets.unsqueeze(1).expand(-1, self.draws, -1, -1, -1))
 
     def _task(self, kind: str) -> Task:
         return self._pool.task(self.rng.choice(list(EDITS)) if kind == "edit" else kind, self.rng)
@@ -117,20 +123,19 @@ class Sampler:
 
         Times are spread evenly over the draws of a condition; most are logit-normal (Esser et al.,
         2024). Those teach how to draw but hardly what: from about t = 0.1 on, a shape of so many
-        latents stands out of the noise, and the words say nothing new. So where `words_count`,
-        half of the times are earlier than `WORDS_DECIDE`.
+        latents stands out of the noise, and the words say nothing new. So `early` of the times
+        are before `WORDS_DECIDE`.
         """
         count, draws = targets.shape[:2]
         places = torch.rand(count, draws, generator=self.generator)
         even = (torch.arange(draws) + places) / draws
-        if self.words_count:
-            early, even = 2 * even * WORDS_DECIDE, 2 * even - 1
-        normal = torch.special.ndtri(even.clamp(1e-4, 1 - 1e-4))
-        times = torch.sigmoid(1.2 * normal - 0.3)
+        late = ((even - self.early) / (1 - self.early)).clamp(1e-4, 1 - 1e-4)
+        times = torch.sigmoid(1.2 * torch.special.ndtri(late) - 0.3)
         uniform = torch.rand(count, 1, generator=self.generator) < 0.3
-        times = torch.where(uniform, even, times)
-        if self.words_count:
-            times = torch.where(even < 0, early, times)
+        times = torch.where(uniform, late, times)
+        if self.early:
+            early = even / self.early * WORDS_DECIDE
+            times = torch.where(even < self.early, early, times)
         noise = torch.randn(targets.shape, generator=self.generator)
         t = times[..., None, None, None]
         return (1 - t) * noise + t * targets, times, targets - noise
@@ -170,7 +175,6 @@ def train_transformer(
     optimizer: Optimizer,
     *,
     steps: int,
-    batch: int,
     threads: int = 1,
     spent: float = 0.0,
     save: Callable[[float], None] = lambda spent: None,
@@ -190,7 +194,8 @@ def train_transformer(
     last = last_save = last_log = time.monotonic()
     used, minutes_spent = optimizer.steps / steps, spent
     while used < 1:
-        sampler.words_count = used >= DRAWING
+        sampler.enter(used)
+        batch = CONDITIONS_TIMES_DRAWS // sampler.draws
         kinds = list(_OTHERS)
         other = sampler.rng.choices(kinds, [_OTHERS[kind] for kind in kinds])[0]
         parts = {"text": batch, "edit": batch, other: batch, "negative": batch // 4}
@@ -249,10 +254,9 @@ def make_network(config_values: dict, seed: int) -> Network:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the model and the run")
-    parser.add_argument("--steps", type=int, default=7500, help="of the transformer")
+    parser.add_argument("--steps", type=int, default=8300, help="of the transformer")
     parser.add_argument("--vae-steps", type=int, default=7000)
     parser.add_argument("--families", type=int, default=3000, help="about 6 pictures each")
-    parser.add_argument("--batch", type=int, default=8, help="conditions in a part of a step")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
@@ -291,7 +295,6 @@ def main() -> None:
         sampler,
         optimizer,
         steps=arguments.steps,
-        batch=arguments.batch,
         threads=arguments.threads,
         spent=spent,
         save=save,

@@ -20,6 +20,7 @@ from PIL import Image
 from playwright.sync_api import BrowserContext, Page, expect, sync_playwright
 
 from omnigen_fast import metadata
+from omnigen_fast.demo import INPUTS, SIDE, STEPS
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CAT = GOLDEN / "images/cat.png"
@@ -27,6 +28,7 @@ WAIT = (
     int(os.environ.get("PAGE_WAIT", 120)) * 1000
 )  # ms, for anything: a busy machine is slow, not wrong
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
+SCREENSHOT = "PAGE_SCREENSHOT"  # where to write one, of the model that ships
 BROWSER_OPTIONS = [
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
@@ -51,7 +53,8 @@ def server(tmp_path_factory) -> Iterator[Server]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    options = {"model": "tiny", "device": "cpu", "dtype": "float32", "port": port}
+    model = "shapes" if SCREENSHOT in os.environ else "tiny"
+    options = {"model": model, "device": "cpu", "dtype": "float32", "port": port}
     process = subprocess.Popen(
         [
             *(sys.executable, "-m", "omnigen_fast.app", "--local-files-only"),
@@ -308,16 +311,16 @@ def test_memory_table(page):
         expect(page.get_by_role("alert").filter(has_text=message)).to_be_visible()
 
 
-@pytest.mark.skipif("PAGE_SCREENSHOT" not in os.environ, reason="PAGE_SCREENSHOT=FILE.png makes it")
+@pytest.mark.skipif(SCREENSHOT not in os.environ, reason=f"{SCREENSHOT}=FILE.png makes it")
 def test_screenshot(page, server):
     """The page after a picture, for the documentation."""
     before = server.saved()
-    page.locator("#image-1 input[type=file]").set_input_files(CAT)
-    fill(page, max_input_size=256, steps=20)
+    page.locator("#image-1 input[type=file]").set_input_files(INPUTS / "circle-triangle.png")
+    fill(page, width=SIDE, height=SIDE, max_input_size=SIDE, steps=STEPS)
     page.locator("#use-input-size input").check()
-    page.locator("#prompt textarea").fill("<img><|image_1|></img> Make the cat black.")
+    page.locator("#prompt textarea").fill("<img><|image_1|></img> Make the triangle orange.")
     page.locator("#generate").click()
     done(page, server, before)
     page.mouse.move(0, 0)
     picture = Image.open(io.BytesIO(page.screenshot(full_page=True)))
-    picture.quantize(128).save(os.environ["PAGE_SCREENSHOT"], optimize=True)
+    picture.quantize(128).save(os.environ[SCREENSHOT], optimize=True)
