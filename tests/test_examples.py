@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import re
 import runpy
 import sys
@@ -113,7 +112,7 @@ def test_demo_command_says_what_is_wrong(folder):
         (["--out", str(folder / "x.png"), "--model", "./nothing"], "./nothing does not exist"),
     ):
         result = CliRunner().invoke(main, ["demo", *arguments])
-        assert result.exit_code == 1 and message in result.output, result.output
+        assert result.exit_code in (1, 2) and message in result.output, result.output
         assert len(result.output.splitlines()) == 1
     assert not (folder / "x.png").exists()
 
@@ -125,7 +124,7 @@ def test_notebook(folder):
 
     path = FOLDER / "inference.ipynb"
     written = nbformat.read(path, as_version=4)
-    ran = nbformat.from_dict(json.loads(path.read_text()))
+    ran = nbformat.read(path, as_version=4)
     NotebookClient(ran, timeout=300, kernel_name="python3").execute()
     assert [cell.source for cell in ran.cells] == [cell.source for cell in written.cells]
     count = 0
