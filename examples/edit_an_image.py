@@ -5,7 +5,7 @@ from omnigen_fast.demo import INPUTS
 
 pipe = OmniGenPipeline.from_pretrained("shapes")
 instructions = [
-    "Make the triangle orange.",
+    "Make the triangle purple.",
     "Remove the circle.",
     "Change the background to white.",
 ]

@@ -6,7 +6,7 @@ from omnigen_fast.demo import INPUTS
 pipe = OmniGenPipeline.from_pretrained("shapes")
 size = {"height": 128, "width": 128, "num_inference_steps": 25}
 (subject,) = pipe(
-    prompt="Draw the object in <img><|image_1|></img> at the top left and a small green cross "
+    prompt="Draw the object in <img><|image_1|></img> at the top left and a small green circle "
     "at the bottom right, meadow background.",
     input_images=[INPUTS / "star.png"],
     **size,

@@ -333,7 +333,7 @@ def demo(model: str, out: Path, seed: int, device: str | None, dtype: str) -> No
     try:
         if out.suffix.lower() not in _SUFFIXES["pil"]:
             raise RequestError(f"--out must end in {' or '.join(_SUFFIXES['pil'])}, got {out}")
-        out.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(out.parent)
         _check_writable(out)
         from .demo import run, sheet
         from .pipeline import OmniGenPipeline
@@ -476,6 +476,14 @@ def _check_writable(out: Path) -> None:
         raise RequestError(f"--out: the folder {out.parent} does not exist; make it first")
     if not os.access(out.parent, os.W_OK):
         raise RequestError(f"--out: the folder {out.parent} can't be written to")
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = "there is a file" if isinstance(error, FileExistsError) else error.strerror
+        raise OSError(f"--out: the folder {folder} can't be made: {reason}") from error
 
 
 def _parse_lora(text: str) -> tuple[str, float]:

@@ -42,18 +42,18 @@ _ONE, _TWO, _THREE = (f"<img><|image_{number}|></img>" for number in (1, 2, 3))
 EXAMPLES = (
     Example(
         "text to image",
-        "A large blue ring at the top left and a small red star at the bottom right "
+        "A large blue triangle at the top left and a small red star at the bottom right "
         "on a meadow background.",
     ),
     Example("text to image", "a large purple circle in the bottom left corner, black background"),
-    Example("recolour", f"{_ONE} Make the triangle orange.", ("circle-triangle",)),
+    Example("recolour", f"{_ONE} Make the triangle purple.", ("circle-triangle",)),
     Example("remove", f"{_ONE} Remove the circle.", ("circle-triangle",)),
     Example("add", f"{_ONE} Add a small blue square at the top left.", ("star",)),
     Example("move", f"{_ONE} Move the star to the top right.", ("star",)),
     Example("background", f"{_ONE} Change the background to striped.", ("square",)),
     Example(
         "subject",
-        f"Draw the object in {_ONE} at the top left and a small green cross at the bottom right, "
+        f"Draw the object in {_ONE} at the top left and a small green circle at the bottom right, "
         "meadow background.",
         ("star",),
     ),

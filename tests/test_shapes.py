@@ -73,7 +73,7 @@ def test_checker_counts_one_wrong_attribute(attribute, value):
 
 
 def test_checker_counts_what_is_missing_and_what_is_too_much():
-    one, two = scenes.Thing("circle", "red", "small", 0), scenes.Thing("ring", "blue", "large", 2)
+    one, two = scenes.Thing("circle", "red", "small", 0), scenes.Thing("star", "blue", "large", 2)
     single, both = scenes.Scene((one,), "meadow"), scenes.Scene((one, two), "meadow")
     missing = checker.score(checker.read(scenes.render(single)), both)
     assert (missing.right, missing.asked) == (5, 10)  # background and one thing
@@ -179,7 +179,7 @@ def test_the_network_that_is_trained_is_the_one_that_runs(tmp_path):
         given = [pipe.vae.encode(InputImage(image)) for image in images]
         given = torch.stack(given) if given else torch.zeros(0, 4, 16, 16)
         tags = " ".join(f"<img><|image_{i + 1}|></img>" for i in range(len(images)))
-        longer = f"a red circle at the top left and {'a small blue ring ' * 5} {tags}"
+        longer = f"a red circle at the top left and {'a small blue star ' * 5} {tags}"
         conditions = collate(pipe.processor, [text, longer], given.expand(2, *given.shape))
         noisy = torch.stack([noise[0], seen[0][0]]).expand(2, -1, -1, -1, -1)
         with torch.no_grad():
@@ -235,6 +235,13 @@ def test_layer_gradients(last):
 def test_training_runs_and_its_model_loads(tmp_path):
     """Two steps of everything; the loss is that of an untrained network, and falls."""
     vae = autoencoder.train_autoencoder(steps=2, batch=4)
+    encoder, decoder = (
+        {name: weight.clone() for name, weight in part.state_dict().items()}
+        for part in (vae.encoder, vae.decoder)
+    )
+    autoencoder.train_decoder(vae, steps=2, batch=2, threads=2)
+    assert all(torch.equal(weight, encoder[n]) for n, weight in vae.encoder.state_dict().items())
+    assert not all(torch.equal(w, decoder[n]) for n, w in vae.decoder.state_dict().items())
     autoencoder.save_autoencoder(vae, tmp_path / "vae")
     pool = Pool(make_families(150, random.Random(0)))
     latents = autoencoder.encode_scenes(vae, pool.scenes)
@@ -267,6 +274,13 @@ def test_training_runs_and_its_model_loads(tmp_path):
     assert image.size == (128, 128)
 
 
+def test_pool_of_too_few_families():
+    pool = Pool(make_families(0, random.Random(0)))
+    for kind in ("subject", "compose", "pair"):
+        with pytest.raises(ValueError, match=f"too few families for a {kind} task"):
+            pool.task(kind, random.Random(0))
+
+
 def test_training_learns(tmp_path):
     """One prompt's velocity, from the same noise: a few updates bring the loss down."""
     pool = Pool(make_families(4, random.Random(0)))
@@ -277,7 +291,7 @@ def test_training_learns(tmp_path):
     sampler, optimizer = train.Sampler(pool, latents, processor, 0), Optimizer(network)
     batch, losses = sampler.batch("recolour", 2), []
     for _ in range(12):
-        losses.append(train.backward(network, *batch, 1.0))
+        losses.append(train.backward(network, batch, 1.0))
         optimizer.step(1.0)
     assert losses[-1] < 0.8 * losses[0]
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,11 +72,7 @@ def _batches(
 
 
 def train_autoencoder(
-    steps: int,
-    seed: int = 0,
-    batch: int = 16,
-    threads: int = 1,
-    start: AutoencoderKL | None = None,
+    steps: int, seed: int = 0, batch: int = 16, threads: int = 1
 ) -> AutoencoderKL:
     """Trains an AutoencoderKL, then whitens its latents.
 
@@ -87,59 +84,113 @@ def train_autoencoder(
         seed: of weights, scenes and noise.
         batch: parts in a step; of whole pictures a quarter.
         threads: parts of a step that are computed at the same time, one core each.
-        start: one that has seen parts already, to go on with; it sees whole pictures only.
     """
     torch.manual_seed(seed)
-    parts_end, full_rate = (0.0, RATE / 2) if start else (PARTS_END, RATE)
-    model = (start or new_autoencoder()).to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=full_rate, betas=(0.9, 0.98), weight_decay=0
-    )
     rng = random.Random(seed)
-    began = time.monotonic()
-    size = batch // threads
-    parts = _batches(rng, size, CROP, (1, 2, 3, 4))
-    wholes = _batches(rng, max(1, size // 4), SIDE, (1, 1, 2, 3))
-    workers = ThreadPoolExecutor(threads)
-    for step in range(steps):
-        used = step / steps
-        optimizer.zero_grad(set_to_none=True)
-        source = parts if used < parts_end else wholes
-        some = [next(source) for _ in range(threads)]
-        results = list(workers.map(lambda one: _backward(model, *one, 1 / threads), some))
-        rate = full_rate * min(1, (step + 1) / 50) * (1 - used) ** 0.8
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        if step % 50 == 49:
-            elapsed = time.monotonic() - began
-            reconstruction, kl = (sum(values) / threads for values in zip(*results))
-            print(
-                f"vae step {step + 1}, {elapsed:.0f} s: reconstruction {reconstruction:.4f} "
-                f"kl {kl:.2f}",
-                flush=True,
-            )
-    workers.shutdown()
-    model = model.to(memory_format=torch.contiguous_format).eval().requires_grad_(False)
+    model = new_autoencoder()
+    parts = _batches(rng, batch // threads, CROP, (1, 2, 3, 4))
+    wholes = _batches(rng, max(1, batch // threads // 4), SIDE, (1, 1, 2, 3))
+    _train(
+        model,
+        lambda used: next(parts if used < PARTS_END else wholes),
+        steps=steps,
+        rate=RATE,
+        threads=threads,
+        code=_sampled,
+    )
     _whiten(model, rng)
     return model
 
 
-def _backward(
-    model: AutoencoderKL, pixels: Tensor, weights: Tensor, weight: float
-) -> tuple[float, float]:
-    """Adds the gradients of some pictures' loss, times `weight`; returns its two parts."""
-    pixels = pixels.contiguous(memory_format=torch.channels_last)
-    with torch.autocast("cpu", torch.bfloat16):
-        posterior = model.encode(pixels).latent_dist
-        latents = posterior.mean + posterior.std * torch.randn_like(posterior.mean)
-        decoded = model.decode(latents + _noise_like(latents)).sample.float()
+def train_decoder(
+    model: AutoencoderKL, steps: int, seed: int = 1, batch: int = 8, threads: int = 1
+) -> None:
+    """Trains the decoder alone, on whole pictures: what latents mean stays as it is.
+
+    Args:
+        model: changed in place.
+        steps: updates.
+        seed: of scenes and noise.
+        batch: pictures in a step.
+        threads: as in `train_autoencoder`.
+    """
+    torch.manual_seed(seed)
+    wholes = _batches(random.Random(seed), batch // threads, SIDE, (0, 1, 1, 2, 2))
+    model.decoder.requires_grad_(True)
+    model.post_quant_conv.requires_grad_(True)
+    _train(
+        model,
+        lambda used: next(wholes),
+        steps=steps,
+        rate=RATE / 2,
+        threads=threads,
+        code=_means,
+    )
+
+
+def _train(
+    model: AutoencoderKL,
+    batch_at: Callable[[float], tuple[Tensor, Tensor]],  # of a share of the steps
+    *,
+    steps: int,
+    rate: float,
+    threads: int,
+    code: Callable[[AutoencoderKL, Tensor], tuple[Tensor, Tensor]],
+) -> None:
+    """Trains the parameters that ask for gradients; none does afterwards."""
+    model.to(memory_format=torch.channels_last).train()
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=rate, betas=(0.9, 0.98), weight_decay=0)
+    began = time.monotonic()
+    with ThreadPoolExecutor(threads) as workers:
+        for step in range(steps):
+            used = step / steps
+            optimizer.zero_grad(set_to_none=True)
+            some = [batch_at(used) for _ in range(threads)]
+            results = list(workers.map(partial(_backward, model, code, 1 / threads), *zip(*some)))
+            for group in optimizer.param_groups:
+                group["lr"] = rate * min(1, (step + 1) / 50) * (1 - used) ** 0.8
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            if step % 50 == 49:
+                elapsed = time.monotonic() - began
+                error, kl = (sum(values) / threads for values in zip(*results))
+                print(
+                    f"vae step {step + 1}, {elapsed:.0f} s: reconstruction {error:.4f} kl {kl:.2f}",
+                    flush=True,
+                )
+    model.to(memory_format=torch.contiguous_format).eval().requires_grad_(False)
+
+
+def _sampled(model: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Sampled latents and their divergence from the standard normal distribution."""
+    posterior = model.encode(pixels).latent_dist
     mean, logvar = posterior.mean.float(), posterior.logvar.float()
     kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
+    return posterior.mean + posterior.std * torch.randn_like(posterior.mean), kl
+
+
+def _means(model: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """The latents that the transformer is trained on."""
+    with torch.no_grad():
+        return model.encode(pixels).latent_dist.mean, torch.zeros(())
+
+
+def _backward(
+    model: AutoencoderKL,
+    code: Callable[[AutoencoderKL, Tensor], tuple[Tensor, Tensor]],
+    share: float,
+    pixels: Tensor,
+    weights: Tensor,
+) -> tuple[float, float]:
+    """Adds the gradients of some pictures' loss, times `share`; returns its two parts."""
+    pixels = pixels.contiguous(memory_format=torch.channels_last)
+    with torch.autocast("cpu", torch.bfloat16):
+        latents, kl = code(model, pixels)
+        decoded = model.decode(latents + _noise_like(latents)).sample.float()
     error = decoded - pixels
     loss = ((error.abs() + error.square()) * weights).mean()
-    ((loss + KL_WEIGHT * kl) * weight).backward()
+    ((loss + KL_WEIGHT * kl) * share).backward()
     return loss.item(), kl.item()
 
 

@@ -30,19 +30,19 @@ SCENES = {
 TARGETS = (
     Scene(
         (
-            Thing("ring", "blue", "large", TOP_LEFT),
+            Thing("triangle", "blue", "large", TOP_LEFT),
             Thing("star", "red", "small", BOTTOM_RIGHT),
         ),
         "meadow",
     ),
     Scene((Thing("circle", "purple", "large", BOTTOM_LEFT),), "black"),
-    Scene((_CIRCLE, replace(_TRIANGLE, colour="orange")), "gray"),
+    Scene((_CIRCLE, replace(_TRIANGLE, colour="purple")), "gray"),
     Scene((_TRIANGLE,), "gray"),
     Scene((_STAR, Thing("square", "blue", "small", TOP_LEFT)), "black"),
     Scene((replace(_STAR, place=TOP_RIGHT),), "black"),
     Scene((_SQUARE,), "striped"),
     Scene(
-        (replace(_STAR, place=TOP_LEFT), Thing("cross", "green", "small", BOTTOM_RIGHT)), "meadow"
+        (replace(_STAR, place=TOP_LEFT), Thing("circle", "green", "small", BOTTOM_RIGHT)), "meadow"
     ),
     Scene((_STAR,), "checkered"),
     mask_of(_TRIANGLE),

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .network import Network
 
-MUON_RATE = 0.02
-ADAM_RATE = 3e-3
+MUON_RATE = 0.01
+ADAM_RATE = 1e-3
+DECAY = 0.1  # of the layers' matrices, times the rate
 _MOMENTUM = 0.95
 _EMA = 0.998
+_TOGETHER = 5  # matrices that are orthogonalized at a time
 
 
+@torch.no_grad()
 def orthogonalized(matrices: Tensor) -> Tensor:  # [count, rows, columns]
     """The nearest orthogonal matrices, nearly: five Newton-Schulz steps (Jordan et al., 2024)."""
     tall = matrices.shape[1] > matrices.shape[2]
@@ -47,8 +51,11 @@ class Optimizer:
         self.steps = 0
 
     @torch.no_grad()
-    def step(self, fraction: float) -> None:
-        """One update with a `fraction` of the full learning rates; clears the gradients."""
+    def step(self, fraction: float, map: Callable[..., Iterable[Any]] = map) -> None:
+        """One update with a `fraction` of the full learning rates; clears the gradients.
+
+        `map` may be an executor's, to spread the work over several cores.
+        """
         for name in self._rest:
             grad = self._weights[name].grad
             # None where no task of this step has the weight: no input image, for instance
@@ -56,7 +63,7 @@ class Optimizer:
         for group in self._adam.param_groups:
             group["lr"] = ADAM_RATE * fraction
         self._adam.step()
-        self._muon_step(MUON_RATE * fraction)
+        self._muon_step(MUON_RATE * fraction, map)
         self.steps += 1
         decay = min(_EMA, self.steps / (self.steps + 10))
         masters, average = list(self.masters.values()), list(self.average.values())
@@ -65,7 +72,7 @@ class Optimizer:
             weight.copy_(self.masters[name])
             weight.grad = None
 
-    def _muon_step(self, rate: float) -> None:
+    def _muon_step(self, rate: float, map: Callable[..., Iterable[Any]]) -> None:
         by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = defaultdict(list)
         for name in self._matrices:
             grad, momentum = self._weights[name].grad.float(), self._momentum[name]
@@ -73,11 +80,16 @@ class Optimizer:
             update = grad.lerp_(momentum, _MOMENTUM)
             for part, of in zip(_parts(name, update), _parts(name, self.masters[name])):
                 by_shape[part.shape].append((part, of))
-        for shape, pairs in by_shape.items():
-            updates = orthogonalized(torch.stack([update for update, _ in pairs]))
-            scale = max(1, shape[0] / shape[1]) ** 0.5
-            for update, (_, master) in zip(updates, pairs):
-                master.add_(update, alpha=-rate * scale)
+        groups = [
+            pairs[first : first + _TOGETHER]
+            for pairs in by_shape.values()
+            for first in range(0, len(pairs), _TOGETHER)
+        ]
+        stacks = [torch.stack([update for update, _ in group]) for group in groups]
+        for group, updates in zip(groups, map(orthogonalized, stacks)):
+            scale = max(1, updates.shape[1] / updates.shape[2]) ** 0.5
+            for update, (_, master) in zip(updates, group):
+                master.mul_(1 - rate * DECAY).add_(update, alpha=-rate * scale)
 
     def averaged(self, network: Network) -> dict[str, Tensor]:
         """All weights of a network by their names, averaged over the latest steps."""

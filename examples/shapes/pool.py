@@ -6,6 +6,7 @@ import random
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +28,8 @@ from .tasks import (
     subject_task,
     text_task,
 )
+
+_T = TypeVar("_T")
 
 # What undoes an edit: a scene and its edited version give two tasks.
 _INVERSE = {
@@ -76,6 +79,11 @@ class Pool:
                 others = tuple(one for one in scene.things if one != thing)
                 first = replace(scene, things=(thing, *others))
                 self._with_subject[thing.shape, thing.colour, thing.size].append(first)
+        self._subjects = [
+            scene
+            for scene in self._singles
+            if any(one.things[0].place != scene.things[0].place for one in self._shown(scene))
+        ]
         self._on_background = defaultdict(list)
         for scene in [*self._singles, *empty * (len(self._singles) // 6)]:
             self._on_background[scene.background].append(scene)
@@ -93,13 +101,23 @@ class Pool:
                                 shown = second.background
                                 self._swaps.append((first, second))
                             self._changes[kind, shown].append((first, second))
+        # those that another thing shows, too
+        self._shared = [
+            change
+            for change, shown in self._changes.items()
+            if len({first.things for first, _ in shown}) > 1
+        ]
 
     def index(self, scene: Scene) -> int:
         """Which of `scenes` has the same picture."""
         return self._index[_key(scene)]
 
     def task(self, kind: str, rng: random.Random) -> Task:
-        """A task of one of `tasks.KINDS`."""
+        """A task of one of `tasks.KINDS`.
+
+        Raises:
+            ValueError: the families are too few for it.
+        """
         if kind == "text":
             return text_task(rng.choice(self._pictures), rng.random() < 0.8)
         if kind in EDITS:
@@ -110,9 +128,9 @@ class Pool:
         if kind == "subject":
             return self._subject(rng)
         if kind == "compose":
-            first, target = rng.choice(self._swaps)
+            first, target = _choice(rng, self._swaps, kind)
             return compose_task(first, rng.choice(self._on_background[target.background]))
-        change, shown = rng.choice(list(self._changes))
+        change, shown = _choice(rng, self._shared, kind)
         while True:
             (one, two), (three, four) = rng.choices(self._changes[change, shown], k=2)
             if one.things != three.things:
@@ -131,12 +149,22 @@ class Pool:
                 return edit_task(kind, single, replace(single, things=()))
 
     def _subject(self, rng: random.Random) -> Task:
+        source = _choice(rng, self._subjects, "subject")
         while True:
-            source = rng.choice(self._singles)
-            (thing,) = source.things
-            target = rng.choice(self._with_subject[thing.shape, thing.colour, thing.size])
-            if target.things[0].place != thing.place:
+            target = rng.choice(self._shown(source))
+            if target.things[0].place != source.things[0].place:
                 return subject_task(source, target)
+
+    def _shown(self, source: Scene) -> list[Scene]:
+        """Scenes with the one thing of another as their first, anywhere."""
+        (thing,) = source.things
+        return self._with_subject[thing.shape, thing.colour, thing.size]
+
+
+def _choice(rng: random.Random, tasks: Sequence[_T], kind: str) -> _T:
+    if not tasks:
+        raise ValueError(f"too few families for a {kind} task")
+    return rng.choice(tasks)
 
 
 def _key(scene: Scene) -> tuple[frozenset, str]:

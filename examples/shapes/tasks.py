@@ -14,7 +14,6 @@ from .scenes import (
     TRAINED,
     Scene,
     Thing,
-    random_offset,
     random_scene,
     random_thing,
 )
@@ -27,8 +26,6 @@ _SHAPE_WORDS = {
     "square": ["square", "box"],
     "triangle": ["triangle"],
     "star": ["star"],
-    "ring": ["ring"],
-    "cross": ["cross", "plus"],
 }
 _COLOUR_WORDS = {colour: [colour] for colour in COLOURS} | {"purple": ["purple", "violet"]}
 _SIZE_WORDS = {"small": ["small", "little"], "large": ["large", "big"]}
@@ -262,7 +259,7 @@ def moved(scene: Scene, rng: random.Random, pairs: Pairs = TRAINED) -> Scene:
     thing, *others = scene.things
     used = {one.place for one in scene.things}
     place = rng.choice([place for place in range(len(PLACES)) if place not in used])
-    return replace(scene, things=(replace(thing, place=place, offset=random_offset(rng)), *others))
+    return replace(scene, things=(replace(thing, place=place), *others))
 
 
 def on_other_background(scene: Scene, rng: random.Random, pairs: Pairs = TRAINED) -> Scene:

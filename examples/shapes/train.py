@@ -13,6 +13,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,25 +24,26 @@ from omnigen_fast.config import ModelConfig
 from omnigen_fast.processor import Processor
 from omnigen_fast.request import DEFAULT_NEGATIVE_PROMPT
 
-from .autoencoder import encode_scenes, save_autoencoder, train_autoencoder
+from .autoencoder import encode_scenes, save_autoencoder, train_autoencoder, train_decoder
 from .network import Conditions, Network
 from .optimizer import Optimizer
 from .pool import Pool, collate, make_families
+from .scenes import Scene
 from .tasks import EDITS, Task
 from .words import write_tokenizer
 
-CONDITIONS_TIMES_DRAWS = 32  # noisy pictures in a part of a step
+CONDITIONS, DRAWS = 16, 2  # in a part of a step; draws of time and noise for each condition
 # How often the last part of a step's batch is of each kind.
-_OTHERS = {"subject": 0.28, "compose": 0.22, "mask": 0.12, "pair": 0.28, "images": 0.10}
+_OTHERS = {"subject": 0.32, "compose": 0.26, "mask": 0.12, "pair": 0.20, "images": 0.10}
 WORDS_DECIDE = 0.15  # the time until which a picture's content comes from its condition
-# From which share of the steps on: draws of time and noise for each condition, and the share of
-# draws with times before WORDS_DECIDE. First it learns to draw, then what.
-PHASES = ((0.0, 4, 0.0), (0.33, 4, 0.5), (0.64, 2, 0.75))
+EARLY = 0.6  # share of draws with times before it
+ASKED_WEIGHT = 4.0  # what a latent counts that shows what was asked, beyond one that does not
+ASKED_FROM = 0.2  # deviations of a latent by which it shows something
 LONGEST_STEP = 20.0  # seconds; whatever is beyond it the machine was stopped or asleep
 _LONG = tuple(round(64 ** (i / 31), 4) for i in range(32))  # no picture here is long enough
 
 
-def phi3_config(vocab_size: int, hidden: int = 192, layers: int = 6) -> dict:
+def phi3_config(vocab_size: int, hidden: int = 256, layers: int = 5) -> dict:
     """The `config.json` of the original layout."""
     return {
         "architectures": ["Phi3ForCausalLM"],
@@ -67,21 +69,27 @@ def phi3_config(vocab_size: int, hidden: int = 192, layers: int = 6) -> dict:
 POS_EMBED_SIZE = 64  # 1024 px, the default size of a call
 
 
+@dataclass(frozen=True)
+class Part:
+    """Tasks of one kind for a step."""
+
+    conditions: Conditions
+    noisy: Tensor  # [batch, draws, 4, height, width]
+    times: Tensor  # [batch, draws]
+    velocity: Tensor  # as noisy
+    weights: Tensor  # of the squared errors; broadcasts to noisy, 1 on average
+
+
 class Sampler:
-    """Batches of conditions, noisy latents, times and velocities."""
+    """Parts of training steps."""
 
     def __init__(self, pool: Pool, latents: Tensor, processor: Processor, seed: int) -> None:
         self._pool, self._latents, self._processor = pool, latents, processor
         self.rng = random.Random(seed)
         self.generator = torch.Generator().manual_seed(seed)
-        self.draws, self.early = PHASES[0][1:]
 
-    def enter(self, used: float) -> None:
-        """Goes into the phase of a share of the steps."""
-        self.draws, self.early = [phase[1:] for phase in PHASES if phase[0] <= used][-1]
-
-    def batch(self, kind: str, size: int) -> tuple[Conditions, Tensor, Tensor, Tensor]:
-        """A part of a step: (conditions, noisy latents, times, velocities).
+    def batch(self, kind: str, size: int) -> Part:
+        """A part of a step, of `size` conditions.
 
         `kind` is one of `tasks.KINDS`, "edit" for any edit, "images" for image guidance's branch
         (input images without words), or "negative" for the branch of the negative prompt.
@@ -90,13 +98,14 @@ class Sampler:
         if kind == "negative":
             # one condition for all; every draw has a picture of its own
             text = DEFAULT_NEGATIVE_PROMPT if rng.random() < 0.8 else ""
-            kinds = rng.choices(("text", "edit", "subject", "compose"), k=size * self.draws)
+            kinds = rng.choices(("text", "edit", "subject", "compose"), k=size * DRAWS)
             targets = self._of([self._task(one).target for one in kinds]).unsqueeze(0)
             conditions = collate(
                 self._processor, [text], targets.new_empty(1, 0, *targets.shape[2:])
             )
-            return conditions, *self._noise(targets)
-        if kind == "images":
+            return Part(conditions, *self._noise(targets), torch.ones(()))
+        words_known = kind != "images"
+        if not words_known:
             kind = rng.choices(("edit", "subject", "compose", "pair"), (6, 2, 2, 1))[0]
             tasks = [self._task(kind) for _ in range(size)]
             count = len(tasks[0].inputs)
@@ -108,7 +117,23 @@ class Sampler:
         images = [self._of(task.inputs) for task in tasks]
         conditions = collate(self._processor, texts, torch.stack(images))
         targets = self._of([task.target for task in tasks])
-        return conditions, *self._noise(targets.unsqueeze(1).expand(-1, self.draws, -1, -1, -1))
+        weights = torch.ones(())
+        if words_known:
+            weights = 1 + ASKED_WEIGHT * self._asked(tasks, targets)
+            weights = (weights / weights.mean()).unsqueeze(1)
+        noisy = self._noise(targets.unsqueeze(1).expand(-1, DRAWS, -1, -1, -1))
+        return Part(conditions, *noisy, weights)
+
+    def _asked(self, tasks: Sequence[Task], targets: Tensor) -> Tensor:  # [tasks, 1, ...], 0 or 1
+        """Where a target shows things, or what is no more as it was before an edit.
+
+        That is a small part of a picture. Where all is as the words say, weights change nothing;
+        for a branch without words they would make things likelier than they are.
+        """
+        empty = self._of([Scene((), task.target.background) for task in tasks])
+        before = [task.inputs[0] if task.kind in EDITS else task.target for task in tasks]
+        apart = torch.maximum((targets - empty).abs(), (targets - self._of(before)).abs())
+        return (apart.amax(1, keepdim=True) > ASKED_FROM).float()
 
     def _task(self, kind: str) -> Task:
         return self._pool.task(self.rng.choice(list(EDITS)) if kind == "edit" else kind, self.rng)
@@ -121,21 +146,20 @@ class Sampler:
     def _noise(self, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rectified flow (Liu et al., 2022): `x_t = (1 - t) noise + t image`, `v = image - noise`.
 
-        Times are spread evenly over the draws of a condition; most are logit-normal (Esser et al.,
-        2024). Those teach how to draw but hardly what: from about t = 0.1 on, a shape of so many
-        latents stands out of the noise, and the words say nothing new. So `early` of the times
-        are before `WORDS_DECIDE`.
+        Times are spread evenly over the draws of a condition; most of the late ones are
+        logit-normal (Esser et al., 2024). Those teach how to draw but hardly what: from about
+        t = 0.1 on, a shape of so many latents stands out of the noise, and the words say nothing
+        new. So `EARLY` of the times are before `WORDS_DECIDE`, and most of these close to zero.
         """
         count, draws = targets.shape[:2]
         places = torch.rand(count, draws, generator=self.generator)
         even = (torch.arange(draws) + places) / draws
-        late = ((even - self.early) / (1 - self.early)).clamp(1e-4, 1 - 1e-4)
+        late = ((even - EARLY) / (1 - EARLY)).clamp(1e-4, 1 - 1e-4)
         times = torch.sigmoid(1.2 * torch.special.ndtri(late) - 0.3)
         uniform = torch.rand(count, 1, generator=self.generator) < 0.3
         times = torch.where(uniform, late, times)
-        if self.early:
-            early = even / self.early * WORDS_DECIDE
-            times = torch.where(even < self.early, early, times)
+        early = (even / EARLY).square() * WORDS_DECIDE
+        times = torch.where(even < EARLY, early, times)
         noise = torch.randn(targets.shape, generator=self.generator)
         t = times[..., None, None, None]
         return (1 - t) * noise + t * targets, times, targets - noise
@@ -165,8 +189,8 @@ def original_name(name: str) -> str:
 
 
 def learning_fraction(used: float, step: int) -> float:
-    """Of the full learning rate: a short warm-up; from 60 % of the steps on it falls to zero."""
-    return min(1, (step + 1) / 100) * min(1, max(0.0, 1 - used) / 0.4)
+    """Of the full learning rate: a short warm-up, then down to zero (Bergsma et al., 2025)."""
+    return min(1, (step + 1) / 100) * max(0.0, 1 - used)
 
 
 def train_transformer(
@@ -194,25 +218,23 @@ def train_transformer(
     last = last_save = last_log = time.monotonic()
     used, minutes_spent = optimizer.steps / steps, spent
     while used < 1:
-        sampler.enter(used)
-        batch = CONDITIONS_TIMES_DRAWS // sampler.draws
         kinds = list(_OTHERS)
         other = sampler.rng.choices(kinds, [_OTHERS[kind] for kind in kinds])[0]
-        parts = {"text": batch, "edit": batch, other: batch, "negative": batch // 4}
+        parts = dict.fromkeys(("text", "edit", other), CONDITIONS) | {"negative": CONDITIONS // 4}
         batches = {kind: sampler.batch(kind, size) for kind, size in parts.items()}
         total = sum(parts.values())
         weights = {kind: size / total for kind, size in parts.items()}
         # the longest part first
         kinds = [other, "edit", "text", "negative"]
         running = [
-            workers.submit(backward, network, *batches[kind], weights[kind]) for kind in kinds
+            workers.submit(backward, network, batches[kind], weights[kind]) for kind in kinds
         ]
         logged = {kind: one.result() for kind, one in zip(kinds, running)}
         now = time.monotonic()
         minutes_spent += min(now - last, LONGEST_STEP) / 60
         last = now
         used = (optimizer.steps + 1) / steps
-        optimizer.step(learning_fraction(used, optimizer.steps))
+        optimizer.step(learning_fraction(used, optimizer.steps), workers.map)
         losses.append(sum(weights[kind] * logged[kind] for kind in parts))
         if now - last_log > 30 or used >= 1:
             recent = losses[-50:]
@@ -230,17 +252,11 @@ def train_transformer(
     return losses
 
 
-def backward(
-    network: Network,
-    conditions: Conditions,
-    noisy: Tensor,
-    times: Tensor,
-    velocity: Tensor,
-    weight: float,
-) -> float:
+def backward(network: Network, part: Part, weight: float) -> float:
     """Adds the gradients of a part's loss, times `weight`; returns the loss."""
-    predicted = network(conditions, noisy.to(network.weight("norm").dtype), times)
-    loss = (predicted.float() - velocity).square().mean()
+    noisy = part.noisy.to(network.weight("norm").dtype)
+    predicted = network(part.conditions, noisy, part.times)
+    loss = ((predicted.float() - part.velocity).square() * part.weights).mean()
     (loss * weight).backward()
     return loss.item()
 
@@ -254,9 +270,12 @@ def make_network(config_values: dict, seed: int) -> Network:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the model and the run")
-    parser.add_argument("--steps", type=int, default=8300, help="of the transformer")
-    parser.add_argument("--vae-steps", type=int, default=7000)
-    parser.add_argument("--families", type=int, default=3000, help="about 6 pictures each")
+    parser.add_argument("--steps", type=int, default=4600, help="of the transformer")
+    parser.add_argument("--vae-steps", type=int, default=4500)
+    parser.add_argument(
+        "--decoder-steps", type=int, default=2000, help="of the VAE's decoder alone"
+    )
+    parser.add_argument("--families", type=int, default=5000, help="about 6 pictures each")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
@@ -266,6 +285,7 @@ def main() -> None:
 
     if not (arguments.out / "vae").exists():
         vae = train_autoencoder(arguments.vae_steps, arguments.seed, threads=arguments.threads)
+        train_decoder(vae, arguments.decoder_steps, arguments.seed + 1, threads=arguments.threads)
         save_autoencoder(vae, arguments.out / "vae")
     pool = Pool(make_families(arguments.families, random.Random(arguments.seed)))
     latents = _encoded(pool, arguments.out / "vae", run / "latents.pt")

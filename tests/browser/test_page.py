@@ -318,7 +318,7 @@ def test_screenshot(page, server):
     page.locator("#image-1 input[type=file]").set_input_files(INPUTS / "circle-triangle.png")
     fill(page, width=SIDE, height=SIDE, max_input_size=SIDE, steps=STEPS)
     page.locator("#use-input-size input").check()
-    page.locator("#prompt textarea").fill("<img><|image_1|></img> Make the triangle orange.")
+    page.locator("#prompt textarea").fill("<img><|image_1|></img> Make the triangle purple.")
     page.locator("#generate").click()
     done(page, server, before)
     page.mouse.move(0, 0)
