@@ -22,9 +22,9 @@ from omnigen_fast.cli import main
 FOLDER = Path(__file__).parents[1] / "examples"
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py"))
 NEED_ARGUMENTS = {"lora", "with_diffusers"}
-# Of the attributes that the demo asks for. The model draws 0.7 to 0.8 of what prompts say
+# Of the attributes that the demo asks for. The model draws more of what prompts say
 # (docs/shapes.md); pictures of other prompts have about 0.4.
-ENOUGH = 0.6
+ENOUGH = 0.85
 
 
 def score(picture: Image.Image, target: scenes.Scene) -> checker.Score:

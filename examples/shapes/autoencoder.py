@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .scenes import SIDE, Scene, random_scene, render
+from .scenes import SIDE, Scene, random_scene, random_thing, render
+from .tasks import mask_of
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -54,14 +55,21 @@ def pixels_of(scenes: Sequence[Scene]) -> Tensor:  # [scenes, 3, SIDE, SIDE] in 
 
 
 def _batches(
-    rng: random.Random, size: int, crop: int, things: Sequence[int]
+    rng: random.Random, size: int, crop: int, things: Sequence[int], masks: float = 0.0
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Random scenes without end, cut to `crop` pixels a side, and what each pixel counts.
+
+    A share of them are `masks`.
 
     Shapes cover little of a picture, and all that is hard about it: they count more.
     """
     while True:
-        scenes = [random_scene(rng, rng.choice(things)) for _ in range(size)]
+        scenes = [
+            mask_of(random_thing(rng))
+            if rng.random() < masks
+            else random_scene(rng, rng.choice(things))
+            for _ in range(size)
+        ]
         pixels = pixels_of(scenes)
         empty = pixels_of([Scene((), scene.background) for scene in scenes])
         weights = 1 + SHAPE_WEIGHT * ((pixels - empty).abs().amax(1, keepdim=True) > 0.02)
@@ -105,7 +113,7 @@ def train_autoencoder(
 def train_decoder(
     model: AutoencoderKL, steps: int, seed: int = 1, batch: int = 8, threads: int = 1
 ) -> None:
-    """Trains the decoder alone, on whole pictures: what latents mean stays as it is.
+    """Trains the decoder alone, on whole pictures and masks: what latents mean stays as it is.
 
     Args:
         model: changed in place.
@@ -115,7 +123,7 @@ def train_decoder(
         threads: as in `train_autoencoder`.
     """
     torch.manual_seed(seed)
-    wholes = _batches(random.Random(seed), batch // threads, SIDE, (0, 1, 1, 2, 2))
+    wholes = _batches(random.Random(seed), batch // threads, SIDE, (0, 1, 1, 2, 2), masks=0.15)
     model.decoder.requires_grad_(True)
     model.post_quant_conv.requires_grad_(True)
     _train(

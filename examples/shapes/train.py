@@ -273,7 +273,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4600, help="of the transformer")
     parser.add_argument("--vae-steps", type=int, default=4500)
     parser.add_argument(
-        "--decoder-steps", type=int, default=2000, help="of the VAE's decoder alone"
+        "--decoder-steps", type=int, default=2500, help="of the VAE's decoder alone"
     )
     parser.add_argument("--families", type=int, default=5000, help="about 6 pictures each")
     parser.add_argument("--seed", type=int, default=0)
