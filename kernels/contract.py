@@ -89,6 +89,12 @@ def _numbers(name: str, x: Tensor, dtype: torch.dtype, other: str, y: Tensor) ->
     _inside_contiguous(name, x[None])
 
 
+def _step(step: Tensor, other: str, y: Tensor) -> None:
+    """Which row of the tables of all steps counts; inside them, which is not looked at."""
+    _numbers("step", step, torch.int64, other, y)
+    _shape("step", step, (1,))
+
+
 def same(name: str, x: Tensor, y: Tensor) -> None:
     """An output that the caller brings: shape, dtype and device of `y`, rows apart.
 
@@ -314,16 +320,21 @@ def swiglu(gate_up: Tensor, fused: bool = False) -> None:
         raise ValueError(f"gate_up must have an even number of columns, got {gate_up.shape[1]}")
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float, fused: bool = False) -> None:
-    """x [rows, hidden], shift and scale [hidden], of one dtype.
+def modulate(
+    x: Tensor, shift: Tensor, scale: Tensor, step: Tensor, eps: float, fused: bool = False
+) -> None:
+    """x [rows, hidden], shift and scale [steps, hidden], of one dtype; step [1] int64.
 
     Raises:
         TypeError: wrong dtype.
         ValueError: wrong shape, device or strides.
     """
     _hidden("x", x, fused)
-    _vector("shift", shift, x.shape[1], "x", x)
-    _vector("scale", scale, x.shape[1], "x", x)
+    for name, table in (("shift", shift), ("scale", scale)):
+        _rows(name, table, 2, fused)
+        _like(name, table, "x", x)
+        _shape(name, table, (shift.shape[0], x.shape[1]))
+    _step(step, "x", x)
 
 
 def guidance_step_(
@@ -331,13 +342,14 @@ def guidance_step_(
     prediction: Tensor,
     coefficient: Tensor,
     cu_groups: Tensor,
-    dt: Tensor,
+    lengths: Tensor,
+    step: Tensor,
     patch: int,
     fused: bool = False,
 ) -> None:
     """latents [images, channels, height, width] float32, contiguous; prediction [groups, tokens,
-    patch * patch * channels]; coefficient [groups] float32; cu_groups [images + 1] int32; dt []
-    float32.
+    patch * patch * channels]; coefficient [groups] float32; cu_groups [images + 1] int32; lengths
+    [steps] float32; step [1] int64.
 
     Raises:
         TypeError: wrong dtype.
@@ -369,5 +381,5 @@ def guidance_step_(
     _shape("coefficient", coefficient, (groups,))
     _numbers("cu_groups", cu_groups, torch.int32, "latents", latents)
     _shape("cu_groups", cu_groups, (images + 1,))
-    _tensor("dt", dt, 0, (torch.float32,))
-    _beside("dt", dt, "latents", latents)
+    _numbers("lengths", lengths, torch.float32, "latents", latents)
+    _step(step, "latents", latents)

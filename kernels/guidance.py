@@ -1,10 +1,11 @@
 """Guidance, unpatchify and the Euler step, in one pass over the only copy of the latents.
 
-    latents += dt * sum_g coefficient_g * velocity_g        (Ho & Salimans, 2022; Liu et al., 2022)
+    latents += length * sum_g coefficient_g * velocity_g    (Ho & Salimans, 2022; Liu et al., 2022)
 
 A token's values are (row, column, channel) of its patch. A program takes tokens of one image and
 reads its branches one after the other, so any number of them may be combined; the velocities are
-neither widened, nor summed, nor laid out as an image in memory. `reference.guidance_step_` is the
+neither widened, nor summed, nor laid out as an image in memory. Which step is taken stands on the
+device, so that a captured launch serves them all. `reference.guidance_step_` is the
 specification.
 """
 
@@ -17,15 +18,14 @@ from torch import Tensor
 from . import contract, launch
 
 
-# dt is one element of a table of step lengths, at any place in it: specialised on its alignment
-# the kernel would be compiled twice
-@triton.jit(do_not_specialize_on_alignment=["dt_ptr"])
+@triton.jit
 def guidance_step_kernel(
     latents_ptr,
     prediction_ptr,
     coefficient_ptr,
     cu_groups_ptr,
-    dt_ptr,
+    lengths_ptr,
+    step_ptr,
     stride_prediction_group,
     stride_prediction_token,
     tokens,
@@ -39,7 +39,7 @@ def guidance_step_kernel(
     i_block, i_image = tl.program_id(0), tl.program_id(1)
     start = tl.load(cu_groups_ptr + i_image)
     stop = tl.load(cu_groups_ptr + i_image + 1)
-    dt = tl.load(dt_ptr)
+    length = tl.load(lengths_ptr + tl.load(step_ptr))
     o_token = i_block * BLOCK + tl.arange(0, BLOCK)[:, None]
     o_value = tl.arange(0, VALUES)[None, :]
     m_value = (o_token < tokens) & (o_value < PATCH * PATCH * CHANNELS)
@@ -58,7 +58,7 @@ def guidance_step_kernel(
     p_image = latents_ptr + i_image.to(tl.int64) * CHANNELS * height * width
     p_latents = p_image + (o_channel * height + o_y) * width + o_x
     b_latents = tl.load(p_latents, mask=m_value)
-    tl.store(p_latents, b_latents + dt * b_velocity, mask=m_value)
+    tl.store(p_latents, b_latents + length * b_velocity, mask=m_value)
 
 
 def guidance_step_(
@@ -66,7 +66,8 @@ def guidance_step_(
     prediction: Tensor,  # [groups, tokens, patch * patch * channels], (row, column, channel)
     coefficient: Tensor,  # [groups], float32
     cu_groups: Tensor,  # [images + 1], int32
-    dt: Tensor,  # [], float32
+    lengths: Tensor,  # [steps], float32
+    step: Tensor,  # [1], int64: the element of lengths that counts
     patch: int,
 ) -> None:
     """Launches the step; see `reference.guidance_step_`.
@@ -74,7 +75,9 @@ def guidance_step_(
     Raises:
         TypeError, ValueError: see `contract.guidance_step_`.
     """
-    contract.guidance_step_(latents, prediction, coefficient, cu_groups, dt, patch, fused=True)
+    contract.guidance_step_(
+        latents, prediction, coefficient, cu_groups, lengths, step, patch, fused=True
+    )
     images, channels, height, width = latents.shape
     tokens = prediction.shape[1]
     if not images or not tokens:
@@ -85,7 +88,8 @@ def guidance_step_(
         prediction,
         coefficient,
         cu_groups,
-        dt,
+        lengths,
+        step,
         prediction.stride(0),
         prediction.stride(1),
         tokens,

@@ -2,9 +2,10 @@
 
     out_i = (x_i - mean(x)) / sqrt(var(x) + eps) * (1 + scale_i) + shift_i   (Peebles & Xie, 2022)
 
-A program holds one row in registers: read once, written once. The variance is of the centred row,
-in float32, since the mean of squares less the squared mean cancels. `reference.modulate` is the
-specification.
+Shift and scale are rows of the tables of all steps; which step is taken stands on the device, so
+that a captured launch serves them all. A program holds one row in registers: read once, written
+once. The variance is of the centred row, in float32, since the mean of squares less the squared
+mean cancels. `reference.modulate` is the specification.
 """
 
 from __future__ import annotations
@@ -22,14 +23,20 @@ def modulate_kernel(
     x_ptr,
     shift_ptr,
     scale_ptr,
+    step_ptr,
     out_ptr,
     stride_x_row,
+    stride_shift_row,
+    stride_scale_row,
     stride_out_row,
     eps,
     HIDDEN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     i_row = tl.program_id(0).to(tl.int64)
+    i_step = tl.load(step_ptr)
+    shift_ptr += i_step * stride_shift_row
+    scale_ptr += i_step * stride_scale_row
     o_d = tl.arange(0, BLOCK)
     m_d = o_d < HIDDEN
     b_x = tl.load(x_ptr + i_row * stride_x_row + o_d, mask=m_d, other=0.0).to(tl.float32)
@@ -43,8 +50,9 @@ def modulate_kernel(
 
 def modulate(
     x: Tensor,  # [rows, hidden]
-    shift: Tensor,  # [hidden]
-    scale: Tensor,  # [hidden]
+    shift: Tensor,  # [steps, hidden]
+    scale: Tensor,  # [steps, hidden]
+    step: Tensor,  # [1], int64: the row of both that counts
     eps: float,
     out: Tensor | None = None,  # [rows, hidden]
 ) -> Tensor:  # [rows, hidden]
@@ -56,7 +64,7 @@ def modulate(
     Raises:
         TypeError, ValueError: see `contract.modulate`.
     """
-    contract.modulate(x, shift, scale, eps, fused=True)
+    contract.modulate(x, shift, scale, step, eps, fused=True)
     rows, hidden = x.shape
     if out is None:
         out = torch.empty((rows, hidden), dtype=x.dtype, device=x.device)
@@ -68,8 +76,11 @@ def modulate(
             x,
             shift,
             scale,
+            step,
             out,
             x.stride(0),
+            shift.stride(0),
+            scale.stride(0),
             out.stride(0),
             eps,
             HIDDEN=hidden,

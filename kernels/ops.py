@@ -125,7 +125,7 @@ _BEFORE_OUT = {
     "attention_step": 9,
     "attention_prefill": 7,
     "swiglu": 1,
-    "modulate": 4,
+    "modulate": 5,
 }
 
 
@@ -429,8 +429,9 @@ def swiglu(
 
 def modulate(
     x: Tensor,  # [rows, hidden]
-    shift: Tensor,  # [hidden]
-    scale: Tensor,  # [hidden]
+    shift: Tensor,  # [steps, hidden]
+    scale: Tensor,  # [steps, hidden]
+    step: Tensor,  # [1], int64: the row of both that counts
     eps: float,
     out: Tensor | None = None,  # [rows, hidden]; may be x
 ) -> Tensor:  # [rows, hidden]
@@ -440,8 +441,8 @@ def modulate(
         TypeError, ValueError: see `contract.modulate`.
     """
     if torch.compiler.is_compiling():
-        return _into(out, torch.ops.omnigen_fast.modulate(x, shift, scale, eps))
-    return _call("modulate", x, shift, scale, eps, out)
+        return _into(out, torch.ops.omnigen_fast.modulate(x, shift, scale, step, eps))
+    return _call("modulate", x, shift, scale, step, eps, out)
 
 
 def guidance_step_(
@@ -449,7 +450,8 @@ def guidance_step_(
     prediction: Tensor,  # [groups, tokens, patch * patch * channels], (row, column, channel)
     coefficient: Tensor,  # [groups], float32: what each branch's velocity counts
     cu_groups: Tensor,  # [images + 1], int32: image i has groups cu_groups[i] to cu_groups[i + 1]
-    dt: Tensor,  # [], float32: length of the Euler step
+    lengths: Tensor,  # [steps], float32: of the Euler steps
+    step: Tensor,  # [1], int64: the one that is taken
     patch: int,
 ) -> None:
     """See `reference.guidance_step_`.
@@ -457,7 +459,7 @@ def guidance_step_(
     Raises:
         TypeError, ValueError: see `contract.guidance_step_`.
     """
-    args = (latents, prediction, coefficient, cu_groups, dt, patch)
+    args = (latents, prediction, coefficient, cu_groups, lengths, step, patch)
     if torch.compiler.is_compiling():
         torch.ops.omnigen_fast.guidance_step_(*args)
         return
@@ -475,9 +477,9 @@ _SCHEMAS = (
     "attention_prefill(Tensor q, Tensor k, Tensor v, Tensor cu_rows, Tensor kv_end, "
     "SymInt max_rows, SymInt first=0) -> Tensor",
     "swiglu(Tensor gate_up) -> Tensor",
-    "modulate(Tensor x, Tensor shift, Tensor scale, float eps) -> Tensor",
+    "modulate(Tensor x, Tensor shift, Tensor scale, Tensor step, float eps) -> Tensor",
     "guidance_step_(Tensor(a!) latents, Tensor prediction, Tensor coefficient, Tensor cu_groups, "
-    "Tensor dt, int patch) -> ()",
+    "Tensor lengths, Tensor step, int patch) -> ()",
 )
 
 

@@ -261,12 +261,14 @@ def swiglu(
 
 def modulate(
     x: Tensor,  # [rows, hidden]
-    shift: Tensor,  # [hidden]
-    scale: Tensor,  # [hidden]
+    shift: Tensor,  # [steps, hidden]
+    scale: Tensor,  # [steps, hidden]
+    step: Tensor,  # [1], int64: the row of both that counts
     eps: float,
     out: Tensor | None = None,  # [rows, hidden]; may be x
 ) -> Tensor:  # [rows, hidden]
     """LayerNorm without weights, then `x * (1 + scale) + shift` (adaLN; Peebles & Xie, 2022)."""
+    shift, scale = shift[step], scale[step]
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale, out=out)
 
 
@@ -275,10 +277,11 @@ def guidance_step_(
     prediction: Tensor,  # [groups, tokens, patch * patch * channels], (row, column, channel)
     coefficient: Tensor,  # [groups], float32: what each branch's velocity counts
     cu_groups: Tensor,  # [images + 1], int32: image i has groups cu_groups[i] to cu_groups[i + 1]
-    dt: Tensor,  # [], float32: length of the Euler step
+    lengths: Tensor,  # [steps], float32: of the Euler steps
+    step: Tensor,  # [1], int64: the one that is taken
     patch: int,
 ) -> None:
-    """Guidance, unpatchify and the Euler step: `latents += dt * sum_g coefficient_g v_g`."""
+    """Guidance, unpatchify and the Euler step: `latents += length * sum_g coefficient_g v_g`."""
     channels, height, width = latents.shape[1:]
     for image, (start, stop) in enumerate(pairwise(cu_groups.tolist())):
         weights = coefficient[start:stop].to(latents.dtype)
@@ -286,4 +289,4 @@ def guidance_step_(
         velocity = (weights[:, None, None] * branches).sum(0)
         velocity = velocity.view(height // patch, width // patch, patch, patch, channels)
         velocity = velocity.permute(4, 0, 2, 1, 3).reshape(channels, height, width)
-        latents[image] += dt * velocity
+        latents[image] += lengths[step] * velocity

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
@@ -134,10 +134,6 @@ class Loop:
     times: TimeEmbeddings
     plan: GuidancePlan
     velocity: VelocityOf
-    length: Tensor = field(init=False)  # [1], float32: of the step that is taken
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "length", self.lengths.new_empty(1))
 
     def step(self) -> None:
         """One Euler step: `z += (t_{i+1} - t_i) * sum_b coefficient_b v_b(z, t_i)`."""
@@ -149,9 +145,14 @@ class Loop:
         else:
             for places, values in zip(plan.places, velocities):
                 prediction.index_copy_(0, places, values)
-        torch.index_select(self.lengths, 0, self.index, out=self.length)
         ops.guidance_step_(
-            self.latents, prediction, plan.coefficient, plan.cu_groups, self.length[0], PATCH
+            self.latents,
+            prediction,
+            plan.coefficient,
+            plan.cu_groups,
+            self.lengths,
+            self.index,
+            PATCH,
         )
         self.index.add_(1)
 
@@ -170,17 +171,13 @@ def cached_velocity(
     model: Transformer, cache: ConditionCache | StreamedCache, times: TimeEmbeddings
 ) -> VelocityOf:
     """Velocities from a cache filled by prefill."""
-
-    now = [torch.empty_like(one[:1]) for one in (times.shift, times.scale)]
     staging: list[tuple[Tensor, Tensor]] = []
 
     def velocity(latents: Tensor, plan: GuidancePlan, index: Tensor) -> list[Tensor]:
         if not staging:
             staging.append(cache.staging(len(plan.slots)))
         cache.select_step(plan.slots, plan.times, index, staging[0])
-        for all_steps, one in zip((times.shift, times.scale), now):
-            torch.index_select(all_steps, 0, index, out=one)
-        return model.step(latents, plan.passes, now[0][0], now[1][0], cache)
+        return model.step(latents, plan.passes, (times.shift, times.scale, index), cache)
 
     return velocity
 
@@ -195,14 +192,12 @@ def recomputed_velocity(
     """Velocities with the condition computed anew, layer by layer, in a cache of one layer."""
 
     def velocity(latents: Tensor, plan: GuidancePlan, index: Tensor) -> list[Tensor]:
-        shift, scale = (t.index_select(0, index)[0] for t in (times.shift, times.scale))
         time_token = times.tokens.index_select(0, index)
         sequences = [lay_out(v.branch, 1, v.span, latents.device) for v in plan.branches]
         return model.step_recomputed(
             latents,
             plan.passes,
-            shift,
-            scale,
+            (times.shift, times.scale, index),
             sequences,
             [model.embed_condition(s, image_latents, time_token) for s in sequences],
             plan.slots,

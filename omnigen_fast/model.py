@@ -361,8 +361,7 @@ class Transformer(nn.Module):
         self,
         latents: Tensor,
         passes: Sequence[StepGroups],
-        shift: Tensor,
-        scale: Tensor,
+        modulation: tuple[Tensor, Tensor, Tensor],
         cache: ConditionCache | StreamedCache,
     ) -> list[Tensor]:
         """Velocity of every group's noise tokens.
@@ -373,8 +372,7 @@ class Transformer(nn.Module):
         Args:
             latents: [pictures, 4, height / 8, width / 8], float32.
             passes: what to run.
-            shift: [hidden], this step's.
-            scale: [hidden], this step's.
+            modulation: (shift, scale) of all steps and [1] int64, the step that is taken.
             cache: filled, this step's time tokens selected.
 
         Returns:
@@ -387,14 +385,13 @@ class Transformer(nn.Module):
             self._step_layer(layer, block, passes, keys, values)
             cache.release(layer)
             self._release(layer)
-        return self._predict(passes, shift, scale)
+        return self._predict(passes, modulation)
 
     def step_recomputed(
         self,
         latents: Tensor,
         passes: Sequence[StepGroups],
-        shift: Tensor,
-        scale: Tensor,
+        modulation: tuple[Tensor, Tensor, Tensor],
         sequences: Sequence[ConditionSequence],
         embedded: Sequence[Tensor],
         slots: Tensor,
@@ -407,8 +404,7 @@ class Transformer(nn.Module):
         Args:
             latents: as in `step`.
             passes: as in `step`.
-            shift: as in `step`.
-            scale: as in `step`.
+            modulation: as in `step`.
             sequences: the branches of the groups, with this step's time token only.
             embedded: their embeddings; overwritten.
             slots: see `ConditionCache.select_step`.
@@ -427,7 +423,7 @@ class Transformer(nn.Module):
             cache.select_step(slots, times, 0)
             self._step_layer(layer, block, passes, keys, values)
             self._release(layer)
-        return self._predict(passes, shift, scale)
+        return self._predict(passes, modulation)
 
     def _prefill_states(
         self, sequences: Sequence[ConditionSequence], embedded: Sequence[Tensor], mlp_rows: int
@@ -558,7 +554,9 @@ class Transformer(nn.Module):
             self._pos_embed_crops[height, width] = crop
         return crop
 
-    def _predict(self, passes: Sequence[StepGroups], shift: Tensor, scale: Tensor) -> list[Tensor]:
+    def _predict(
+        self, passes: Sequence[StepGroups], modulation: tuple[Tensor, Tensor, Tensor]
+    ) -> list[Tensor]:
         """The output layer: final RMSNorm, modulated LayerNorm, product; [groups, N, 16] each."""
         for groups in passes:
             normed = ops.add_rms_norm(
@@ -568,6 +566,6 @@ class Transformer(nn.Module):
                 self.config.rms_norm_eps,
                 out=groups.space.normed[: len(groups.residual)],
             )
-            modulated = ops.modulate(normed, shift, scale, _OUTPUT_NORM_EPS, out=normed)
+            modulated = ops.modulate(normed, *modulation, _OUTPUT_NORM_EPS, out=normed)
             torch.addmm(self.output_bias, modulated, self.output_weight.t(), out=groups.values)
         return [groups.values.unflatten(0, (len(groups.pictures), -1)) for groups in passes]

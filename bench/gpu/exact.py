@@ -60,11 +60,13 @@ _Check = tuple[str, tuple, tuple[int, ...], tuple[int, ...] | None]
 
 def _row_checks(make: _Maker, tiny: bool) -> Iterator[_Check]:
     hidden, inner = (192, 256) if tiny else (3072, 8192)
+    step = torch.tensor([3], device=make.device)
     for rows in (0, 1, 63, 65) if tiny else (0, 1, 63, 65, 4097):
         x, weight = make.rows(rows, hidden), make.rows(hidden)
         yield "rms_norm", (x, weight, 1e-5), (), x.shape
         yield "add_rms_norm", (make.rows(rows, hidden), x, weight, 1e-5), (0,), x.shape
-        yield "modulate", (x, weight, make.rows(hidden), 1e-6), (), None
+        shift, scale = make.rows(5, hidden), make.rows(5, hidden)
+        yield "modulate", (x, shift, scale, step, 1e-6), (), x.shape
         yield "swiglu", (make.rows(rows, 2 * inner),), (), (rows, inner)
         for heads, kv_heads, head_dim in ((2, 2, 96), (4, 1, 64), (2, 1, 128)):
             qkv = make.rows(rows, (heads + 2 * kv_heads) * head_dim)
@@ -79,8 +81,9 @@ def _row_checks(make: _Maker, tiny: bool) -> Iterator[_Check]:
         prediction = make.rows(sum(groups), height * width // 4, 16)
         coefficient = make.rows(sum(groups), dtype=torch.float32)
         starts = make.integers(accumulate(groups, initial=0))
-        dt = torch.linspace(0, 1, 51, device=make.device).diff()[3]
-        yield "guidance_step_", (latents, prediction, coefficient, starts, dt, 2), (0,), None
+        lengths = torch.linspace(0, 1, 51, device=make.device).square().diff()
+        values = (latents, prediction, coefficient, starts, lengths, step, 2)
+        yield "guidance_step_", values, (0,), None
 
 
 def _attention_checks(make: _Maker, tiny: bool) -> Iterator[_Check]:

@@ -249,11 +249,12 @@ def add_rms_norm(size: Size, make: _Maker) -> Case:
 
 def modulate(size: Size, make: _Maker) -> Case:
     x = make.random(size.rows, size.hidden)
-    shift, scale = make.random(size.hidden), make.random(size.hidden)
+    shift, scale = make.random(50, size.hidden), make.random(50, size.hidden)
+    step = torch.tensor([7], device=make.device)
     return Case(
         "modulate",
-        _both("modulate", x, shift, scale, 1e-6),
-        lambda: reference.modulate(x.double(), shift.double(), scale.double(), 1e-6),
+        _both("modulate", x, shift, scale, step, 1e-6),
+        lambda: reference.modulate(x.double(), shift.double(), scale.double(), step, 1e-6),
         2 * x.nbytes,
     )
 
@@ -319,13 +320,14 @@ def guidance(size: Size, make: _Maker) -> Case:
     prediction = make.random(len(size.cached), size.noise, 16)
     coefficient = make.random(len(size.cached), dtype=torch.float32)
     groups = make.integers(0, len(size.cached))
-    dt = torch.tensor(0.02, device=make.device)
+    lengths = torch.full((50,), 0.02, device=make.device)
+    step = torch.tensor([7], device=make.device)
     original = latents.clone()
-    args = (latents, prediction, coefficient, groups, dt, 2)
+    args = (latents, prediction, coefficient, groups, lengths, step, 2)
 
     def exact() -> Tensor:
         moved = original.double()
-        reference.guidance_step_(moved, prediction.double(), coefficient, groups, dt, 2)
+        reference.guidance_step_(moved, prediction.double(), coefficient, groups, lengths, step, 2)
         return moved
 
     return Case(

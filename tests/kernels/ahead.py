@@ -131,7 +131,8 @@ def _arguments(case: Case) -> tuple:
     if case.kernel == "add_rms_norm":
         return x, x, vector, 1e-5
     if case.kernel == "modulate":
-        return x, vector, vector, 1e-6
+        table = _zeros(50, HIDDEN, dtype=dtype)
+        return x, table, table, torch.zeros(1, dtype=torch.int64), 1e-6
     if case.kernel == "swiglu":
         return (_zeros(rows, 2 * INNER, dtype=dtype),)
     if case.kernel == "rope_":
@@ -148,7 +149,8 @@ def _arguments(case: Case) -> tuple:
             _zeros(3, 4096, 16, dtype=dtype),
             _zeros(3, dtype=torch.float32),
             cu,
-            torch.zeros(()),
+            torch.zeros(50),
+            torch.zeros(1, dtype=torch.int64),
             2,
         )
     raise ValueError(f"no arguments for {case.kernel}")

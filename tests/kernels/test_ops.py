@@ -35,6 +35,8 @@ def arguments(name: str, dtype: torch.dtype = torch.float32) -> dict:
     }
     x = {"x": random(ROWS, HIDDEN, dtype=dtype, seed=4)}
     weight = random(HIDDEN, dtype=dtype, seed=5)
+    table = random(3, HIDDEN, dtype=dtype, seed=11)
+    step = torch.tensor([1], device=DEVICE)
     groups = {"cu_rows": integers(0, 4, ROWS)}
     return {
         "rms_norm": {**x, "weight": weight, "eps": 1e-5},
@@ -66,13 +68,14 @@ def arguments(name: str, dtype: torch.dtype = torch.float32) -> dict:
             "first": 0,
         },
         "swiglu": {"gate_up": random(ROWS, 2 * HIDDEN, dtype=dtype, seed=7)},
-        "modulate": {**x, "shift": weight, "scale": weight, "eps": 1e-6},
+        "modulate": {**x, "shift": table, "scale": table, "step": step, "eps": 1e-6},
         "guidance_step_": {
             "latents": random(2, 4, 4, 6),
             "prediction": random(5, 6, 16, dtype=dtype, seed=8),
             "coefficient": random(5, seed=9),
             "cu_groups": integers(0, 3, 5),
-            "dt": torch.tensor(0.1, device=DEVICE),
+            "lengths": random(3, seed=10),
+            "step": step,
             "patch": 2,
         },
     }[name]
@@ -334,7 +337,8 @@ REFUSED = [
             ("guidance_step_", "latents"),
             ("guidance_step_", "prediction"),
             ("guidance_step_", "coefficient"),
-            ("guidance_step_", "dt"),
+            ("guidance_step_", "lengths"),
+            ("guidance_step_", "step"),
             ("rope_cache_", "cache_rows"),
         )
     ),
@@ -381,7 +385,8 @@ REFUSED = [
             ("attention_prefill", "kv_end"),
             ("modulate", "shift"),
             ("guidance_step_", "prediction"),
-            ("guidance_step_", "dt"),
+            ("guidance_step_", "lengths"),
+            ("modulate", "step"),
         )
     ),
     *(
@@ -418,9 +423,10 @@ REFUSED = [
             ("attention_step", "cache_start"),
             ("attention_prefill", "v"),
             ("attention_prefill", "kv_end"),
-            ("modulate", "shift"),
+            ("modulate", "scale"),
             ("guidance_step_", "coefficient"),
             ("guidance_step_", "cu_groups"),
+            ("guidance_step_", "step"),
         )
     ),
     *(
@@ -430,6 +436,7 @@ REFUSED = [
             ("rope_cache_", "k_cache"),
             ("attention_step", "k"),
             ("swiglu", "gate_up"),
+            ("modulate", "shift"),
             ("guidance_step_", "prediction"),
         )
     ),
@@ -452,7 +459,9 @@ REFUSED = [
     ("attention_prefill", "first", lambda x: -1, ValueError),
     ("attention_step", "cu_rows", lambda x: x[:0], ValueError),
     ("guidance_step_", "patch", lambda x: 3, ValueError),
-    ("guidance_step_", "dt", lambda x: x[None], ValueError),
+    ("guidance_step_", "lengths", lambda x: x[None], ValueError),
+    ("modulate", "step", lambda x: x[0], ValueError),
+    ("modulate", "step", lambda x: x.int(), TypeError),
 ]
 
 

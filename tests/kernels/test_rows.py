@@ -52,17 +52,18 @@ def test_add_rms_norm(rows, dtype):
 @pytest.mark.parametrize("hidden", (1, 64, 100, 3072))
 def test_norms_of_any_width(hidden):
     x, weight = random(3, hidden), random(hidden, seed=1)
-    shift, scale = random(hidden, seed=2), random(hidden, seed=3)
+    shift, scale = random(3, hidden, seed=2), random(3, hidden, seed=3)
+    step = torch.tensor([1], device=DEVICE)
     out, untouched = poisoned(3, hidden, dtype=x.dtype, gap=0)
     rms_norm.rms_norm(x, weight, 1e-5, out=out)
     assert untouched()
     exact = reference.rms_norm(*double(x, weight), 1e-5)
     assert_earned(out, reference.rms_norm(x, weight, 1e-5), exact)
     out, untouched = poisoned(3, hidden, dtype=x.dtype, gap=0)
-    modulate.modulate(x, shift, scale, 1e-6, out=out)
+    modulate.modulate(x, shift, scale, step, 1e-6, out=out)
     assert untouched()
-    exact = reference.modulate(*double(x, shift, scale), 1e-6)
-    assert_earned(out, reference.modulate(x, shift, scale, 1e-6), exact)
+    exact = reference.modulate(*double(x, shift, scale), step, 1e-6)
+    assert_earned(out, reference.modulate(x, shift, scale, step, 1e-6), exact)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
@@ -70,12 +71,14 @@ def test_norms_of_any_width(hidden):
 def test_modulate(rows, dtype):
     # far from zero, where a variance from the mean of squares would cancel
     x, _ = inside(random(rows, 96, dtype=dtype) + 100)
-    shift, scale = random(2, 96, dtype=dtype, seed=1)
+    # halves of one table, as the time's embedding returns them
+    shift, scale = random(5, 2 * 96, dtype=dtype, seed=1).chunk(2, dim=1)
+    step = torch.tensor([3], device=DEVICE)
     out, untouched = poisoned(rows, 96, dtype=dtype)
-    modulate.modulate(x, shift, scale, 1e-6, out=out)
+    modulate.modulate(x, shift, scale, step, 1e-6, out=out)
     assert untouched()
-    exact = reference.modulate(*double(x, shift, scale), 1e-6)
-    assert_earned(out, reference.modulate(x, shift, scale, 1e-6), exact)
+    exact = reference.modulate(*double(x, shift, scale), step, 1e-6)
+    assert_earned(out, reference.modulate(x, shift, scale, step, 1e-6), exact)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
@@ -160,8 +163,8 @@ def test_guidance_step(cu_groups, channels, height, width, patch, dtype):
     wide[:, :, values:] = torch.nan
     prediction = wide[:, :, :values]
     coefficient = random(groups, seed=2)
-    dt = torch.tensor([9.0, 0.02], device=DEVICE)[1]  # not 16-byte aligned, like a table's entry
-    rest = (coefficient, integers(*cu_groups), dt, patch)
+    lengths, step = torch.tensor([9.0, 0.02, 8.0], device=DEVICE), torch.tensor([1], device=DEVICE)
+    rest = (coefficient, integers(*cu_groups), lengths, step, patch)
     plain, exact = latents.clone(), latents.double()
     reference.guidance_step_(plain, prediction, *rest)
     reference.guidance_step_(exact, prediction.double(), *rest)

@@ -76,7 +76,8 @@ def cases():
     yield "add_rms_norm", (residual, x, weight, 1e-5), out, [residual, x], [residual, out]
     gate_up, inner = draw(ROWS, 2 * 64), torch.empty(ROWS, 64)
     yield "swiglu", (gate_up,), inner, [gate_up], [inner]
-    yield "modulate", (x, weight, draw(hidden), 1e-6), None, [x], []
+    step = torch.tensor([2])
+    yield "modulate", (x, draw(4, hidden), draw(4, hidden), step, 1e-6), None, [x], []
     width = (HEADS + 2 * KV_HEADS) * HEAD_DIM
     angles = draw(ROWS, HEAD_DIM // 2)
     qkv, tables = draw(ROWS, width), (angles.cos(), angles.sin())
@@ -88,7 +89,7 @@ def cases():
     yield "rope_cache_", arguments, None, [qkv], [qkv, *caches]
     latents, prediction = draw(1, 4, 8, 12), draw(3, 24, 16)
     arguments = (latents, prediction, draw(3), torch.tensor([0, 3], dtype=torch.int32))
-    arguments += (torch.tensor(0.02), 2)
+    arguments += (draw(4), step, 2)
     yield "guidance_step_", arguments, None, [latents, prediction], [latents]
 
 
