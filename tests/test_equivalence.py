@@ -141,7 +141,7 @@ def test_recomputing_keeps_one_layer_only(pipe, monkeypatch):
     monkeypatch.setattr(
         Transformer,
         "step_recomputed",
-        lambda self, *args: layers.append(args[8].layers) or original(self, *args),
+        lambda self, *args: layers.append(args[7].layers) or original(self, *args),
     )
     pipe(**EDIT, use_kv_cache=False)
     assert layers == [1, 1, 1]

@@ -280,7 +280,7 @@ def test_pool_of_too_few_families():
 
 
 def test_training_learns(tmp_path):
-    """One prompt's velocity, from the same noise: a few updates bring the loss down."""
+    """One prompt's velocity, from the same noise: some updates bring the loss down."""
     pool = Pool(make_families(4, random.Random(0)))
     latents = torch.randn(len(pool.scenes), 4, 16, 16, generator=torch.Generator().manual_seed(0))
     config = train.phi3_config(words.write_tokenizer(tmp_path / "tokenizer.json"), 64, 2)
@@ -288,10 +288,10 @@ def test_training_learns(tmp_path):
     processor = Processor.from_file(tmp_path / "tokenizer.json", network.config)
     sampler, optimizer = train.Sampler(pool, latents, processor, 0), Optimizer(network)
     batch, losses = sampler.batch("recolour", 2), []
-    for _ in range(12):
+    for _ in range(40):
         losses.append(train.backward(network, batch, 1.0))
         optimizer.step(1.0)
-    assert losses[-1] < 0.8 * losses[0]
+    assert losses[-1] < 0.7 * losses[0], losses
 
 
 # ---------------------------------------------------------------- the model that ships
