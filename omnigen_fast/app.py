@@ -237,8 +237,11 @@ class Job:
         start = time.monotonic()
         steps = self._arguments["num_inference_steps"]
         try:
+            memory = _at_most_free(self._pipe, self._arguments["memory"])
             (image,) = self._pipe(
-                **self._arguments, progress=False, callback_on_step_end=self._after_step
+                **{**self._arguments, "memory": memory},
+                progress=False,
+                callback_on_step_end=self._after_step,
             )
             self._events.put(Finished(image, self._done, steps, time.monotonic() - start))
         except BaseException as error:  # raised again where the job is watched
@@ -361,7 +364,20 @@ def _decision(pipe: OmniGenPipeline, arguments: Mapping[str, Any]) -> Decision:
     request = make_request(pipe.config, **{name: (defaults | arguments)[name] for name in names})
     nothing = torch.empty(0)
     run = RunningCall(request, pipe._encode(request), latents=nothing, times=nothing)
-    return pipe._decide(run, arguments["memory"])
+    return pipe._decide(run, _at_most_free(pipe, arguments["memory"]))
+
+
+def _at_most_free(pipe: OmniGenPipeline, memory: Any) -> str | int:
+    """The amount that is asked for, but no more than there is: a page is not its machine's owner.
+
+    Raises RequestError for what is no amount.
+    """
+    from .memory.planner import free_bytes, parse_memory, profile_of
+
+    asked = parse_memory(memory)
+    if asked is None:
+        return "auto"
+    return max(1, min(asked, free_bytes(pipe.device, profile_of(pipe.device))))
 
 
 def _new_file(folder: Path, name: str) -> Path:

@@ -151,12 +151,16 @@ class ConditionCache:
             if self.used_rows + new <= self.keys.shape[1]:
                 break
             del self._places[entry]
-        # the largest first: small ones fit the gaps that are left
-        for entry in sorted(missing, key=lambda entry: -entry.rows):
-            place = self._find_gap(entry.rows)
-            if place is None:
-                place = self._close_gaps()
-            self._places[entry] = place
+        try:
+            # the largest first: small ones fit the gaps that are left
+            for entry in sorted(missing, key=lambda entry: -entry.rows):
+                place = self._find_gap(entry.rows)
+                if place is None:
+                    place = self._close_gaps()
+                self._places[entry] = place
+        except BaseException:  # an interrupt: rows may be half moved
+            self.clear()
+            raise
         return missing
 
     def staging(self, branches: int) -> tuple[Tensor, Tensor]:

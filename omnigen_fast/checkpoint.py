@@ -23,6 +23,7 @@ SDXL_VAE = "stabilityai/sdxl-vae"  # what the original falls back to
 SHIPPED = ("shapes",)  # models inside this package
 MODEL_FILES = ("*.json", "*.safetensors", "*/*.json", "*/*.safetensors")
 VAE_FILES = ("config.json", "diffusion_pytorch_model*.safetensors*")
+_FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # in safetensors' words
 # Bytes converted before a file's mapping is renewed: its pages must not pile up beside the copies.
 _RENEW_BYTES = 256 << 20
 
@@ -374,7 +375,7 @@ def _headers(paths: Sequence[str]) -> tuple[dict[str, tuple[int, ...]], dict[str
         with _open(path, torch.device("cpu")) as file:
             for name in file.keys():  # noqa: SIM118 - a safetensors file is no dict
                 header = file.get_slice(name)
-                if not header.get_dtype().startswith(("F", "BF")):
+                if header.get_dtype() not in _FLOATS:
                     odd.append(f"{name} holds {header.get_dtype()}")
                 shapes[name] = tuple(header.get_shape())
                 files[name] = path

@@ -19,7 +19,7 @@ import click
 from . import __version__, metadata
 from .bench.commands import bench, compare
 from .errors import CheckpointError, OmniGenError, RequestError
-from .request import OUTPUT_TYPES, checked_side
+from .request import MAX_IMAGES, OUTPUT_TYPES, checked_side
 
 _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tiff")
 _SUFFIXES = {"pil": _IMAGE_SUFFIXES, "np": (".npy",), "pt": (".safetensors",)}
@@ -178,6 +178,7 @@ def generate(
                 vae_path=vae_path,
                 revision=revision,
             )
+            replace(record, index=MAX_IMAGES - 1).text()  # now: it may be too long to be saved
         noise = _read_latents(latents) if latents else None
         one = len(prompt) == 1
         from .pipeline import OmniGenPipeline

@@ -193,7 +193,10 @@ def _from_array(array: np.ndarray, name: str) -> PILImage:
     if array.dtype == np.bool_:
         array = array.astype(np.uint8) * 255
     elif array.dtype == np.uint16:
-        array = np.round(array / 257.0).astype(np.uint8)
+        wide = array.astype(np.uint32)  # array / 257, to the nearest, in half a float's memory
+        wide += 128
+        wide //= 257
+        array = wide.astype(np.uint8)
     elif np.issubdtype(array.dtype, np.floating):
         if not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
             raise RequestError(f"{name}: pixels given as floats must lie in [0, 1]")

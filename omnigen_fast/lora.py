@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,6 +17,9 @@ from .checkpoint import Checkpoint, find_weights, read_json, read_tensors
 from .errors import CheckpointError
 
 _KEY = re.compile(r"(?:base_model\.model\.|transformer\.)?(.+)\.lora_([AB])(?:\.\w+)?\.weight")
+# Of the regular expressions that PEFT takes those that need no more time than they are long.
+_PATTERN = re.compile(r"\^?(?:[\w.|-]|\\\.|\\d\+?)+\$?")
+_MAX_SCALE = 1e9  # of an update; beyond it, float32 sums end in infinities
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,13 @@ def read_adapter(
                 f"{paths[0]}: {module} has A {list(pair['A'].shape)} and B {list(pair['B'].shape)},"
                 f" which do not make the model's {rows} x {inputs}"
             )
+        if not (down.isfinite().all() and up.isfinite().all()):
+            raise CheckpointError(f"{paths[0]}: {module} holds NaN or infinities")
         scale = _scale(config, module, len(down))
+        if not abs(scale * weight) <= _MAX_SCALE:
+            raise CheckpointError(
+                f"{paths[0]}: {module} would be scaled by {scale * weight:.3g}, which is too much"
+            )
         updates.append(LowRank(parameter, source.start, down, up, scale))
     if unknown or not updates:
         names = ", ".join(sorted(unknown)[:8]) or "no LoRA tensors at all"
@@ -139,11 +147,18 @@ def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
     alpha = config.get("lora_alpha", rank)
     try:
         for pattern, value in (config.get("alpha_pattern") or {}).items():
+            if not _PATTERN.fullmatch(pattern):
+                raise CheckpointError(
+                    f"adapter_config.json: alpha_pattern {pattern[:80]!r} is not supported; give "
+                    r"names of modules, with \d+ for any number and | between several"
+                )
             if re.fullmatch(rf"(.*\.)?({pattern})", module):
                 alpha = value
                 break
-    except (re.error, AttributeError) as error:
+    except AttributeError as error:
         raise CheckpointError(f"adapter_config.json: alpha_pattern: {error}") from error
-    if not isinstance(alpha, int | float) or not abs(alpha) <= sys.float_info.max:
-        raise CheckpointError(f"adapter_config.json: lora_alpha must be a number, got {alpha!r}")
+    if not isinstance(alpha, int | float) or not abs(alpha) <= _MAX_SCALE:
+        raise CheckpointError(
+            f"adapter_config.json: lora_alpha must be a number up to {_MAX_SCALE:g}, got {alpha!r}"
+        )
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)

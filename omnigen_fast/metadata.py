@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 KEY = "omnigen_fast"
 MAX_BYTES = 1 << 20  # of the text; the longest prompt that the model takes fits in
+_MAX_BITS = 14_000  # of a number: Python writes none of more than 4300 digits
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -36,7 +37,7 @@ class Source:
     """An input image or a file of latents: where it was and what it held."""
 
     path: str  # from the picture's folder
-    sha256: str | None  # of the file; None if there was none
+    sha256: str | None  # of the file; None if there was none that could be read
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,10 @@ def source(path: str | os.PathLike[str], folder: Path) -> Source:
         relative = os.path.relpath(path, folder)
     except ValueError:  # another drive
         relative = os.path.abspath(path)
-    return Source(relative, _sha256(path) if os.path.isfile(path) else None)
+    try:
+        return Source(relative, _sha256(path) if os.path.isfile(path) else None)
+    except OSError:  # whoever opens it says so
+        return Source(relative, None)
 
 
 def sources(images: Sequence[Sequence[Any]], folder: Path) -> tuple[tuple[Source, ...], ...]:
@@ -274,11 +278,13 @@ def _is_texts(value: Any) -> bool:
 
 
 def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    if not isinstance(value, int) or isinstance(value, bool):
+        return False
+    return value.bit_length() < _MAX_BITS
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, float) or _is_whole(value)
 
 
 def _is_switch(value: Any) -> bool:

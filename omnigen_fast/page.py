@@ -22,6 +22,7 @@ os.environ["GRADIO_RUN_HISTORY"] = "False"
 import gradio as gr
 from gradio.data_classes import ImageData
 from gradio.processing_utils import save_file_to_cache
+from gradio.utils import get_upload_folder, is_in_or_equal
 from PIL.Image import Image
 
 from .app import (
@@ -45,6 +46,7 @@ _MEMORY = ["auto", "4GiB", "6GiB", "8GiB", "12GiB", "16GiB", "24GiB"]
 _MAX_UPLOAD = "64mb"
 _MAX_WAITING = 16  # calls that know their place in the line; of Gradio's 40 threads
 _MAX_QUEUE = 64  # calls that are taken at all
+_NOT_UPLOADED = "an input image must be uploaded"
 _CSS = """
 .gradio-container {max-width: 1240px !important; margin: 0 auto !important}
 #status {min-height: 4.2em}
@@ -267,7 +269,8 @@ class Page:
                 self.generate, fields, outputs, **same_queue, **hidden
             )
             stop.click(self.stop, queue=False, **hidden)
-            plan.click(self.plans, fields, [table, status], concurrency_limit=None, **hidden)
+            # it reads the images, which may be large
+            plan.click(self.plans, fields, [table, status], concurrency_limit=2, **hidden)
             blocks.unload(self.stop)  # nobody waits for it any more
         return blocks
 
@@ -275,9 +278,24 @@ class Page:
 def _uploaded(self: gr.Image, file: ImageData | None) -> str | None:
     """An image as its file, whatever that holds.
 
-    Whether it can be read is decided where every input image is, in the same words.
+    Whether it can be read is decided where every input image is, in the same words. Gradio's own
+    check of the path is left out for a caller who leaves out the field that marks files.
+
+    Raises gr.Error for a file that was not uploaded.
     """
-    return None if file is None else file.path
+    if file is None:
+        return None
+    folders = (get_upload_folder(), self.GRADIO_CACHE)
+    if not file.path or not any(is_in_or_equal(file.path, folder) for folder in folders):
+        raise gr.Error(_NOT_UPLOADED)
+    return file.path
+
+
+async def _cached(self: gr.Image, path: str | Path | None) -> str | None:
+    """Gradio's own, which would also fetch from the web what a caller names."""
+    if str(path).lower().startswith(("http://", "https://")):
+        raise gr.Error(_NOT_UPLOADED)
+    return await gr.Image.async_move_resource_to_block_cache(self, path)
 
 
 def _shown(self: gr.Image, value: Path | Image | None) -> ImageData | None:
@@ -310,6 +328,7 @@ _Image = ABCMeta.__new__(
         "__module__": __name__,
         "is_template": True,  # the page shows it as Gradio's own
         "preprocess": _uploaded,
+        "async_move_resource_to_block_cache": _cached,
         "postprocess": _shown,
     },
 )

@@ -128,6 +128,7 @@ class OmniGenPipeline:
         self.processor = processor
         self._checkpoint = checkpoint
         self._adapters: OrderedDict[str, Adapter] = OrderedDict()
+        self._stale: set[str] = set()  # parameters that may not be what the adapters make of them
         self._image_latents: OrderedDict[str, Tensor] = OrderedDict()
         self._cache_bytes = condition_cache_bytes
         self._cache = self._new_cache()
@@ -336,6 +337,8 @@ class OmniGenPipeline:
             latents=latents,
         )
         with self._exclusive():
+            if self._stale:
+                self._refresh()
             if dtype is not None and dtype != self.dtype:
                 self._reload(dtype)
             chosen = self._memory if memory is None else memory
@@ -370,7 +373,7 @@ class OmniGenPipeline:
                 self._refresh(adapter)
             except BaseException:
                 del self._adapters[name]
-                self._refresh(adapter)  # undoes what was set
+                self._refresh()  # undoes what was set
                 raise
 
     def unload_lora_weights(self, adapter_name: str | None = None) -> None:
@@ -527,6 +530,7 @@ class OmniGenPipeline:
             denoise(loop, replay, after_step, run.steps_done)
             run.finished = True
             del loop, cache, replay
+        _check_finite(run)
         if request.output_type == "latent":
             self._measure()
             return run.latents.clone()
@@ -537,6 +541,8 @@ class OmniGenPipeline:
         with self.vae.loaded():
             images = self.vae.decode(run.latents, plan.strip_rows, store=self._strip_store(plan))
         self._measure()
+        if images.sum().isnan():
+            raise OmniGenError("the VAE gave pixels that are no numbers; its weights may be damaged")
         return _output(images, request.output_type)
 
     def _measure(self) -> None:
@@ -598,13 +604,13 @@ class OmniGenPipeline:
         cache: AnyCache
         if cached:
             cache = self._cache if plan.cache == "device" else self._streamed_cache()
-            missing = cache.reserve(list(entries))
-            if missing:
-                try:
+            try:
+                missing = cache.reserve(list(entries))
+                if missing:
                     self._prefill(plan, {one: entries[one] for one in missing}, embedded, cache)
-                except BaseException:
-                    cache.discard(missing)  # their rows hold nothing
-                    raise
+            except BaseException:
+                cache.discard(list(entries))  # the rows of some hold nothing
+                raise
             velocity = cached_velocity(self.model, cache, embedded)
         else:
             cache = self._new_cache(layers=1)
@@ -733,13 +739,17 @@ class OmniGenPipeline:
         self._graphs = self._new_graphs()
 
     def _refresh(self, *adapters: Adapter) -> None:
-        """Sets the weights that some adapters touch to what the loaded ones make of them."""
-        touched = {update.parameter for adapter in adapters for update in adapter.updates}
-        self._store.refresh(sorted(touched))
+        """Sets the weights that some adapters touch to what the loaded ones make of them.
+
+        If that fails, the next call or change of adapters does it first.
+        """
+        self._stale |= {update.parameter for adapter in adapters for update in adapter.updates}
         self._cache.clear()
         if self._streamed is not None:
             self._streamed.clear()
         self._graphs.clear()
+        self._store.refresh(sorted(self._stale))
+        self._stale.clear()
 
     def _reload(self, dtype: torch.dtype) -> None:
         """Reads the weights in another dtype, loaded adapters included."""
@@ -822,6 +832,15 @@ def _replace(latents: Tensor, given: Tensor, changed: Any) -> None:
             f"{tuple(latents.shape)}"
         )
     latents.copy_(new)
+
+
+def _check_finite(run: RunningCall) -> None:
+    """Raises OmniGenError for latents that no picture can be made of."""
+    if not run.latents.isfinite().all():
+        raise OmniGenError(
+            f"the latents hold NaN or infinities after step {run.steps_done} of "
+            f"{run.request.steps}; the weights, a LoRA or a callback may hold some"
+        )
 
 
 def _output(images: Tensor, output_type: str) -> list[Any] | Tensor | np.ndarray:

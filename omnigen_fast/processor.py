@@ -135,11 +135,7 @@ class Processor:
         ids, kv_end, places = self._tokens(branch.text, tuple(i.tokens for i in branch.images))
         total = len(ids) + 1 + noise_tokens
         if total > self.config.max_position_embeddings:
-            raise RequestError(
-                f"a prompt of {len(ids)} tokens with {noise_tokens} for the picture is more than "
-                f"the model's {self.config.max_position_embeddings} positions; shorten the prompt, "
-                "or make its images or the picture smaller"
-            )
+            raise self._too_long(len(ids), f" with {noise_tokens} for the picture")
         spans = tuple((first, stop, branch.images[number]) for first, stop, number in places)
         long = self.config.uses_long_factor(total)
         images = tuple((image.digest, image.size) for _, _, image in spans)
@@ -155,24 +151,37 @@ class Processor:
         """Token ids, kv_end, and the (first, past the last) slot and index of each image."""
         # split() with a group: text, image number, text, image number, ..., text
         pieces = PLACEHOLDER.split(_BEFORE + text + _AFTER)
+        texts, numbers = pieces[::2], [int(piece) - 1 for piece in pieces[1::2]]
+        try:
+            encoded = [self._tokenizer.encode(one, add_special_tokens=False).ids for one in texts]
+        except Exception as error:  # the library's own, if a word is in no vocabulary
+            raise CheckpointError(f"the tokenizer can't encode the prompt: {error}") from error
+        length = 1 + sum(map(len, encoded)) + sum(image_tokens[number] for number in numbers)
+        if length > self.config.max_position_embeddings:
+            # before a place is made for each: one image may be named many times
+            raise self._too_long(length)
         ids, kv_end, places = [self._bos], [1], []
-        for index, piece in enumerate(pieces):
-            start = len(ids)
-            if index % 2 == 0:
-                ids += self._tokenizer.encode(piece, add_special_tokens=False).ids
-                kv_end += range(start + 1, len(ids) + 1)
-            else:
-                number = int(piece) - 1
-                slots = image_tokens[number]
+        for index, words in enumerate(encoded):
+            ids += words
+            kv_end += range(len(kv_end) + 1, len(ids) + 1)
+            if index < len(numbers):
+                start, slots = len(ids), image_tokens[numbers[index]]
                 ids += [0] * slots
                 kv_end += [start + slots] * slots
-                places.append((start, start + slots, number))
+                places.append((start, start + slots, numbers[index]))
         if max(ids) >= self.config.vocab_size:
             raise CheckpointError(
                 f"the tokenizer gives token {max(ids)}, the model has {self.config.vocab_size}; "
                 "tokenizer.json and the weights do not belong together"
             )
         return np.array(ids, np.int64), np.array(kv_end, np.int32), tuple(places)
+
+    def _too_long(self, tokens: int, picture: str = "") -> RequestError:
+        return RequestError(
+            f"a prompt of {tokens} tokens{picture} is more than the model's "
+            f"{self.config.max_position_embeddings} positions; shorten the prompt, or make its "
+            "images or the picture smaller"
+        )
 
 
 def pair_up(branches: Sequence[EncodedBranch]) -> list[tuple[EncodedBranch, ...]]:

@@ -29,6 +29,7 @@ OUTPUT_TYPES = ("pil", "pt", "np", "latent")
 MAX_STEPS = 1000
 MAX_GUIDANCE = 1000  # beyond it float32 velocities and then pictures are nothing but noise
 MAX_IMAGES = 1024  # in one call; far beyond any memory, and a guard against a slipped digit
+_MAX_CHARACTERS = 1 << 20  # of a prompt; several times what the model's positions hold
 _MAX_NUMERAL = 9  # digits in the name of an image
 
 PLACEHOLDER = re.compile(r"<\|image_(\d+)\|>")
@@ -244,7 +245,7 @@ def _prompts_and_images(prompt: Any, input_images: Any) -> tuple[list[str], list
 def _check_prompt(text: str, images: int, name: str) -> None:
     if not text.strip():
         raise RequestError(f"{name} is empty; say what to draw")
-    _check_unicode(text, name)
+    _check_text(text, name)
     if stray := _TAG.search(_WELL_FORMED.sub("\0", text)):
         raise RequestError(
             f"{name} has a stray {stray.group()}; write each image as <img><|image_1|></img>"
@@ -277,8 +278,12 @@ def _check_prompt(text: str, images: int, name: str) -> None:
         )
 
 
-def _check_unicode(text: str, name: str) -> None:
+def _check_text(text: str, name: str) -> None:
     """Python strings can hold halves of characters, for instance from undecodable bytes."""
+    if len(text) > _MAX_CHARACTERS:
+        raise RequestError(
+            f"{name} has {len(text):,} characters, at most {_MAX_CHARACTERS:,} are read; shorten it"
+        )
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -306,7 +311,7 @@ def _negatives(negative_prompt: Any, prompts: int) -> list[str]:
     for negative in negatives:
         if not isinstance(negative, str):
             raise RequestError(f"a negative prompt must be a string, got {_kind(negative)}")
-        _check_unicode(negative, "negative_prompt")
+        _check_text(negative, "negative_prompt")
         if tag := _TAG.search(negative):
             raise RequestError(f"negative_prompt holds {tag.group()}; it can't name images")
     return negatives

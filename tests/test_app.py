@@ -309,3 +309,14 @@ def test_as_a_module(module):
     result = subprocess.run([sys.executable, "-m", module, *arguments], capture_output=True)
     assert result.returncode == 0
     assert b"--share" in result.stdout and b"--port" in result.stdout
+
+
+def test_the_page_gives_no_more_memory_than_there_is(pipe, monkeypatch):
+    """Who asks for more would end the process, and with it the calls of others."""
+    there = app.memory_table(pipe, FIELDS.call())
+    assert app.memory_table(pipe, replace(FIELDS, memory="999TiB").call()) == there
+    monkeypatch.setattr("omnigen_fast.memory.planner.free_bytes", lambda *arguments: 1 << 10)
+    greedy = replace(FIELDS, memory="999TiB")
+    for call in (lambda: course(pipe, greedy), lambda: app.memory_table(pipe, greedy.call())):
+        with pytest.raises(MemoryBudgetError):
+            call()

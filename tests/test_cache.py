@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -227,3 +228,23 @@ def test_two_branches_share_the_middle(shared, rest, other, steps):
         assert span.condition == tokens
         assert sorted([*condition, span.slot]) == list(range(span.start, span.start + tokens + 1))
     assert spans[1].shared == shared and spans[1].first == spans[0].first
+
+
+def test_an_interrupt_while_rows_are_given_leaves_none_marked(monkeypatch):
+    cache = make(100)
+    reserve(cache, 5, 8)
+    for number in (5, 8):
+        write(cache, number)
+    gaps = iter([0])
+
+    def find(self, rows):
+        try:
+            return next(gaps)
+        except StopIteration:
+            raise KeyboardInterrupt from None
+
+    monkeypatch.setattr(ConditionCache, "_find_gap", find)
+    with pytest.raises(KeyboardInterrupt):
+        reserve(cache, 1, 2)
+    monkeypatch.undo()
+    assert reserve(cache, 5, 1, 2) == [5, 1, 2]

@@ -94,6 +94,20 @@ def pixels(path: str) -> np.ndarray:
     return np.array(Image.open(path))
 
 
+def test_a_request_too_long_for_the_file_is_refused_before_anything_is_drawn(monkeypatch):
+    monkeypatch.setattr("omnigen_fast.pipeline.OmniGenPipeline.from_pretrained", None)
+    prompts = [part for _ in range(300) for part in ("--prompt", "é" * 600)]
+    failed(run(*SMALL, *prompts, "--out", "a.png"), 2, "at most 1,048,576 bytes of request")
+    assert files() == []
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="no file that can't be read")
+@pytest.mark.parametrize("out", ["a.png", "a.jpg"])
+def test_an_image_that_cannot_be_read_is_named(out):
+    result = run(*SMALL, "--prompt", ONE, "--image", "/proc/self/mem", "--out", out)
+    failed(result, 2, "input_images[0] (/proc/self/mem) can't be read")
+
+
 class TestGenerate:
     def test_text(self, pipe):
         assert generate("--prompt", "A cat.", "--out", "cat.png") == ["cat.png"]

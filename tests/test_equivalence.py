@@ -469,3 +469,40 @@ def test_another_dtype_reads_the_weights_again(load_pipe):
     assert relative_error(pipe(**request, dtype=torch.float32), expected) < 1e-5
     assert pipe.dtype == torch.float32
     assert relative_error(pipe(**request, dtype="bfloat16"), expected) > 1e-4
+
+
+def test_latents_that_are_no_numbers_are_an_error_and_not_a_black_picture(pipe):
+    from omnigen_fast import OmniGenError
+
+    def break_it(pipe, step, time, tensors):
+        if step == 1:
+            tensors["latents"][0, 0, 0, 0] = float("nan")
+
+    with pytest.raises(OmniGenError, match="the latents hold NaN or infinities after step 3 of 3"):
+        pipe(**TEXT, callback_on_step_end=break_it)
+    assert pipe(**TEXT).isfinite().all()
+
+
+def test_a_damaged_vae_is_an_error_and_not_a_black_picture(load_pipe):
+    from omnigen_fast import OmniGenError
+
+    pipe = load_pipe()
+    decode = pipe.vae.decode
+    pipe.vae.decode = lambda *arguments, **options: decode(*arguments, **options) * float("nan")
+    with pytest.raises(OmniGenError, match="the VAE gave pixels that are no numbers"):
+        pipe(**TEXT | {"output_type": "pil"})
+
+
+def test_an_interrupt_before_the_prefill_leaves_no_empty_rows(load_pipe, monkeypatch):
+    pipe = load_pipe()
+    expected = pipe(**EDIT)
+    pipe.clear_cache()
+
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipe, "_prefill", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        pipe(**EDIT)
+    monkeypatch.undo()
+    assert torch.equal(pipe(**EDIT), expected)

@@ -308,3 +308,8 @@ def test_damaged_bytes_are_read_or_refused_in_a_line(kind):
             refused += 1
             assert len(str(error).splitlines()) == 1
     assert refused
+
+
+def test_every_16_bit_value_becomes_the_nearest_of_8():
+    deep = np.arange(1 << 16, dtype=np.uint16).reshape(256, 256)
+    np.testing.assert_array_equal(np.array(to_rgb(deep))[:, :, 0], np.round(deep / 257))

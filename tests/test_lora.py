@@ -103,6 +103,10 @@ CONFIGS = [
         },
         id="patterns",
     ),
+    pytest.param(
+        {"alpha_pattern": {r"layers\.\d+\.self_attn\.o_proj|0.mlp.down_proj$": 5}},
+        id="regular-expression",
+    ),
     pytest.param({"target_modules": "all-linear", "lora_bias": False}, id="all-linear"),
     pytest.param({"target_modules": ["x_embedder.proj"]}, id="convolution"),
     pytest.param(
@@ -263,6 +267,28 @@ class TestComingAndGoing:
         with pytest.raises(RequestError, match="loaded: none"):
             fresh.unload_lora_weights(str(LORA))
 
+    def test_unloading_that_fails_in_the_middle_is_made_good(self, fresh, monkeypatch):
+        """No picture comes from a mixture: the next call sets the weights first, or fails too."""
+        fresh.load_lora_weights(LORA, adapter_name="style")
+        whole, image, read = weights(fresh), latent(fresh), Checkpoint.read
+        reads = iter([True, True])
+
+        def fail(*arguments):
+            if not next(reads, False):
+                raise CheckpointError("the disk is gone")
+            return read(*arguments)
+
+        monkeypatch.setattr(Checkpoint, "read", fail)
+        with pytest.raises(CheckpointError, match="the disk is gone"):
+            fresh.unload_lora_weights()
+        assert not same(weights(fresh), whole)  # it failed in the middle indeed
+        with pytest.raises(CheckpointError, match="the disk is gone"):
+            latent(fresh)
+        monkeypatch.undo()
+        assert torch.equal(latent(fresh), image)
+        assert same(weights(fresh), whole)
+        fresh.unload_lora_weights("style")
+
 
 ORIGINAL = load_file(LORA / "adapter_model.safetensors")
 CONFIG = json.loads((LORA / "adapter_config.json").read_text())
@@ -392,10 +418,15 @@ def without(*names: str) -> dict[str, torch.Tensor]:
         pytest.param({}, {"peft_type": ["LORA"]}, ["only LoRA"], id="odd-kind"),
         pytest.param({}, {"modules_to_save": ["norm"]}, ["modules_to_save"], id="whole-modules"),
         pytest.param({}, {"layer_replication": [[0, 3]]}, ["layer_replication"], id="replication"),
-        pytest.param({}, {"lora_alpha": "8"}, ["lora_alpha must be a number, got '8'"], id="text"),
-        pytest.param({}, {"lora_alpha": float("nan")}, ["must be a number, got nan"], id="nan"),
+        pytest.param({}, {"lora_alpha": "8"}, ["lora_alpha must be a number up to 1e+09, got '8'"], id="text"),
+        pytest.param({}, {"lora_alpha": float("nan")}, ["must be a number up to 1e+09, got nan"], id="nan"),
         pytest.param({}, {"lora_alpha": 10**400}, ["must be a number"], id="huge"),
         pytest.param({}, {"alpha_pattern": {"(": 1}}, ["alpha_pattern"], id="pattern"),
+        pytest.param({}, {"alpha_pattern": {"(.+)+!": 1}}, ["is not supported"], id="slow"),
+        pytest.param({}, {"alpha_pattern": {"(l|l)(a|a)!": 1}}, ["not supported"], id="ways"),
+        pytest.param({}, {"lora_alpha": 1e308}, ["must be a number up to 1e+09, got 1e+308"], id="overflow"),
+        pytest.param({A: torch.full((4, 192), torch.nan)}, {}, ["o_proj holds NaN"], id="nan-A"),
+        pytest.param({B: torch.full((192, 4), torch.inf)}, {}, ["o_proj holds NaN"], id="inf-B"),
         pytest.param({}, {"alpha_pattern": [1]}, ["alpha_pattern"], id="pattern-list"),
         pytest.param({}, {"alpha_pattern": {"o_proj": None}}, ["got None"], id="pattern-value"),
     ],

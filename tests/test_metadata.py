@@ -213,6 +213,7 @@ MALFORMED = {
     "digest": json.dumps(fields(latents={"path": "a", "sha256": "0" * 63})),
     "file with more": json.dumps(fields(latents={"path": "a", "sha256": None, "x": 1})),
     "index": json.dumps(fields(index=-1)),
+    "long index": json.dumps(fields(index=0))[:-1] + f', "index": {"9" * 4300}}}',
     **{f"without {name}": json.dumps(without(name)) for name in fields()},
 }
 

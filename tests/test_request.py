@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -83,6 +84,12 @@ PROMPTS = [
     bad("number-in-batch", "prompt[1] must be a string", "int", prompt=["A cat.", 7]),
     bad("nested", "prompt[0] must be a string", "list", prompt=[["A cat."]]),
     bad("too-long", "shorten the prompt", "131072 positions", prompt="cat " * 70_000),
+    bad("far-too-long", "prompt has 2,000,000 characters, at most 1,048,576", prompt="x" * 2_000_000),
+    bad(
+        "far-too-long-negative",
+        "negative_prompt has 2,000,000 characters",
+        negative_prompt="x" * 2_000_000,
+    ),
     bad("half-a-character", "prompt holds '\\ud800' at 2", "UTF-8", prompt="a \ud800 cat"),
     bad("half-in-negative", "negative_prompt holds '\\udcff'", negative_prompt="\udcff"),
 ]
@@ -509,3 +516,16 @@ def test_a_refused_call_leaves_the_pipeline_usable(pipe):
     with pytest.raises(RequestError):
         pipe("A cat.", **{**SMALL, "height": 100})
     assert torch.equal(latent(pipe), before)
+
+
+def test_an_image_named_thousands_of_times_is_refused_without_a_place_for_each(pipe):
+    pipe.processor.clear()
+    image = np.zeros((768, 768, 3), np.uint8)
+    call = {"prompt": ONE * 5000, "input_images": [image], "max_input_image_size": 768}
+    tracemalloc.start()
+    with pytest.raises(RequestError, match=r"a prompt of 11\d{6} tokens is more than the"):
+        latent(pipe, **call)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 64e6  # as Python's integers they would take ten times that
+    assert not pipe.processor._tokens.cache_info().currsize

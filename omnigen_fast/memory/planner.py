@@ -7,12 +7,13 @@ one that fits, and what is tried after an out-of-memory stands further down.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from itertools import product
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .. import profiles
@@ -209,9 +210,9 @@ def parse_memory(amount: str | int) -> int | None:
             return None
         found = _AMOUNT.fullmatch(amount)
         if found and found[2].lower() in _UNITS:
-            size = round(float(found[1]) * _UNITS[found[2].lower()])
-            if size > 0:
-                return size
+            size = float(found[1]) * _UNITS[found[2].lower()]
+            if 0.5 < size < math.inf:
+                return round(size)
     raise RequestError(
         f'memory must be "auto", or an amount such as "8GiB" or a number of bytes, got {amount!r}'
     )
@@ -240,11 +241,11 @@ def less_margin(memory_bytes: float) -> int:
 
 
 def free_host_bytes(root: Path = Path("/")) -> int:
-    """What can still be allocated on the host: what is available, within the cgroup's limit."""
+    """What can still be allocated on the host: what is available, within the control groups' limits."""
     available = _meminfo(root).get("MemAvailable")
     if available is None:
         available = _pages("SC_AVPHYS_PAGES")
-    return max(0, min([available, *_cgroup_room(root)]))
+    return max(0, min([available, *(most - used for most, used in _cgroups(root))]))
 
 
 def profile_of(device: Any) -> Profile:
@@ -436,25 +437,38 @@ def _meminfo(root: Path) -> dict[str, int]:
     return {name: int(kb) << 10 for name, kb in re.findall(r"(\w+):\s+(\d+) kB", text)}
 
 
-def _cgroup_room(root: Path) -> Iterator[int]:
-    """What each limit of this process's control groups leaves; version 2, then version 1."""
-    for folder, limit, used in (
-        ("sys/fs/cgroup", "memory.max", "memory.current"),
-        ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+def _cgroups(root: Path) -> Iterator[tuple[int, int]]:
+    """Limit and use in bytes of each control group that this process is in; version 2, then 1."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        lines = []
+    for mount, controller, limit, used in (
+        ("sys/fs/cgroup", "", "memory.max", "memory.current"),
+        ("sys/fs/cgroup/memory", "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
     ):
-        place = root / folder
-        try:
-            most, now = (int((place / name).read_text()) for name in (limit, used))
-            pages = re.search(
-                r"^(?:total_)?inactive_file (\d+)$", (place / "memory.stat").read_text(), re.M
-            )
-        except (OSError, ValueError):  # "max" where there is none
-            continue
-        yield most - now + (int(pages[1]) if pages else 0)  # pages that can be dropped
+        groups = {PurePosixPath("/")}  # a container's own group is where its mount begins
+        for line in lines:
+            _, controllers, name = line.split(":", 2)
+            group = PurePosixPath("/", name)
+            if controller in controllers.split(",") and ".." not in group.parts:
+                groups |= {group, *group.parents}  # the limit of each counts
+        for group in groups:
+            place = root / mount / group.relative_to("/")
+            try:
+                most, now = (int((place / name).read_text()) for name in (limit, used))
+                pages = re.search(
+                    r"^(?:total_)?inactive_file (\d+)$", (place / "memory.stat").read_text(), re.M
+                )
+            except (OSError, ValueError):  # "max" where there is none
+                continue
+            yield most, now - (int(pages[1]) if pages else 0)  # pages that can be dropped
 
 
-def _host_bytes() -> int:
-    return _meminfo(Path("/")).get("MemTotal") or _pages("SC_PHYS_PAGES")
+def _host_bytes(root: Path = Path("/")) -> int:
+    """The host's memory, or what the process's control groups allow of it."""
+    total = _meminfo(root).get("MemTotal") or _pages("SC_PHYS_PAGES")
+    return min([total, *(most for most, _ in _cgroups(root))])
 
 
 def _own_bytes() -> int:

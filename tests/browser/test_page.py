@@ -234,9 +234,11 @@ def test_a_browser_cannot_name_files_of_the_server(page, server):
     (join,) = (request for request in sent if "/queue/join" in request.url)
     body = join.post_data_json
     before = server.saved()
-    for file in ({"path": str(CAT)}, {"path": "", "url": CAT.as_uri()}):
+    meta = {"meta": {"_type": "gradio.FileData"}}
+    files = [{"path": str(CAT), **meta}, {"path": "", "url": CAT.as_uri(), **meta}]
+    for file in [*files, {"path": str(CAT)}]:
         body["session_hash"] = f"{len(str(file))}session"
-        body["data"][1] = {**file, "meta": {"_type": "gradio.FileData"}}
+        body["data"][1] = file
         api = f"{server.address}gradio_api/queue"
         assert page.request.post(f"{api}/join", data=body).ok
         events = page.request.get(f"{api}/data", params={"session_hash": body["session_hash"]})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import threading
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 import gradio as gr
 import pytest
 from golden_cases import TINY
+from gradio.data_classes import ImageData
 from PIL import Image
 
 from omnigen_fast import page
@@ -133,3 +135,23 @@ def test_nothing_is_reported_or_kept(opened):
     assert not blocks.analytics_enabled
     assert not list(Path(page.__file__).parent.glob("*.pyi"))
     assert isinstance(blocks, gr.Blocks)
+
+
+def test_only_what_was_uploaded_is_an_input_image(tmp_path, monkeypatch):
+    """Gradio checks the paths of those callers who mark them as files, and not of others."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
+    (tmp_path / "uploads").mkdir()
+    secret, link = tmp_path / "secret.png", tmp_path / "uploads/link.png"
+    Image.new("RGB", (8, 8)).save(secret)
+    Image.new("RGB", (8, 8)).save(tmp_path / "uploads/a.png")
+    link.symlink_to(secret)
+    component = page._Image()
+    uploaded = str(tmp_path / "uploads/a.png")
+    assert component.preprocess(ImageData(path=uploaded)) == uploaded
+    upwards = str(tmp_path / "uploads/../secret.png")
+    for path in (str(secret), str(link), upwards, "", None, "http://127.0.0.1/a.png"):
+        with pytest.raises(gr.Error, match="must be uploaded"):
+            component.preprocess(ImageData(path=path))
+    for address in ("http://127.0.0.1/a.png", "HTTPS://example.org/a.png"):
+        with pytest.raises(gr.Error, match="must be uploaded"):
+            asyncio.run(component.async_move_resource_to_block_cache(address))

@@ -273,7 +273,7 @@ def test_amounts_of_memory(amount, size):
 
 
 @pytest.mark.parametrize(
-    "amount", ["", "8 apples", "-1GB", "0", "GB", "1e9", "iB", 0, -5, True, 8.5]
+    "amount", ["", "8 apples", "-1GB", "0", "GB", "1e9", "iB", 0, -5, True, 8.5, "9" * 400]
 )
 def test_what_is_no_amount(amount):
     with pytest.raises(RequestError, match="8GiB"):
@@ -293,6 +293,43 @@ def test_free_memory_of_the_host(tmp_path):
     assert free_host_bytes(tmp_path) == 200_000
     (group / "memory.max").write_text("100\n")
     assert free_host_bytes(tmp_path) == 0
+
+
+@pytest.mark.parametrize(
+    ("line", "place"),
+    [
+        ("0::/user/task", "user/task"),
+        ("0::/user/task", "user"),  # of all that stand above it
+        ("0::/seen/only/outside", ""),
+        ("0::/../outside", ""),
+        ("4:cpu,memory:/job", "memory/job"),
+        ("4:cpu:/a\n3:memory:/job", "memory/job"),
+    ],
+)
+def test_limits_of_control_groups(tmp_path, line, place):
+    """A container may be small on a large host: plans must not leave a share of the host free."""
+    group = tmp_path / "sys/fs/cgroup" / place
+    old = place.startswith("memory")
+    names = ("limit_in_bytes", "usage_in_bytes") if old else ("max", "current")
+    (tmp_path / "proc/self").mkdir(parents=True), group.mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(f"{line}\n")
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 2000 kB\nMemAvailable: 1000 kB\n")
+    for name, value in zip(names, (700_000, 600_000)):
+        (group / f"memory.{name}").write_text(f"{value}\n")
+    (group / "memory.stat").write_text("total_inactive_file 50000\n")
+    assert free_host_bytes(tmp_path) == 150_000
+    assert planner._host_bytes(tmp_path) == 700_000
+
+
+def test_a_small_container_on_a_large_host(monkeypatch):
+    def meminfo(root):
+        return {"MemTotal": 512 << 30, "MemAvailable": 500 << 30}
+
+    monkeypatch.setattr(planner, "_meminfo", meminfo)
+    monkeypatch.setattr(planner, "_cgroups", lambda root: iter([(8 << 30, 1 << 30)]))
+    monkeypatch.setattr(planner, "_own_bytes", lambda: 1 << 30)
+    found = planner.free_bytes(SimpleNamespace(type="cpu"), profiles.load("cpu"))
+    assert (7 << 30) < found < (8 << 30)
 
 
 def test_free_memory_of_this_machine():
