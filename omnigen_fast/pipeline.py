@@ -542,7 +542,9 @@ class OmniGenPipeline:
             images = self.vae.decode(run.latents, plan.strip_rows, store=self._strip_store(plan))
         self._measure()
         if images.sum().isnan():
-            raise OmniGenError("the VAE gave pixels that are no numbers; its weights may be damaged")
+            raise OmniGenError(
+                "the VAE gave pixels that are no numbers; its weights may be damaged"
+            )
         return _output(images, request.output_type)
 
     def _measure(self) -> None:

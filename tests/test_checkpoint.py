@@ -248,6 +248,13 @@ class TestTensors:
 
 
 class TestFiles:
+    def test_numbers_of_four_bits(self, folder):
+        """safetensors knows them, torch makes no weights of them."""
+        path = folder / "model.safetensors"
+        header = json.dumps({"a": {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}}).encode()
+        path.write_bytes(struct.pack("<Q", len(header)) + header + b"\0")
+        refused(lambda: Checkpoint.open(folder), "a holds F4, not floating-point weights")
+
     @pytest.mark.parametrize(
         "damage",
         [
@@ -475,6 +482,13 @@ class TestTokenizer:
         path = tmp_path / "tokenizer.json"
         path.write_text(text)
         refused(lambda: self.ids(path), "no token <s>", "not OmniGen's")
+
+    def test_words_that_are_in_no_vocabulary(self, tmp_path):
+        values = json.loads((TINY / "tokenizer.json").read_text())
+        values["model"] = {"type": "WordLevel", "vocab": {"<s>": 1}, "unk_token": "<absent>"}
+        path = tmp_path / "tokenizer.json"
+        path.write_text(json.dumps(values))
+        refused(lambda: self.ids(path), "the tokenizer can't encode the prompt: WordLevel error")
 
     def test_more_tokens_than_the_model_has(self):
         processor = Processor.from_file(

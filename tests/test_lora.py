@@ -418,13 +418,19 @@ def without(*names: str) -> dict[str, torch.Tensor]:
         pytest.param({}, {"peft_type": ["LORA"]}, ["only LoRA"], id="odd-kind"),
         pytest.param({}, {"modules_to_save": ["norm"]}, ["modules_to_save"], id="whole-modules"),
         pytest.param({}, {"layer_replication": [[0, 3]]}, ["layer_replication"], id="replication"),
-        pytest.param({}, {"lora_alpha": "8"}, ["lora_alpha must be a number up to 1e+09, got '8'"], id="text"),
-        pytest.param({}, {"lora_alpha": float("nan")}, ["must be a number up to 1e+09, got nan"], id="nan"),
+        pytest.param(
+            {}, {"lora_alpha": "8"}, ["lora_alpha must be a number up to 1e+09, got '8'"], id="text"
+        ),
+        pytest.param(
+            {}, {"lora_alpha": float("nan")}, ["must be a number up to 1e+09, got nan"], id="nan"
+        ),
         pytest.param({}, {"lora_alpha": 10**400}, ["must be a number"], id="huge"),
         pytest.param({}, {"alpha_pattern": {"(": 1}}, ["alpha_pattern"], id="pattern"),
         pytest.param({}, {"alpha_pattern": {"(.+)+!": 1}}, ["is not supported"], id="slow"),
         pytest.param({}, {"alpha_pattern": {"(l|l)(a|a)!": 1}}, ["not supported"], id="ways"),
-        pytest.param({}, {"lora_alpha": 1e308}, ["must be a number up to 1e+09, got 1e+308"], id="overflow"),
+        pytest.param(
+            {}, {"lora_alpha": 1e308}, ["must be a number up to 1e+09, got 1e+308"], id="overflow"
+        ),
         pytest.param({A: torch.full((4, 192), torch.nan)}, {}, ["o_proj holds NaN"], id="nan-A"),
         pytest.param({B: torch.full((192, 4), torch.inf)}, {}, ["o_proj holds NaN"], id="inf-B"),
         pytest.param({}, {"alpha_pattern": [1]}, ["alpha_pattern"], id="pattern-list"),

@@ -84,7 +84,9 @@ PROMPTS = [
     bad("number-in-batch", "prompt[1] must be a string", "int", prompt=["A cat.", 7]),
     bad("nested", "prompt[0] must be a string", "list", prompt=[["A cat."]]),
     bad("too-long", "shorten the prompt", "131072 positions", prompt="cat " * 70_000),
-    bad("far-too-long", "prompt has 2,000,000 characters, at most 1,048,576", prompt="x" * 2_000_000),
+    bad(
+        "far-too-long", "prompt has 2,000,000 characters, at most 1,048,576", prompt="x" * 2_000_000
+    ),
     bad(
         "far-too-long-negative",
         "negative_prompt has 2,000,000 characters",

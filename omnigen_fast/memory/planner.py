@@ -241,7 +241,7 @@ def less_margin(memory_bytes: float) -> int:
 
 
 def free_host_bytes(root: Path = Path("/")) -> int:
-    """What can still be allocated on the host: what is available, within the control groups' limits."""
+    """What can still be allocated on the host: what is available, within its groups' limits."""
     available = _meminfo(root).get("MemAvailable")
     if available is None:
         available = _pages("SC_AVPHYS_PAGES")
