@@ -2,7 +2,7 @@
 
     python -m bench.full_size FOLDER [--stream] [--side 256] [--steps 2] [--keep]
 
-Writes 3.8 B random parameters (bfloat16, original layout, 8.2 GB with the VAE) into FOLDER unless
+Writes 3.8 B random parameters (bfloat16, original layout, 8.1 GB with the VAE) into FOLDER unless
 they are there, then loads them and makes one picture in a process of its own. The peak resident set
 counts mapped pages of the files too; it must stay below the checkpoint's size + 0.6 GB.
 

@@ -1,14 +1,22 @@
 """omnigen_fast: the OmniGen image generation model, fast and exact.
 
-`from omnigen_fast import OmniGenPipeline` is the whole public interface, with the errors it raises;
-`enable`, `disable` and `summary` are for those who have a diffusers pipeline.
+`from omnigen_fast import OmniGenPipeline` is the public interface, with the errors that it raises
+and the `MemoryPlan` that it can be given; `enable`, `disable` and `summary` are for those who have
+a diffusers pipeline.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .errors import CheckpointError, OmniGenError, RequestError
+from .errors import (
+    CheckpointError,
+    MemoryBudgetError,
+    OmniGenError,
+    ProfileError,
+    RequestError,
+)
+from .memory.plan import MemoryPlan
 
 if TYPE_CHECKING:
     from .diffusers_pipeline import disable, enable, summary
@@ -17,8 +25,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "CheckpointError",
+    "MemoryBudgetError",
+    "MemoryPlan",
     "OmniGenError",
     "OmniGenPipeline",
+    "ProfileError",
     "RequestError",
     "__version__",
     "disable",

@@ -46,7 +46,7 @@ def main() -> None:
 @click.option("--revision", help="Branch, tag or commit on the hub.")
 @click.option("--cache-dir", help="Where hub files are kept.")
 @click.option("--local-files-only", is_flag=True, help="Do not ask the hub.")
-@click.option("--device", help="cuda, cuda:1, cpu, ...; the first GPU if there is one.")
+@click.option("--device", help="cuda, cuda:1, cpu, ...; the current GPU if there is one.")
 @click.option("--dtype", default="bfloat16", show_default=True, help="bfloat16 or float32.")
 @click.option("--lora", multiple=True, help="A LoRA folder, or FOLDER:WEIGHT. May be repeated.")
 @click.option("--prompt", multiple=True, help="May be repeated: a batch.")
@@ -327,7 +327,7 @@ def plan(
     help="Sheet to write.",
 )
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0))
-@click.option("--device", help="cuda, cuda:1, cpu, ...; the first GPU if there is one.")
+@click.option("--device", help="cuda, cuda:1, cpu, ...; the current GPU if there is one.")
 @click.option("--dtype", default="bfloat16", show_default=True, help="bfloat16 or float32.")
 def demo(model: str, out: Path, seed: int, device: str | None, dtype: str) -> None:
     """Shows on one sheet what the small model that ships can do, and says what ran."""
@@ -391,7 +391,7 @@ def show(file: str) -> None:
 
 @main.command()
 @click.option("--model", default="Shitao/OmniGen-v1", show_default=True, help="Folder or hub id.")
-@click.option("--device", help="cuda, cuda:1, cpu, ...; the first GPU if there is one.")
+@click.option("--device", help="cuda, cuda:1, cpu, ...; the current GPU if there is one.")
 @click.option("--dtype", default="bfloat16", show_default=True, help="bfloat16 or float32.")
 @click.option("--local-files-only", is_flag=True, help="Do not ask the hub.")
 @click.option("--port", type=click.IntRange(1, 65535), help="The first free one from 7860.")

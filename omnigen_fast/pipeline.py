@@ -169,7 +169,8 @@ class OmniGenPipeline:
                 "./shapes").
             vae_path: folder or hub id of the VAE where `model_name` holds none; without it the
                 one that the original falls back to is fetched.
-            device: where to run; the first GPU if there is one, else the CPU.
+            device: where to run; None for the current GPU if there is one (CUDA, then Apple's),
+                else the CPU.
             dtype: of the transformer, bfloat16 or float32. The VAE is always float32.
             revision: branch, tag or commit on the hub.
             cache_dir: where hub files are kept.
@@ -179,8 +180,9 @@ class OmniGenPipeline:
             capture_steps: on a GPU, record a step as a CUDA graph and replay it. Off saves the
                 memory of one step's intermediate results.
             memory: how much of the device's memory to use: "auto" for what is free, less a margin;
-                an amount, as "8GiB" or as a number of bytes; or a `MemoryPlan` that is carried out
-                as it stands, but for what a call's own switches say.
+                an amount, as "8GiB" or as a number of bytes; or a `MemoryPlan` (of
+                `omnigen_fast`) that is carried out as it stands, but for what a call's own switches
+                say.
 
         Raises:
             CheckpointError: files are missing, malformed, or not an OmniGen model.
@@ -260,8 +262,8 @@ class OmniGenPipeline:
             prompt: a string, or a list of strings (a batch). Image K is named in it as
                 `<img><|image_K|></img>`.
             input_images: for one prompt a list of images, for a batch a list of such lists. An
-                image is a path, the bytes of a file, a PIL image, or a numpy array
-                [height, width, 3]; it is turned upright (EXIF), alpha is laid on white.
+                image is a path, the bytes of a file, a PIL image, or a numpy array [height, width]
+                or [height, width, 1, 3 or 4]; it is turned upright (EXIF), alpha is laid on white.
             height: of the output in pixels, a multiple of 16.
             width: likewise.
             num_inference_steps: Euler steps, 1 to 1000.
@@ -270,12 +272,12 @@ class OmniGenPipeline:
             img_guidance_scale: how strongly they count.
             max_input_image_size: input images are shrunk to this many pixels a side.
             separate_cfg_infer: run guidance branches one after the other (less memory) rather than
-                at once. The image is the same. None leaves it to the runtime: at once.
-            offload_model: keep weights on the host. None leaves it to the runtime.
+                at once. The image is the same. None leaves it to the memory planner.
+            offload_model: keep weights on the host. None leaves it to the memory planner.
             use_kv_cache: keep the condition's keys and values (much faster) rather than compute
-                them again in every step. The image is the same. None leaves it to the runtime,
-                which keeps them.
-            offload_kv_cache: keep them on the host. None leaves it to the runtime.
+                them again in every step. The image is the same. None leaves it to the memory
+                planner, which keeps them unless nothing else fits.
+            offload_kv_cache: keep them on the host. None leaves it to the memory planner.
             use_input_image_size_as_output: the output has the size of the one input image.
             dtype: of the transformer, bfloat16 or float32; None for the one it was loaded in.
                 Another one reads the weights again.

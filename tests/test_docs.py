@@ -39,7 +39,7 @@ def commands() -> list[str]:
     found = set()
     for path in TEXTS:
         text = path.read_text()
-        found |= set(re.findall(rf"^({start}.*?)(?:\s+#.*)?$", text, re.M))
+        found |= set(re.findall(rf"^(?: {{4}}\$ )?({start}.*?)(?:\s+#.*)?$", text, re.M))
         found |= set(re.findall(rf"`({start}[^`]*)`", text))
     return sorted(found)
 
@@ -69,6 +69,7 @@ def test_examples_run(page, code, build, monkeypatch, tmp_path):
     monkeypatch.setattr(theirs, "__call__", shrunk(theirs.__call__))
     for name in ("street.jpg", "cat.png", "two_man.jpg"):
         shutil.copy(GOLDEN / "images/cat.png", tmp_path / name)
+    shutil.copytree(GOLDEN / "lora", tmp_path / "lora")
     monkeypatch.chdir(tmp_path)
     found: dict = {}
     exec(compile(code, f"docs/{page}.md", "exec"), found)
@@ -101,8 +102,10 @@ def test_commands_are_right(command, tmp_path, monkeypatch):
         elif name == "generate":
             shutil.copy(GOLDEN / "images/cat.png", tmp_path / "photo.jpg")
             small = ["--model", str(TINY), "--height", "64", "--width", "64", "--steps", "1"]
-            if "--image" in options:
-                options[options.index("--prompt") + 1] = "<img><|image_1|></img> Remove it."
+            if "--from" in options:
+                made = [*small, "--prompt", "A cat.", "--out", "made.png"]
+                assert CliRunner().invoke(main, [name, *made]).exit_code == 0
+                options[options.index("--from") + 1] = "made.png"
             result = CliRunner().invoke(main, [name, *options, *small])
             assert result.exit_code == 0, result.output
         else:
@@ -113,21 +116,30 @@ def test_commands_are_right(command, tmp_path, monkeypatch):
         source = Path(importlib.util.find_spec(module).origin).read_text()
         for option in (one for one in arguments if one.startswith("--")):
             assert f'"{option}"' in source, option
+    elif program == "pip":
+        assert arguments[0] == "install"
+        for extra in re.findall(r"\.\[(\w+)\]", command):
+            assert f'"{extra}": [' in (ROOT / "setup.py").read_text()
     else:
         pytest.fail(f"no way to check: {command}")
 
 
-def test_every_argument_stands_in_the_table_with_its_default():
-    rows = re.findall(r"^\| (`[a-z_`, ]+`) \| (\S*) ?\|", (DOCS / "inference.md").read_text(), re.M)
+@pytest.mark.parametrize("function", ["__call__", "from_pretrained"])
+def test_every_argument_stands_in_the_table_with_its_default(function):
+    call, load = (DOCS / "inference.md").read_text().split("And of `from_pretrained`:")
+    table = {"__call__": call, "from_pretrained": load}[function]
+    rows = re.findall(r"^\| (`[a-z_`, ]+`) \| (.*?) ?\| ", table, re.M)
     named = {
         name: default.strip("`")
         for names, default in rows
         for name in re.findall(r"`(\w+)`", names)
     }
-    parameters = dict(inspect.signature(OmniGenPipeline.__call__).parameters)
-    for hidden in ("self", "progress", "callback_on_step_end_tensor_inputs"):
-        del parameters[hidden]
+    parameters = dict(inspect.signature(getattr(OmniGenPipeline, function)).parameters)
+    parameters.pop("self", None)
     assert named.keys() == parameters.keys()
     for name, parameter in parameters.items():
         if parameter.default is not inspect.Parameter.empty:
-            assert named[name].replace('"', "") == str(parameter.default), name
+            assert named[name].replace('"', "'") in (
+                str(parameter.default),
+                repr(parameter.default),
+            ), name

@@ -243,7 +243,7 @@ in {seconds:.0f} s: {arguments.steps} steps, guidance {arguments.guidance}, imag
 
 {chr(10).join(rows)}
 
-Asked for are: {", ".join(f"{goal:.0%} in {name}" for name, goal in TARGETS.items())}.
+The tests demand at least {", ".join(f"{goal:.0%} in {name}" for name, goal in TARGETS.items())}.
 
 ![Prompts, input images and outputs of the demo](demo.png)
 """

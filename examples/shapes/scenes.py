@@ -51,7 +51,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """A background with up to three things."""
+    """A background with up to two things."""
 
     things: tuple[Thing, ...]
     background: str
