@@ -532,7 +532,11 @@ class OmniGenPipeline:
             denoise(loop, replay, after_step, run.steps_done)
             run.finished = True
             del loop, cache, replay
-        _check_finite(run)
+        if not _finite(run.latents):
+            raise OmniGenError(
+                f"the latents hold NaN or infinities after step {run.steps_done} of "
+                f"{request.steps}; the weights, a LoRA or a callback may hold some"
+            )
         if request.output_type == "latent":
             self._measure()
             return run.latents.clone()
@@ -543,7 +547,7 @@ class OmniGenPipeline:
         with self.vae.loaded():
             images = self.vae.decode(run.latents, plan.strip_rows, store=self._strip_store(plan))
         self._measure()
-        if images.sum().isnan():
+        if not _finite(images.sum()):  # of values from 0 to 1
             raise OmniGenError(
                 "the VAE gave pixels that are no numbers; its weights may be damaged"
             )
@@ -838,13 +842,9 @@ def _replace(latents: Tensor, given: Tensor, changed: Any) -> None:
     latents.copy_(new)
 
 
-def _check_finite(run: RunningCall) -> None:
-    """Raises OmniGenError for latents that no picture can be made of."""
-    if not run.latents.isfinite().all():
-        raise OmniGenError(
-            f"the latents hold NaN or infinities after step {run.steps_done} of "
-            f"{run.request.steps}; the weights, a LoRA or a callback may hold some"
-        )
+def _finite(tensor: Tensor) -> bool:
+    """Whether all are numbers; so they are where only shapes are computed."""
+    return tensor.is_meta or bool(tensor.isfinite().all())
 
 
 def _output(images: Tensor, output_type: str) -> list[Any] | Tensor | np.ndarray:
