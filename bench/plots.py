@@ -187,8 +187,9 @@ def _limits(result: dict[str, Any], path: Path) -> Path:
     return _save(
         figure,
         path,
-        "limit: bytes over the bandwidth of a copy or operations over the rate of a large product, "
-        "both measured in the same run;\nabove 100 %: the data stayed in the processor's caches. "
+        "limit: bytes over the bandwidth of a copy or operations over the best rate of large "
+        "products, both measured in the same run;\n"
+        "above 100 %: the data stayed in the processor's caches. "
         f"{result['device']}; {result['model']}; {result['machine']['date']}",
     )
 

@@ -83,7 +83,7 @@ def _world(result: dict[str, Any]) -> list[str]:
     if rate:
         said.append(
             f"The limit is the operations of a picture over {rate / 1e12:.3g} TFLOP/s, the rate of "
-            "a large matrix product measured in the same run."
+            "the fastest of some large matrix products measured in the same run."
         )
     if result["state"] != "complete":
         said.append(f"The run is {result['state']}: what is missing was not measured.")

@@ -1,8 +1,8 @@
 """What the micro-benchmarks and the tuner time: each operation at the sizes of the real model.
 
 Every contender of a case computes the same thing; `check` says so before anything is timed. Limits
-are measured where the case runs: bytes over the bandwidth of a copy, operations over the rate of a
-matrix product, the larger of the two times.
+are measured where the case runs: bytes over the bandwidth of a copy, operations over the rate of
+the fastest of some large matrix products, the larger of the two times.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate
 
 import torch
@@ -145,7 +146,7 @@ class Limits:
     """Measured on the device, in this process."""
 
     bytes_per_second: float  # copied: read and written both count
-    flops_per_second: float  # of a large product of `dtype`
+    flops_per_second: float  # of the fastest of some large products of `dtype`
 
     def floor(self, case: Case) -> float:
         """Seconds under which no version of the case goes."""
@@ -159,13 +160,19 @@ def _copy(nbytes: int, device: torch.device) -> tuple[Callable[[], object], int]
 
 
 def measure_limits(device: torch.device, dtype: torch.dtype) -> Limits:
+    """What a copy and products reach now; a product's rate depends on its size, so several run."""
     on_gpu = device.type == "cuda"
     copy, nbytes = _copy(1 << 30 if on_gpu else 1 << 26, device)
     bandwidth = 2 * nbytes / seconds(copy, device)
     del copy
-    n = 8192 if on_gpu else 768
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    return Limits(bandwidth, 2 * n**3 / seconds(lambda: a @ b, device))
+    rates = []
+    # rows, inputs, outputs of a linear layer
+    large = [(n, n, n) for n in ((4096, 8192) if on_gpu else (1024, 2048, 3072))]
+    for m, k, n in [*large, (4096, 3072, 8192)] if on_gpu else [*large, (2048, 768, 2304)]:
+        x, weight = (torch.randn(rows, k, device=device).to(dtype) for rows in (m, n))
+        rates.append(2 * m * k * n / seconds(partial(F.linear, x, weight), device))
+        del x, weight
+    return Limits(bandwidth, max(rates))
 
 
 class _Maker:
