@@ -17,8 +17,8 @@ from .checkpoint import Checkpoint, find_weights, read_json, read_tensors
 from .errors import CheckpointError
 
 _KEY = re.compile(r"(?:base_model\.model\.|transformer\.)?(.+)\.lora_([AB])(?:\.\w+)?\.weight")
-# Of the regular expressions that PEFT takes those that need no more time than they are long.
-_PATTERN = re.compile(r"\^?(?:[\w.|-]|\\\.|\\d\+?)+\$?")
+_NAME_CHARACTERS = 64  # more than a module's name has
+_MAX_WAYS, _MAX_PATTERN = 1 << 13, 256  # of an alpha_pattern, see _check_pattern
 _MAX_SCALE = 1e9  # of an update; beyond it, float32 sums end in infinities
 
 
@@ -147,18 +147,37 @@ def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
     alpha = config.get("lora_alpha", rank)
     try:
         for pattern, value in (config.get("alpha_pattern") or {}).items():
-            if not _PATTERN.fullmatch(pattern):
-                raise CheckpointError(
-                    f"adapter_config.json: alpha_pattern {pattern[:80]!r} is not supported; give "
-                    r"names of modules, with \d+ for any number and | between several"
-                )
+            _check_pattern(pattern)
             if re.fullmatch(rf"(.*\.)?({pattern})", module):
                 alpha = value
                 break
-    except AttributeError as error:
+    except (re.error, AttributeError) as error:
         raise CheckpointError(f"adapter_config.json: alpha_pattern: {error}") from error
     if not isinstance(alpha, int | float) or not abs(alpha) <= _MAX_SCALE:
         raise CheckpointError(
             f"adapter_config.json: lora_alpha must be a number up to {_MAX_SCALE:g}, got {alpha!r}"
         )
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _check_pattern(pattern: str) -> None:
+    """Raises CheckpointError for a regular expression that could take very long on a module's name.
+
+    What backtracking may have to try is bounded from above: the places where each repetition ends,
+    and the alternatives of each group. Repeated groups, lookarounds and references are refused.
+    """
+    # each escape and each class of characters is one character
+    plain = re.sub(
+        r"\\(.)|\[\^?\]?[^\]]*\]",
+        lambda found: "\0" if (found[1] or "").isdigit() else "x",
+        pattern,
+        flags=re.DOTALL,
+    )
+    ways = _NAME_CHARACTERS ** sum(map(plain.count, "*+{")) * 2 ** plain.count("?")
+    ways *= (plain.count("|") + 1) ** plain.count("(")
+    odd = "\0" in plain or re.search(r"\(\?(?!:)|\)[*+?{]", plain)
+    if odd or ways > _MAX_WAYS or len(pattern) > _MAX_PATTERN:
+        raise CheckpointError(
+            f"adapter_config.json: alpha_pattern {pattern[:80]!r} is not supported; give names of "
+            r"modules, with at most two of * and +, and | between several"
+        )

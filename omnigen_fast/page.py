@@ -164,7 +164,7 @@ class Page:
             return [one.prompt, *images, one.guidance_scale, one.use_input_image_size]
 
         side = min(start.side, self._pipe.config.max_image_side)
-        with gr.Blocks(title="OmniGen", analytics_enabled=False) as blocks:
+        with _Blocks(title="OmniGen", analytics_enabled=False) as blocks:
             gr.Markdown(f"# OmniGen\n`{self._model}` on {self._pipe.device}")
             with gr.Row():
                 with gr.Column(scale=6):
@@ -291,11 +291,25 @@ def _uploaded(self: gr.Image, file: ImageData | None) -> str | None:
     return file.path
 
 
-async def _cached(self: gr.Image, path: str | Path | None) -> str | None:
-    """Gradio's own, which would also fetch from the web what a caller names."""
-    if str(path).lower().startswith(("http://", "https://")):
-        raise gr.Error(_NOT_UPLOADED)
-    return await gr.Image.async_move_resource_to_block_cache(self, path)
+class _Blocks(gr.Blocks):
+    """Fetches nothing: Gradio would download what any field names as a file on the web."""
+
+    async def preprocess_data(
+        self, block_fn: Any, inputs: list[Any], *arguments: Any, **options: Any
+    ) -> Any:
+        if _names_address(inputs):
+            raise gr.Error(_NOT_UPLOADED)
+        return await super().preprocess_data(block_fn, inputs, *arguments, **options)
+
+
+def _names_address(value: Any) -> bool:
+    """Whether a file on the web is named anywhere in what a browser sent."""
+    if isinstance(value, list):
+        return any(map(_names_address, value))
+    if not isinstance(value, dict):
+        return False
+    path = str(value.get("path")).lower()
+    return path.startswith(("http:", "https:")) or any(map(_names_address, value.values()))
 
 
 def _shown(self: gr.Image, value: Path | Image | None) -> ImageData | None:
@@ -328,7 +342,6 @@ _Image = ABCMeta.__new__(
         "__module__": __name__,
         "is_template": True,  # the page shows it as Gradio's own
         "preprocess": _uploaded,
-        "async_move_resource_to_block_cache": _cached,
         "postprocess": _shown,
     },
 )

@@ -533,9 +533,10 @@ class OmniGenPipeline:
             run.finished = True
             del loop, cache, replay
         if not _finite(run.latents):
+            self._forget()  # what is kept may hold some too
             raise OmniGenError(
                 f"the latents hold NaN or infinities after step {run.steps_done} of "
-                f"{request.steps}; the weights, a LoRA or a callback may hold some"
+                f"{request.steps}; the weights, a LoRA, the VAE or a callback may have made them"
             )
         if request.output_type == "latent":
             self._measure()
@@ -765,8 +766,8 @@ class OmniGenPipeline:
         self._store.stop()
         self.model = _load(self._checkpoint, dtype, device, resident)
         self._store = LayerStore(self.model, self._read, self._host)
-        self._refresh(*self._adapters.values())
         self._forget()
+        self._refresh(*self._adapters.values())
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:

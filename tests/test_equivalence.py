@@ -11,6 +11,7 @@ import torch
 from golden_cases import CASES, GOLDEN, golden_request, golden_result, relative_error
 
 from omnigen_fast import pipeline
+from omnigen_fast.cache import ConditionCache
 from omnigen_fast.errors import RequestError
 from omnigen_fast.memory.plan import MemoryPlan
 from omnigen_fast.model import Transformer
@@ -493,15 +494,31 @@ def test_a_damaged_vae_is_an_error_and_not_a_black_picture(load_pipe):
         pipe(**TEXT | {"output_type": "pil"})
 
 
+def test_an_image_that_was_encoded_to_nan_is_encoded_again(load_pipe):
+    from omnigen_fast import OmniGenError
+
+    pipe = load_pipe()
+    expected, encode = pipe(**EDIT), pipe.vae.encode
+    pipe.clear_cache()
+    pipe.vae.encode = lambda *arguments, **options: encode(*arguments, **options) * float("nan")
+    with pytest.raises(OmniGenError, match="the latents hold NaN"):
+        pipe(**EDIT)
+    pipe.vae.encode = encode
+    assert torch.equal(pipe(**EDIT), expected)
+
+
 def test_an_interrupt_before_the_prefill_leaves_no_empty_rows(load_pipe, monkeypatch):
     pipe = load_pipe()
     expected = pipe(**EDIT)
     pipe.clear_cache()
 
-    def interrupt(*arguments):
+    reserve = ConditionCache.reserve
+
+    def interrupted(*arguments):
+        reserve(*arguments)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipe, "_prefill", interrupt)
+    monkeypatch.setattr(ConditionCache, "reserve", interrupted)
     with pytest.raises(KeyboardInterrupt):
         pipe(**EDIT)
     monkeypatch.undo()

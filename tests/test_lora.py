@@ -105,7 +105,16 @@ CONFIGS = [
     ),
     pytest.param(
         {"alpha_pattern": {r"layers\.\d+\.self_attn\.o_proj|0.mlp.down_proj$": 5}},
-        id="regular-expression",
+        id="number",
+    ),
+    *(
+        pytest.param({"alpha_pattern": {pattern: 5}}, id=pattern)
+        for pattern in (
+            r".*\.o_proj",
+            r"^llm.layers\.[01]\.mlp.*proj",
+            r"layers\.(0|2)\.(?:self_attn|mlp)\.\w+_proj",
+            r"layers\.\d{1,2}.*down_proj$",
+        )
     ),
     pytest.param({"target_modules": "all-linear", "lora_bias": False}, id="all-linear"),
     pytest.param({"target_modules": ["x_embedder.proj"]}, id="convolution"),
@@ -289,6 +298,23 @@ class TestComingAndGoing:
         assert same(weights(fresh), whole)
         fresh.unload_lora_weights("style")
 
+    def test_another_dtype_that_fails_in_the_middle_is_made_good(self, fresh, monkeypatch):
+        fresh.load_lora_weights(LORA)
+        expected, read = latent(fresh, dtype="bfloat16"), Checkpoint.read
+        latent(fresh, dtype="float32")
+        reads = iter([True, True])
+
+        def fail(*arguments):
+            if not next(reads, False):
+                raise CheckpointError("the disk is gone")
+            return read(*arguments)
+
+        monkeypatch.setattr(Checkpoint, "read", fail)
+        with pytest.raises(CheckpointError, match="the disk is gone"):
+            latent(fresh, dtype="bfloat16")
+        monkeypatch.undo()
+        assert torch.equal(latent(fresh, dtype="bfloat16"), expected)
+
 
 ORIGINAL = load_file(LORA / "adapter_model.safetensors")
 CONFIG = json.loads((LORA / "adapter_config.json").read_text())
@@ -427,7 +453,12 @@ def without(*names: str) -> dict[str, torch.Tensor]:
         pytest.param({}, {"lora_alpha": 10**400}, ["must be a number"], id="huge"),
         pytest.param({}, {"alpha_pattern": {"(": 1}}, ["alpha_pattern"], id="pattern"),
         pytest.param({}, {"alpha_pattern": {"(.+)+!": 1}}, ["is not supported"], id="slow"),
-        pytest.param({}, {"alpha_pattern": {"(l|l)(a|a)!": 1}}, ["not supported"], id="ways"),
+        pytest.param({}, {"alpha_pattern": {"(l|l)" * 30: 1}}, ["not supported"], id="ways"),
+        pytest.param({}, {"alpha_pattern": {"l?" * 30: 1}}, ["not supported"], id="optional"),
+        pytest.param({}, {"alpha_pattern": {".*" * 9 + "!": 1}}, ["not supported"], id="runs"),
+        pytest.param({}, {"alpha_pattern": {r"(l)\1": 1}}, ["not supported"], id="reference"),
+        pytest.param({}, {"alpha_pattern": {"(?=l)l": 1}}, ["not supported"], id="look"),
+        pytest.param({}, {"alpha_pattern": {"x" * 300: 1}}, ["not supported"], id="long"),
         pytest.param(
             {}, {"lora_alpha": 1e308}, ["must be a number up to 1e+09, got 1e+308"], id="overflow"
         ),

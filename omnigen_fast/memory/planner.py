@@ -457,12 +457,14 @@ def _cgroups(root: Path) -> Iterator[tuple[int, int]]:
             place = root / mount / group.relative_to("/")
             try:
                 most, now = (int((place / name).read_text()) for name in (limit, used))
-                pages = re.search(
-                    r"^(?:total_)?inactive_file (\d+)$", (place / "memory.stat").read_text(), re.M
+                stat = dict(
+                    line.split() for line in (place / "memory.stat").read_text().splitlines()
                 )
             except (OSError, ValueError):  # "max" where there is none
                 continue
-            yield most, now - (int(pages[1]) if pages else 0)  # pages that can be dropped
+            # pages that can be dropped; version 1 counts those of groups below apart
+            pages = stat.get("total_inactive_file", stat.get("inactive_file", 0))
+            yield most, now - int(pages)
 
 
 def _host_bytes(root: Path = Path("/")) -> int:

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import gradio as gr
 import pytest
 from golden_cases import TINY
+from gradio import processing_utils
 from gradio.data_classes import ImageData
 from PIL import Image
 
@@ -152,6 +153,24 @@ def test_only_what_was_uploaded_is_an_input_image(tmp_path, monkeypatch):
     for path in (str(secret), str(link), upwards, "", None, "http://127.0.0.1/a.png"):
         with pytest.raises(gr.Error, match="must be uploaded"):
             component.preprocess(ImageData(path=path))
-    for address in ("http://127.0.0.1/a.png", "HTTPS://example.org/a.png"):
+
+
+@pytest.mark.parametrize("place", range(15))
+def test_nothing_is_fetched_for_any_field(opened, monkeypatch, place):
+    fetched = []
+
+    async def fetch(address, **options):
+        fetched.append(address)
+        raise ConnectionError
+
+    monkeypatch.setattr(processing_utils, "async_ssrf_protected_download", fetch)
+    blocks = opened.build()
+    (call,) = {fn.name: fn for fn in blocks.fns.values() if fn.name == "plans"}.values()
+    file = {"path": "http://example.org/a.png", "meta": {"_type": "gradio.FileData"}}
+    for sent in (file, [{"deep": file}], {**file, "path": "HTTPS://example.org/a.png"}):
+        inputs = values()
+        inputs[place] = sent
         with pytest.raises(gr.Error, match="must be uploaded"):
-            asyncio.run(component.async_move_resource_to_block_cache(address))
+            asyncio.run(blocks.preprocess_data(call, inputs, None))
+    assert not fetched
+    assert asyncio.run(blocks.preprocess_data(call, values(), None)) == values()

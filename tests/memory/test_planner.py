@@ -316,7 +316,9 @@ def test_limits_of_control_groups(tmp_path, line, place):
     (tmp_path / "proc/meminfo").write_text("MemTotal: 2000 kB\nMemAvailable: 1000 kB\n")
     for name, value in zip(names, (700_000, 600_000)):
         (group / f"memory.{name}").write_text(f"{value}\n")
-    (group / "memory.stat").write_text("total_inactive_file 50000\n")
+    (group / "memory.stat").write_text(
+        "inactive_file 10\ntotal_inactive_file 50000\n" if old else "inactive_file 50000\n"
+    )
     assert free_host_bytes(tmp_path) == 150_000
     assert planner._host_bytes(tmp_path) == 700_000
 
