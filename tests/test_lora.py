@@ -50,6 +50,18 @@ def latent(pipe, **arguments) -> torch.Tensor:
     return pipe("A cat.", **CALL, output_type="latent", **arguments)
 
 
+def lose_the_disk(monkeypatch, after: int) -> None:
+    """The checkpoint can be read so many times more, until `monkeypatch.undo`."""
+    left, read = iter(range(after)), Checkpoint.read
+
+    def fail(*arguments):
+        if next(left, None) is None:
+            raise CheckpointError("the disk is gone")
+        return read(*arguments)
+
+    monkeypatch.setattr(Checkpoint, "read", fail)
+
+
 class Original(nn.Module):
     """The modules of the original that a LoRA may change, under their names, with their weights."""
 
@@ -279,15 +291,8 @@ class TestComingAndGoing:
     def test_unloading_that_fails_in_the_middle_is_made_good(self, fresh, monkeypatch):
         """No picture comes from a mixture: the next call sets the weights first, or fails too."""
         fresh.load_lora_weights(LORA, adapter_name="style")
-        whole, image, read = weights(fresh), latent(fresh), Checkpoint.read
-        reads = iter([True, True])
-
-        def fail(*arguments):
-            if not next(reads, False):
-                raise CheckpointError("the disk is gone")
-            return read(*arguments)
-
-        monkeypatch.setattr(Checkpoint, "read", fail)
+        whole, image = weights(fresh), latent(fresh)
+        lose_the_disk(monkeypatch, after=2)
         with pytest.raises(CheckpointError, match="the disk is gone"):
             fresh.unload_lora_weights()
         assert not same(weights(fresh), whole)  # it failed in the middle indeed
@@ -300,16 +305,9 @@ class TestComingAndGoing:
 
     def test_another_dtype_that_fails_in_the_middle_is_made_good(self, fresh, monkeypatch):
         fresh.load_lora_weights(LORA)
-        expected, read = latent(fresh, dtype="bfloat16"), Checkpoint.read
+        expected = latent(fresh, dtype="bfloat16")
         latent(fresh, dtype="float32")
-        reads = iter([True, True])
-
-        def fail(*arguments):
-            if not next(reads, False):
-                raise CheckpointError("the disk is gone")
-            return read(*arguments)
-
-        monkeypatch.setattr(Checkpoint, "read", fail)
+        lose_the_disk(monkeypatch, after=2)
         with pytest.raises(CheckpointError, match="the disk is gone"):
             latent(fresh, dtype="bfloat16")
         monkeypatch.undo()
