@@ -140,19 +140,22 @@ def _check_config(config: Mapping[str, Any], folder: str) -> None:
     ):
         if config.get(option):
             raise CheckpointError(f"{folder} uses {option}, which is not supported; merge it first")
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise CheckpointError(
+            f"adapter_config.json: alpha_pattern must be an object, got {type(patterns).__name__}"
+        )
+    for pattern in patterns:
+        _check_pattern(pattern)
 
 
 def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
     """alpha / rank, or alpha / sqrt(rank) for rank-stabilised LoRA (Kalajdzievski, 2023)."""
     alpha = config.get("lora_alpha", rank)
-    try:
-        for pattern, value in (config.get("alpha_pattern") or {}).items():
-            _check_pattern(pattern)
-            if re.fullmatch(rf"(.*\.)?({pattern})", module):
-                alpha = value
-                break
-    except (re.error, AttributeError) as error:
-        raise CheckpointError(f"adapter_config.json: alpha_pattern: {error}") from error
+    for pattern, value in (config.get("alpha_pattern") or {}).items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", module):
+            alpha = value
+            break
     if not isinstance(alpha, int | float) or not abs(alpha) <= _MAX_SCALE:
         raise CheckpointError(
             f"adapter_config.json: lora_alpha must be a number up to {_MAX_SCALE:g}, got {alpha!r}"
@@ -161,7 +164,7 @@ def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
 
 
 def _check_pattern(pattern: str) -> None:
-    """Raises CheckpointError for a regular expression that could take very long on a module's name.
+    """Raises CheckpointError for what is no regular expression, or could take very long on a name.
 
     What backtracking may have to try is bounded from above: the places where each repetition ends,
     and the alternatives of each group. Repeated groups, lookarounds and references are refused.
@@ -181,3 +184,7 @@ def _check_pattern(pattern: str) -> None:
             f"adapter_config.json: alpha_pattern {pattern[:80]!r} is not supported; give names of "
             r"modules, with at most two of * and +, and | between several"
         )
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError) as error:  # the latter for enormous repetitions
+        raise CheckpointError(f"adapter_config.json: alpha_pattern: {error}") from error

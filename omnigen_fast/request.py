@@ -279,13 +279,12 @@ def _check_prompt(text: str, images: int, name: str) -> None:
 
 
 def _check_text(text: str, name: str) -> None:
-    """Python strings can hold halves of characters, for instance from undecodable bytes."""
     if len(text) > _MAX_CHARACTERS:
         raise RequestError(
             f"{name} has {len(text):,} characters, at most {_MAX_CHARACTERS:,} are read; shorten it"
         )
     try:
-        text.encode()
+        text.encode()  # strings can hold halves of characters, for instance from undecodable bytes
     except UnicodeEncodeError as error:
         raise RequestError(
             f"{name} holds {text[error.start]!r} at {error.start}, which is no character; "

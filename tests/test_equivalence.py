@@ -12,7 +12,7 @@ from golden_cases import CASES, GOLDEN, golden_request, golden_result, relative_
 
 from omnigen_fast import pipeline
 from omnigen_fast.cache import ConditionCache
-from omnigen_fast.errors import RequestError
+from omnigen_fast.errors import OmniGenError, RequestError
 from omnigen_fast.memory.plan import MemoryPlan
 from omnigen_fast.model import Transformer
 from omnigen_fast.processor import EncodedBranch, shared_tokens
@@ -444,8 +444,6 @@ def test_a_failure_leaves_a_pipeline_that_works(pipe, monkeypatch):
 
 
 def test_a_callback_can_not_call_the_pipeline(pipe):
-    from omnigen_fast import OmniGenError
-
     with pytest.raises(OmniGenError, match="is running"):
         pipe(**TEXT, callback_on_step_end=lambda *args: pipe(**TEXT))
 
@@ -473,8 +471,6 @@ def test_another_dtype_reads_the_weights_again(load_pipe):
 
 
 def test_latents_that_are_no_numbers_are_an_error_and_not_a_black_picture(pipe):
-    from omnigen_fast import OmniGenError
-
     def break_it(pipe, step, time, tensors):
         if step == 1:
             tensors["latents"][0, 0, 0, 0] = float("nan")
@@ -485,8 +481,6 @@ def test_latents_that_are_no_numbers_are_an_error_and_not_a_black_picture(pipe):
 
 
 def test_a_damaged_vae_is_an_error_and_not_a_black_picture(load_pipe):
-    from omnigen_fast import OmniGenError
-
     pipe = load_pipe()
     decode = pipe.vae.decode
     pipe.vae.decode = lambda *arguments, **options: decode(*arguments, **options) * float("nan")
@@ -495,8 +489,6 @@ def test_a_damaged_vae_is_an_error_and_not_a_black_picture(load_pipe):
 
 
 def test_an_image_that_was_encoded_to_nan_is_encoded_again(load_pipe):
-    from omnigen_fast import OmniGenError
-
     pipe = load_pipe()
     expected, encode = pipe(**EDIT), pipe.vae.encode
     pipe.clear_cache()

@@ -22,8 +22,8 @@ from omnigen_fast.cli import main
 FOLDER = Path(__file__).parents[1] / "examples"
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py"))
 NEED_ARGUMENTS = {"lora", "with_diffusers"}
-# Of the attributes that the demo asks for. The model draws more of what prompts say
-# (docs/shapes.md); pictures of other prompts have about 0.4.
+# Of the attributes that the demo asks for; pictures of other prompts have about 0.4. The evaluation
+# that docs/shapes.md shows is of many more prompts.
 ENOUGH = 0.85
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -302,6 +303,13 @@ def test_shipped_size():
     files = [path for path in SHIPPED.rglob("*") if path.is_file()]
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {p.name for p in files}
     assert sum(path.stat().st_size for path in files) <= LIMIT_BYTES
+
+
+def test_shipped_files_do_not_say_where_they_were_made():
+    configs = [
+        json.loads((SHIPPED / name).read_text()) for name in ("config.json", "vae/config.json")
+    ]
+    assert not any("_name_or_path" in config for config in configs)
 
 
 def test_shapes_is_found_from_anywhere(tmp_path, monkeypatch):

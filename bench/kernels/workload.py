@@ -165,10 +165,12 @@ def measure_limits(device: torch.device, dtype: torch.dtype) -> Limits:
     copy, nbytes = _copy(1 << 30 if on_gpu else 1 << 26, device)
     bandwidth = 2 * nbytes / seconds(copy, device)
     del copy
+    # rows, inputs and outputs of linear layers
+    sizes = [(1024, 1024, 1024), (2048, 2048, 2048), (3072, 3072, 3072), (2048, 768, 2304)]
+    if on_gpu:
+        sizes = [(4096, 4096, 4096), (8192, 8192, 8192), (4096, 3072, 8192)]
     rates = []
-    # rows, inputs, outputs of a linear layer
-    large = [(n, n, n) for n in ((4096, 8192) if on_gpu else (1024, 2048, 3072))]
-    for m, k, n in [*large, (4096, 3072, 8192)] if on_gpu else [*large, (2048, 768, 2304)]:
+    for m, k, n in sizes:
         x, weight = (torch.randn(rows, k, device=device).to(dtype) for rows in (m, n))
         rates.append(2 * m * k * n / seconds(partial(F.linear, x, weight), device))
         del x, weight
