@@ -4,7 +4,7 @@ READY := $(VENV)/.ready
 
 PEER := .peers/original
 
-.PHONY: test test-browser chromium demo bench peers lint format clean
+.PHONY: test test-browser chromium demo bench peers dist lint format clean
 
 $(READY): setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -62,5 +62,9 @@ bench: $(READY)
 	-$(MAKE) peers
 	$(VENV)/bin/omnigen-fast bench --steps 4 --repeat 3 $(BENCH)
 
+# An sdist, and a wheel built from it, in dist/.
+dist: $(READY)
+	$(VENV)/bin/python -m build
+
 clean:
-	rm -rf $(VENV) .peers build *.egg-info demo-output
+	rm -rf $(VENV) .peers build dist *.egg-info demo-output

@@ -21,7 +21,12 @@ from omnigen_fast.cli import main
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = ["diffusers", "inference", "moving"]
-TEXTS = [ROOT / "README.md", ROOT / "examples/shapes/README.md", *sorted(DOCS.glob("*.md"))]
+TEXTS = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "examples/shapes/README.md",
+    *sorted(DOCS.glob("*.md")),
+]
 SMALL = {"height": 64, "width": 64, "num_inference_steps": 1, "max_input_image_size": 64}
 
 
@@ -119,7 +124,7 @@ def test_commands_are_right(command, tmp_path, monkeypatch):
     elif program == "pip":
         assert arguments[0] == "install"
         for extra in re.findall(r"\.\[(\w+)\]", command):
-            assert f'"{extra}": [' in (ROOT / "setup.py").read_text()
+            assert f"\n{extra} = [" in (ROOT / "pyproject.toml").read_text()
     else:
         pytest.fail(f"no way to check: {command}")
 

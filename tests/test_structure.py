@@ -43,6 +43,7 @@ ORDER = [
     "app",
     "page",
     "cli",
+    "__main__",
 ]
 USE_KERNELS = {"diffusers_pipeline", "model", "denoise", "graph", "vae"}
 USE_PROFILES = {"memory.original", "memory.estimate", "memory.planner", "memory.overview", "cli"}
