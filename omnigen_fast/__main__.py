@@ -1,6 +1,5 @@
-"""`python -m omnigen_fast` is the command line."""
+"""`python -m omnigen_fast`: the command line."""
 
-from .cli import main
+from .cli.main import main
 
-if __name__ == "__main__":
-    main()
+main(prog_name="omnigen-fast")

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from golden_cases import GOLDEN, TINY
 
 from omnigen_fast import OmniGenPipeline
-from omnigen_fast.cli import main
+from omnigen_fast.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import email
 import json
 import os
@@ -199,11 +200,15 @@ def test_one_version(metadata):
         assert version not in (ROOT / name).read_text()
 
 
-def test_console_script(wheel):
+def test_entry_points(wheel):
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (one for one in archive.namelist() if one.endswith("entry_points.txt"))
-        text = archive.read(name).decode()
-    assert "[console_scripts]\nomnigen-fast = omnigen_fast.cli:main" in text
+        parser = configparser.ConfigParser()
+        parser.read_string(archive.read(name).decode())
+    assert dict(parser["console_scripts"]) == {"omnigen-fast": "omnigen_fast.cli:main"}
+    assert dict(parser["omnigen_fast.commands"]) == {
+        name: f"omnigen_fast.bench.commands:{name}" for name in ("bench", "compare")
+    }
 
 
 @pytest.mark.parametrize("module", ["omnigen_fast", "omnigen_fast.__main__"])

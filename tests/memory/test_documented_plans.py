@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from omnigen_fast.cli import main
+from omnigen_fast.cli.main import main
 
 TEXT = (Path(__file__).parents[2] / "docs" / "memory.md").read_text()
 BLOCKS = re.findall(r"((?:^(?:    .*)?\n)+)", TEXT, re.M)
