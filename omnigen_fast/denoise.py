@@ -116,7 +116,7 @@ class GuidancePlan:
         )
 
 
-# (latents, plan, index of the step [1]) -> velocities of each pass's groups, [groups, N, 16]
+# (latents, plan, index of the step) -> velocities of each pass's groups, [groups, N, 16]
 VelocityOf = Callable[[Tensor, GuidancePlan, Tensor], list[Tensor]]
 
 
@@ -129,7 +129,7 @@ class Loop:
     """
 
     latents: Tensor  # [pictures, 4, height / 8, width / 8], float32, updated by each step
-    index: Tensor  # [1], int64: the step that comes next
+    index: Tensor  # [pictures], int64: the step that comes next, equal for all
     lengths: Tensor  # [steps], float32: of each Euler step
     times: TimeEmbeddings
     plan: GuidancePlan
@@ -176,7 +176,7 @@ def cached_velocity(
     def velocity(latents: Tensor, plan: GuidancePlan, index: Tensor) -> list[Tensor]:
         if not staging:
             staging.append(cache.staging(len(plan.slots)))
-        cache.select_step(plan.slots, plan.times, index, staging[0])
+        cache.select_step(plan.slots, plan.times, index[:1], staging[0])
         return model.step(latents, plan.passes, (times.shift, times.scale, index), cache)
 
     return velocity
@@ -192,7 +192,7 @@ def recomputed_velocity(
     """Velocities with the condition computed anew, layer by layer, in a cache of one layer."""
 
     def velocity(latents: Tensor, plan: GuidancePlan, index: Tensor) -> list[Tensor]:
-        time_token = times.tokens.index_select(0, index)
+        time_token = times.tokens.index_select(0, index[:1])
         sequences = [lay_out(v.branch, 1, v.span, latents.device) for v in plan.branches]
         return model.step_recomputed(
             latents,

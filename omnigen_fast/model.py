@@ -372,7 +372,8 @@ class Transformer(nn.Module):
         Args:
             latents: [pictures, 4, height / 8, width / 8], float32.
             passes: what to run.
-            modulation: (shift, scale) of all steps and [1] int64, the step that is taken.
+            modulation: (shift, scale) of all steps and [pictures] int64, the step that is taken,
+                equal for all.
             cache: filled, this step's time tokens selected.
 
         Returns:
@@ -558,6 +559,7 @@ class Transformer(nn.Module):
         self, passes: Sequence[StepGroups], modulation: tuple[Tensor, Tensor, Tensor]
     ) -> list[Tensor]:
         """The output layer: final RMSNorm, modulated LayerNorm, product; [groups, N, 16] each."""
+        shift, scale, step = modulation
         for groups in passes:
             normed = ops.add_rms_norm(
                 groups.residual,
@@ -566,6 +568,6 @@ class Transformer(nn.Module):
                 self.config.rms_norm_eps,
                 out=groups.space.normed[: len(groups.residual)],
             )
-            modulated = ops.modulate(normed, *modulation, _OUTPUT_NORM_EPS, out=normed)
+            modulated = ops.modulate(normed, shift, scale, step[:1], _OUTPUT_NORM_EPS, out=normed)
             torch.addmm(self.output_bias, modulated, self.output_weight.t(), out=groups.values)
         return [groups.values.unflatten(0, (len(groups.pictures), -1)) for groups in passes]

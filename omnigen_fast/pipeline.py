@@ -635,7 +635,7 @@ class OmniGenPipeline:
         )
         loop = Loop(
             latents=run.latents.clone(),
-            index=torch.full((1,), run.steps_done, dtype=torch.int64, device=self.device),
+            index=torch.full((len(run.pictures),), run.steps_done, device=self.device),
             lengths=times.diff().to(self.device),
             times=embedded,
             plan=guidance,
