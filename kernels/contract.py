@@ -230,9 +230,9 @@ def attention_step(
     max_rows: int,
     fused: bool = False,
 ) -> None:
-    """q [rows, heads, head_dim], k and v [rows, kv_heads, head_dim], k_cache and v_cache [cache rows,
-    kv_heads, head_dim], all of one dtype; cu_rows [groups + 1], cache_start and cache_len [groups],
-    int32.
+    """q [rows, heads, head_dim], k and v [rows, kv_heads, head_dim], k_cache and v_cache
+    [cache rows, kv_heads, head_dim], all of one dtype; cu_rows [groups + 1], cache_start and
+    cache_len [groups], int32.
 
     Raises:
         TypeError: wrong dtype.

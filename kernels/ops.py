@@ -19,7 +19,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any, Literal, TypeVar
@@ -84,8 +84,11 @@ def use(
     Raises:
         ValueError: an unknown name.
     """
-    named = {"kernels": kernels, "attention": attention}
-    chosen = replace(choice(), **{name: one for name, one in named.items() if one is not None})
+    before = choice()
+    chosen = Choice(
+        before.kernels if kernels is None else kernels,
+        before.attention if attention is None else attention,
+    )
     token = _choice.set(chosen)
     try:
         yield chosen

@@ -240,9 +240,10 @@ def attention_prefill(
                 own = torch.arange(block_start - start, block_stop - start, device=q.device)
                 mask = (places < kv_end[rows, None]) | (places == own[:, None])
             keys = slice(start, start + seen)
-            views = [_by_head(t[keys], 1).expand(share, -1, -1, -1) for t in (k, v)]
+            seen_k, seen_v = (_by_head(t[keys], 1).expand(share, -1, -1, -1) for t in (k, v))
+            queries = _by_head(q[rows], share)
             _by_head(out[rows], share).copy_(
-                F.scaled_dot_product_attention(_by_head(q[rows], share), *views, attn_mask=mask)
+                F.scaled_dot_product_attention(queries, seen_k, seen_v, attn_mask=mask)
             )
     return out
 
