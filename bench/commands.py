@@ -148,9 +148,9 @@ def _add_profile(record: Any, device: Any, model: str, size: Any) -> None:
 
 def _target(options: dict[str, Any]) -> tuple[Any, str]:
     """Device and model."""
-    from omnigen_fast.pipeline import _check_device
+    from omnigen_fast.pipeline import check_device
 
-    device = _check_device(options["device"])
+    device = check_device(options["device"])
     if device.type == "cuda":
         import torch
 

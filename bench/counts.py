@@ -261,7 +261,7 @@ def _ours(name: str, given: dict[str, Any], result: Any) -> Operation:
     tensors = {key: value for key, value in given.items() if isinstance(value, Tensor)}
     out = tensors.pop("out", result if isinstance(result, Tensor) else None)
     for table in {"shift", "scale", "lengths"} & tensors.keys():
-        tensors[table] = tensors[table][:1]  # one row of the steps' is read
+        tensors[table] = tensors[table][: len(tensors["step"])]  # the rows that are taken
     family, flops = OURS[name], 0
     read = sum(map(touched, tensors.values()))
     written = touched(out) if out is not None else 0

@@ -425,7 +425,7 @@ def attention_step(
     head_a, head_b = _PARTS[head_dim]
     chosen = launch.choose("attention_step", q, head_dim)
     grid = (triton.cdiv(max_rows, chosen.block_m), heads, groups)
-    kernel, maps = attention_step_kernel, ()
+    kernel, maps = attention_step_kernel, []
     if chosen.tensor_maps and all(map(_mappable, (k, v, k_cache, v_cache))):
         kernel = attention_step_maps_kernel
         maps = [

@@ -89,12 +89,6 @@ def _numbers(name: str, x: Tensor, dtype: torch.dtype, other: str, y: Tensor) ->
     _inside_contiguous(name, x[None])
 
 
-def _step(step: Tensor, other: str, y: Tensor) -> None:
-    """Which row of the tables of all steps counts; inside them, which is not looked at."""
-    _numbers("step", step, torch.int64, other, y)
-    _shape("step", step, (1,))
-
-
 def same(name: str, x: Tensor, y: Tensor) -> None:
     """An output that the caller brings: shape, dtype and device of `y`, rows apart.
 
@@ -187,7 +181,8 @@ def rope_cache_(
     cache_rows: Tensor,
     fused: bool = False,
 ) -> None:
-    """As `rope_`; caches [cache rows, kv_heads, head_dim] of qkv's dtype, cache_rows [rows] int64.
+    """qkv, cos, sin, heads and kv_heads as in `rope_`; k_cache and v_cache [cache rows, kv_heads,
+    head_dim] of qkv's dtype, cache_rows [rows] int64.
 
     Raises:
         TypeError: wrong dtype.
@@ -235,8 +230,9 @@ def attention_step(
     max_rows: int,
     fused: bool = False,
 ) -> None:
-    """q [rows, heads, head_dim], k and v [rows, kv_heads, head_dim], caches [cache rows, kv_heads,
-    head_dim], all of one dtype; cu_rows [groups + 1], cache_start and cache_len [groups], int32.
+    """q [rows, heads, head_dim], k and v [rows, kv_heads, head_dim], k_cache and v_cache
+    [cache rows, kv_heads, head_dim], all of one dtype; cu_rows [groups + 1], cache_start and
+    cache_len [groups], int32.
 
     Raises:
         TypeError: wrong dtype.
@@ -323,7 +319,8 @@ def swiglu(gate_up: Tensor, fused: bool = False) -> None:
 def modulate(
     x: Tensor, shift: Tensor, scale: Tensor, step: Tensor, eps: float, fused: bool = False
 ) -> None:
-    """x [rows, hidden], shift and scale [steps, hidden], of one dtype; step [1] int64.
+    """x [rows, hidden], shift and scale [steps, hidden], of one dtype; step [groups] int64, where
+    groups divides rows.
 
     Raises:
         TypeError: wrong dtype.
@@ -334,7 +331,13 @@ def modulate(
         _rows(name, table, 2, fused)
         _like(name, table, "x", x)
         _shape(name, table, (shift.shape[0], x.shape[1]))
-    _step(step, "x", x)
+    _numbers("step", step, torch.int64, "x", x)
+    rows, groups = x.shape[0], step.shape[0]
+    if not groups or rows % groups:
+        raise ValueError(
+            f"step must have an element for each of the equal groups that x's {rows} rows are, "
+            f"got {groups}"
+        )
 
 
 def guidance_step_(
@@ -349,7 +352,7 @@ def guidance_step_(
 ) -> None:
     """latents [images, channels, height, width] float32, contiguous; prediction [groups, tokens,
     patch * patch * channels]; coefficient [groups] float32; cu_groups [images + 1] int32; lengths
-    [steps] float32; step [1] int64.
+    [steps] float32; step [images] int64.
 
     Raises:
         TypeError: wrong dtype.
@@ -382,4 +385,5 @@ def guidance_step_(
     _numbers("cu_groups", cu_groups, torch.int32, "latents", latents)
     _shape("cu_groups", cu_groups, (images + 1,))
     _numbers("lengths", lengths, torch.float32, "latents", latents)
-    _step(step, "latents", latents)
+    _numbers("step", step, torch.int64, "latents", latents)
+    _shape("step", step, (images,))

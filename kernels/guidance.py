@@ -4,8 +4,8 @@
 
 A token's values are (row, column, channel) of its patch. A program takes tokens of one image and
 reads its branches one after the other, so any number of them may be combined; the velocities are
-neither widened, nor summed, nor laid out as an image in memory. Which step is taken stands on the
-device, so that a captured launch serves them all. `reference.guidance_step_` is the
+neither widened, nor summed, nor laid out as an image in memory. Which step each image takes is read
+on the device, so that a captured launch serves them all. `reference.guidance_step_` is the
 specification.
 """
 
@@ -39,7 +39,7 @@ def guidance_step_kernel(
     i_block, i_image = tl.program_id(0), tl.program_id(1)
     start = tl.load(cu_groups_ptr + i_image)
     stop = tl.load(cu_groups_ptr + i_image + 1)
-    length = tl.load(lengths_ptr + tl.load(step_ptr))
+    length = tl.load(lengths_ptr + tl.load(step_ptr + i_image))
     o_token = i_block * BLOCK + tl.arange(0, BLOCK)[:, None]
     o_value = tl.arange(0, VALUES)[None, :]
     m_value = (o_token < tokens) & (o_value < PATCH * PATCH * CHANNELS)
@@ -67,7 +67,7 @@ def guidance_step_(
     coefficient: Tensor,  # [groups], float32
     cu_groups: Tensor,  # [images + 1], int32
     lengths: Tensor,  # [steps], float32
-    step: Tensor,  # [1], int64: the element of lengths that counts
+    step: Tensor,  # [images], int64: the element of lengths that each image takes
     patch: int,
 ) -> None:
     """Launches the step; see `reference.guidance_step_`.

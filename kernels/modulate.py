@@ -2,10 +2,10 @@
 
     out_i = (x_i - mean(x)) / sqrt(var(x) + eps) * (1 + scale_i) + shift_i   (Peebles & Xie, 2022)
 
-Shift and scale are rows of the tables of all steps; which step is taken stands on the device, so
-that a captured launch serves them all. A program holds one row in registers: read once, written
-once. The variance is of the centred row, in float32, since the mean of squares less the squared
-mean cancels. `reference.modulate` is the specification.
+Shift and scale are rows of the tables of all steps; which step each group of rows takes is read on
+the device, so that a captured launch serves them all. A program holds one row in registers: read
+once, written once. The variance is of the centred row, in float32, since the mean of squares less
+the squared mean cancels. `reference.modulate` is the specification.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from . import contract, launch
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows_per_group"])
 def modulate_kernel(
     x_ptr,
     shift_ptr,
@@ -29,12 +29,14 @@ def modulate_kernel(
     stride_shift_row,
     stride_scale_row,
     stride_out_row,
+    rows_per_group,
     eps,
     HIDDEN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    i_row = tl.program_id(0).to(tl.int64)
-    i_step = tl.load(step_ptr)
+    i_row = tl.program_id(0)
+    i_step = tl.load(step_ptr + i_row // rows_per_group)
+    i_row = i_row.to(tl.int64)
     shift_ptr += i_step * stride_shift_row
     scale_ptr += i_step * stride_scale_row
     o_d = tl.arange(0, BLOCK)
@@ -49,10 +51,10 @@ def modulate_kernel(
 
 
 def modulate(
-    x: Tensor,  # [rows, hidden]
+    x: Tensor,  # [rows, hidden]: equal groups of rows, one after the other
     shift: Tensor,  # [steps, hidden]
     scale: Tensor,  # [steps, hidden]
-    step: Tensor,  # [1], int64: the row of both that counts
+    step: Tensor,  # [groups], int64: the row of both that each group takes
     eps: float,
     out: Tensor | None = None,  # [rows, hidden]
 ) -> Tensor:  # [rows, hidden]
@@ -82,6 +84,7 @@ def modulate(
             shift.stride(0),
             scale.stride(0),
             out.stride(0),
+            rows // step.shape[0],
             eps,
             HIDDEN=hidden,
             BLOCK=triton.next_power_of_2(hidden),

@@ -6,56 +6,31 @@ where a CUDA device can't have the kernels, one warning is logged and the refere
 tensors, which have no values, an operation only allocates what its kernel would. Called eagerly, an
 operation is a plain call. Under `torch.compile` it is a custom operator of the namespace
 `omnigen_fast`, so graphs do not break. Forward only: no operation has a derivative.
+
+A new operation takes its reference, its contract, a launcher of the same name in a kernel file, and
+a function here, decorated with `_operation`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
+import inspect
 import logging
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from types import SimpleNamespace
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from . import contract, reference
 
-__all__ = [
-    "Choice",
-    "add_rms_norm",
-    "attention_prefill",
-    "attention_step",
-    "capturable",
-    "choice",
-    "guidance_step_",
-    "modulate",
-    "rms_norm",
-    "rope_",
-    "rope_cache_",
-    "swiglu",
-    "use",
-]
-
 _log = logging.getLogger("omnigen_fast")
 
-# Where each operation's kernel stands.
-_FILES = {
-    "rms_norm": "rms_norm",
-    "add_rms_norm": "rms_norm",
-    "rope_": "rope",
-    "rope_cache_": "rope",
-    "attention_step": "attention",
-    "attention_prefill": "attention",
-    "swiglu": "swiglu",
-    "modulate": "modulate",
-    "guidance_step_": "guidance",
-}
-_ATTENTION = ("attention_step", "attention_prefill")
 _OLDEST = (8, 0)
 
 
@@ -109,8 +84,11 @@ def use(
     Raises:
         ValueError: an unknown name.
     """
-    named = {"kernels": kernels, "attention": attention}
-    chosen = replace(choice(), **{name: one for name, one in named.items() if one is not None})
+    before = choice()
+    chosen = Choice(
+        before.kernels if kernels is None else kernels,
+        before.attention if attention is None else attention,
+    )
     token = _choice.set(chosen)
     try:
         yield chosen
@@ -118,72 +96,115 @@ def use(
         _choice.reset(token)
 
 
-# Operations that write where the caller wants, and how many arguments stand before `out`.
-_BEFORE_OUT = {
-    "rms_norm": 3,
-    "add_rms_norm": 4,
-    "attention_step": 9,
-    "attention_prefill": 7,
-    "swiglu": 1,
-    "modulate": 5,
-}
+_Public = TypeVar("_Public", bound=Callable[..., Any])
 
 
-def _checked(name: str) -> Callable:
-    check, run = getattr(contract, name), getattr(reference, name)
-    before_out = _BEFORE_OUT.get(name)
+def _itself(x: Tensor) -> Tensor:
+    return x
 
-    def checked(*args):
-        check(*args[:before_out])
-        if before_out is not None and len(args) > before_out and args[-1] is not None:
-            like = args[0]
-            if name == "swiglu":
-                like = like[:, : like.shape[1] // 2]
-            contract.same("out", args[-1], like)
+
+@dataclass(frozen=True)
+class Operation:
+    """What the door knows of an operation beside its reference and its contract.
+
+    Attributes:
+        module: the kernel file, which has a launcher of the operation's name.
+        inputs: number of arguments, not counting `out`.
+        has_out: whether the result goes to `out` or to new memory; if not, nothing is returned.
+        like: makes of the first argument a tensor of the result's shape and dtype.
+    """
+
+    module: str
+    inputs: int
+    has_out: bool
+    like: Callable[[Tensor], Tensor]
+
+    def out(self, args: tuple[Any, ...]) -> Tensor | None:
+        """The caller's `out` among the arguments."""
+        return args[self.inputs] if len(args) > self.inputs else None
+
+
+OPERATIONS: dict[str, Operation] = {}
+
+_REFERENCE = SimpleNamespace()
+# For meta tensors: a run of the model without values takes the memory that the kernels take.
+_SHAPES = SimpleNamespace()
+# Held here: the operators live as long as their library.
+_LIBRARY = torch.library.Library("omnigen_fast", "DEF")
+
+
+def _operation(
+    module: str, *, writes: tuple[str, ...] = (), like: Callable[[Tensor], Tensor] = _itself
+) -> Callable[[_Public], _Public]:
+    """Registers a public function and returns it as it is, so that a call costs nothing more.
+
+    Only its docstring grows, by those of its reference and its contract.
+
+    Args:
+        module: see `Operation`.
+        writes: arguments other than `out` that are written.
+        like: see `Operation`.
+    """
+
+    def register(public: _Public) -> _Public:
+        name = public.__name__
+        run, check = getattr(reference, name), getattr(contract, name)
+        names = list(inspect.signature(run).parameters)
+        has_out = names[-1] == "out"
+        operation = Operation(module, len(names) - has_out, has_out, like)
+        OPERATIONS[name] = operation
+        shaped = _shaped(operation)
+        setattr(_REFERENCE, name, _checked(operation, run, check))
+        setattr(_SHAPES, name, shaped)
+        schema = torch.library.infer_schema(run, op_name=name, mutates_args=writes)
+        schema = schema.replace(", Tensor? out=None", "")  # a graph plans its own memory
+        _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        for device in ("CPU", "CUDA"):
+            _LIBRARY.impl(name, _bound(name), device)
+        torch.library.register_fake(f"omnigen_fast::{name}", shaped, lib=_LIBRARY)
+        if public.__doc__:
+            parts = (run, check, public)
+            public.__doc__ = "\n\n".join(inspect.cleandoc(one.__doc__ or "") for one in parts)
+        return public
+
+    return register
+
+
+def _bound(name: str) -> Callable[..., Any]:
+    def run(x: Tensor, *args: Any) -> Any:
+        return _call(name, x, *args)
+
+    return run
+
+
+def _checked(
+    operation: Operation, run: Callable[..., Any], check: Callable[..., None]
+) -> Callable[..., Any]:
+    """The reference, which checks nothing by itself."""
+
+    def checked(*args: Any) -> Any:
+        check(*args[: operation.inputs])
+        out = operation.out(args)
+        if out is not None:
+            contract.same("out", out, operation.like(args[0]))
         return run(*args)
 
     return checked
 
 
-_REFERENCE = SimpleNamespace(**{name: _checked(name) for name in _FILES})
+def _shaped(operation: Operation) -> Callable[..., Tensor | None]:
+    """What an operation allocates and returns, without values."""
 
-
-def _fresh(x: Tensor, *_) -> Tensor:
-    """What the operations allocate: the shape of their first argument, rows close together."""
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-
-def _nothing(*_) -> None:
-    return None
-
-
-# What each operation allocates and returns, without values.
-_FAKE = {
-    "rms_norm": _fresh,
-    "add_rms_norm": _fresh,
-    "attention_step": _fresh,
-    "attention_prefill": _fresh,
-    "modulate": _fresh,
-    "swiglu": lambda gate_up: gate_up.new_empty((gate_up.shape[0], gate_up.shape[1] // 2)),
-    "rope_": _nothing,
-    "rope_cache_": _nothing,
-    "guidance_step_": _nothing,
-}
-
-
-def _shaped(name: str) -> Callable:
-    fake, before_out = _FAKE[name], _BEFORE_OUT.get(name)
-
-    def shaped(*args):
-        if before_out is not None and len(args) > before_out and args[-1] is not None:
-            return args[-1]
-        return fake(*args[:before_out])
+    def shaped(*args: Any) -> Tensor | None:
+        if not operation.has_out:
+            return None
+        out = operation.out(args)
+        if out is not None:
+            return out
+        like = operation.like(args[0])
+        return torch.empty(like.shape, dtype=like.dtype, device=like.device)
 
     return shaped
-
-
-# For meta tensors: a run of the model without values takes the memory that the kernels take.
-_SHAPES = SimpleNamespace(**{name: _shaped(name) for name in _FILES})
 
 
 @lru_cache(maxsize=1)
@@ -193,18 +214,21 @@ def _triton() -> SimpleNamespace:
     Raises:
         ImportError: there is no triton.
     """
-    package = __package__
     return SimpleNamespace(
         **{
-            name: getattr(importlib.import_module(f"{package}.{file}"), name)
-            for name, file in _FILES.items()
+            name: getattr(importlib.import_module(f"{__package__}.{one.module}"), name)
+            for name, one in OPERATIONS.items()
         }
     )
 
 
 @lru_cache(maxsize=1)
 def _triton_library_attention() -> SimpleNamespace:
-    library = {name: getattr(_REFERENCE, name) for name in _ATTENTION}
+    library = {
+        name: getattr(_REFERENCE, name)
+        for name, one in OPERATIONS.items()
+        if one.module == "attention"
+    }
     return SimpleNamespace(**(vars(_triton()) | library))
 
 
@@ -281,7 +305,7 @@ def _implementation(x: Tensor) -> SimpleNamespace:
     return _triton() if chosen.attention == "triton" else _triton_library_attention()
 
 
-def _call(name: str, x: Tensor, *args):
+def _call(name: str, x: Tensor, *args: Any) -> Any:
     """Runs an operation eagerly on the device of `x`, its first argument."""
     run = getattr(_implementation(x), name)
     # Triton launches on the current device
@@ -291,27 +315,27 @@ def _call(name: str, x: Tensor, *args):
     return run(x, *args)
 
 
-def _into(out: Tensor | None, result: Tensor) -> Tensor:
-    """A compiled graph plans its own memory; a result that is wanted elsewhere is copied there."""
+def _trace(name: str, *args: Any) -> Any:
+    """Records the custom operator; a result that is wanted elsewhere is copied there."""
+    operation = OPERATIONS[name]
+    result = getattr(torch.ops.omnigen_fast, name)(*args[: operation.inputs])
+    out = operation.out(args)
     return result if out is None else out.copy_(result)
 
 
+@_operation("rms_norm")
 def rms_norm(
     x: Tensor,  # [rows, hidden]
     weight: Tensor,  # [hidden]
     eps: float,
     out: Tensor | None = None,  # [rows, hidden]
 ) -> Tensor:  # [rows, hidden]
-    """See `reference.rms_norm`.
-
-    Raises:
-        TypeError, ValueError: see `contract.rms_norm`.
-    """
-    if torch.compiler.is_compiling():
-        return _into(out, torch.ops.omnigen_fast.rms_norm(x, weight, eps))
-    return _call("rms_norm", x, weight, eps, out)
+    """See `reference.rms_norm` and `contract.rms_norm`."""
+    run = _trace if torch.compiler.is_compiling() else _call
+    return run("rms_norm", x, weight, eps, out)
 
 
+@_operation("rms_norm", writes=("residual",))
 def add_rms_norm(
     residual: Tensor,  # [rows, hidden], updated in place
     x: Tensor,  # [rows, hidden]
@@ -319,16 +343,12 @@ def add_rms_norm(
     eps: float,
     out: Tensor | None = None,  # [rows, hidden]
 ) -> Tensor:  # [rows, hidden]
-    """See `reference.add_rms_norm`.
-
-    Raises:
-        TypeError, ValueError: see `contract.add_rms_norm`.
-    """
-    if torch.compiler.is_compiling():
-        return _into(out, torch.ops.omnigen_fast.add_rms_norm(residual, x, weight, eps))
-    return _call("add_rms_norm", residual, x, weight, eps, out)
+    """See `reference.add_rms_norm` and `contract.add_rms_norm`."""
+    run = _trace if torch.compiler.is_compiling() else _call
+    return run("add_rms_norm", residual, x, weight, eps, out)
 
 
+@_operation("rope", writes=("qkv",))
 def rope_(
     qkv: Tensor,  # [rows, (heads + 2 * kv_heads) * head_dim], q and k rotated in place
     cos: Tensor,  # [rows, head_dim / 2], float32
@@ -336,17 +356,12 @@ def rope_(
     heads: int,
     kv_heads: int,
 ) -> None:
-    """See `reference.rope_`.
-
-    Raises:
-        TypeError, ValueError: see `contract.rope_`.
-    """
-    if torch.compiler.is_compiling():
-        torch.ops.omnigen_fast.rope_(qkv, cos, sin, heads, kv_heads)
-        return
-    _call("rope_", qkv, cos, sin, heads, kv_heads)
+    """See `reference.rope_` and `contract.rope_`."""
+    run = _trace if torch.compiler.is_compiling() else _call
+    run("rope_", qkv, cos, sin, heads, kv_heads)
 
 
+@_operation("rope", writes=("qkv", "k_cache", "v_cache"))
 def rope_cache_(
     qkv: Tensor,  # [rows, (heads + 2 * kv_heads) * head_dim], q and k rotated in place
     cos: Tensor,  # [rows, head_dim / 2], float32
@@ -357,18 +372,12 @@ def rope_cache_(
     v_cache: Tensor,  # [cache rows, kv_heads, head_dim], written at `cache_rows`
     cache_rows: Tensor,  # [rows], int64, distinct, inside the cache
 ) -> None:
-    """See `reference.rope_cache_`.
-
-    Raises:
-        TypeError, ValueError: see `contract.rope_cache_`.
-    """
-    args = (qkv, cos, sin, heads, kv_heads, k_cache, v_cache, cache_rows)
-    if torch.compiler.is_compiling():
-        torch.ops.omnigen_fast.rope_cache_(*args)
-        return
-    _call("rope_cache_", *args)
+    """See `reference.rope_cache_` and `contract.rope_cache_`."""
+    run = _trace if torch.compiler.is_compiling() else _call
+    run("rope_cache_", qkv, cos, sin, heads, kv_heads, k_cache, v_cache, cache_rows)
 
 
+@_operation("attention")
 def attention_step(
     q: Tensor,  # [rows, heads, head_dim]
     k: Tensor,  # [rows, kv_heads, head_dim]
@@ -381,17 +390,14 @@ def attention_step(
     max_rows: int,  # rows of the longest group
     out: Tensor | None = None,  # [rows, heads, head_dim]
 ) -> Tensor:  # [rows, heads, head_dim]
-    """See `reference.attention_step`.
-
-    Raises:
-        TypeError, ValueError: see `contract.attention_step`.
-    """
-    args = (q, k, v, k_cache, v_cache, cu_rows, cache_start, cache_len, max_rows)
-    if torch.compiler.is_compiling():
-        return _into(out, torch.ops.omnigen_fast.attention_step(*args))
-    return _call("attention_step", *args, out)
+    """See `reference.attention_step` and `contract.attention_step`."""
+    run = _trace if torch.compiler.is_compiling() else _call
+    return run(
+        "attention_step", q, k, v, k_cache, v_cache, cu_rows, cache_start, cache_len, max_rows, out
+    )
 
 
+@_operation("attention")
 def attention_prefill(
     q: Tensor,  # [rows, heads, head_dim]
     k: Tensor,  # [rows, kv_heads, head_dim]
@@ -402,104 +408,50 @@ def attention_prefill(
     first: int = 0,  # of each group, the row whose attention is wanted first
     out: Tensor | None = None,  # [rows, heads, head_dim]
 ) -> Tensor:  # [rows, heads, head_dim]
-    """See `reference.attention_prefill`.
-
-    Raises:
-        TypeError, ValueError: see `contract.attention_prefill`.
-    """
-    args = (q, k, v, cu_rows, kv_end, max_rows, first)
-    if torch.compiler.is_compiling():
-        return _into(out, torch.ops.omnigen_fast.attention_prefill(*args))
-    return _call("attention_prefill", *args, out)
+    """See `reference.attention_prefill` and `contract.attention_prefill`."""
+    run = _trace if torch.compiler.is_compiling() else _call
+    return run("attention_prefill", q, k, v, cu_rows, kv_end, max_rows, first, out)
 
 
+def _gate(gate_up: Tensor) -> Tensor:
+    """The first half of the columns."""
+    return gate_up[:, : gate_up.shape[1] // 2]
+
+
+@_operation("swiglu", like=_gate)
 def swiglu(
     gate_up: Tensor,  # [rows, 2 * intermediate], gate first
     out: Tensor | None = None,  # [rows, intermediate]; may be gate_up's own first half
 ) -> Tensor:  # [rows, intermediate]
-    """See `reference.swiglu`.
-
-    Raises:
-        TypeError, ValueError: see `contract.swiglu`.
-    """
-    if torch.compiler.is_compiling():
-        return _into(out, torch.ops.omnigen_fast.swiglu(gate_up))
-    return _call("swiglu", gate_up, out)
+    """See `reference.swiglu` and `contract.swiglu`."""
+    run = _trace if torch.compiler.is_compiling() else _call
+    return run("swiglu", gate_up, out)
 
 
+@_operation("modulate")
 def modulate(
-    x: Tensor,  # [rows, hidden]
+    x: Tensor,  # [rows, hidden]: equal groups of rows, one after the other
     shift: Tensor,  # [steps, hidden]
     scale: Tensor,  # [steps, hidden]
-    step: Tensor,  # [1], int64: the row of both that counts
+    step: Tensor,  # [groups], int64: the row of both that each group takes
     eps: float,
     out: Tensor | None = None,  # [rows, hidden]; may be x
 ) -> Tensor:  # [rows, hidden]
-    """See `reference.modulate`.
-
-    Raises:
-        TypeError, ValueError: see `contract.modulate`.
-    """
-    if torch.compiler.is_compiling():
-        return _into(out, torch.ops.omnigen_fast.modulate(x, shift, scale, step, eps))
-    return _call("modulate", x, shift, scale, step, eps, out)
+    """See `reference.modulate` and `contract.modulate`."""
+    run = _trace if torch.compiler.is_compiling() else _call
+    return run("modulate", x, shift, scale, step, eps, out)
 
 
+@_operation("guidance", writes=("latents",))
 def guidance_step_(
     latents: Tensor,  # [images, channels, height, width], float32, updated in place
     prediction: Tensor,  # [groups, tokens, patch * patch * channels], (row, column, channel)
     coefficient: Tensor,  # [groups], float32: what each branch's velocity counts
     cu_groups: Tensor,  # [images + 1], int32: image i has groups cu_groups[i] to cu_groups[i + 1]
     lengths: Tensor,  # [steps], float32: of the Euler steps
-    step: Tensor,  # [1], int64: the one that is taken
+    step: Tensor,  # [images], int64: the one that each image takes
     patch: int,
 ) -> None:
-    """See `reference.guidance_step_`.
-
-    Raises:
-        TypeError, ValueError: see `contract.guidance_step_`.
-    """
-    args = (latents, prediction, coefficient, cu_groups, lengths, step, patch)
-    if torch.compiler.is_compiling():
-        torch.ops.omnigen_fast.guidance_step_(*args)
-        return
-    _call("guidance_step_", *args)
-
-
-_SCHEMAS = (
-    "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
-    "add_rms_norm(Tensor(a!) residual, Tensor x, Tensor weight, float eps) -> Tensor",
-    "rope_(Tensor(a!) qkv, Tensor cos, Tensor sin, int heads, int kv_heads) -> ()",
-    "rope_cache_(Tensor(a!) qkv, Tensor cos, Tensor sin, int heads, int kv_heads, "
-    "Tensor(b!) k_cache, Tensor(c!) v_cache, Tensor cache_rows) -> ()",
-    "attention_step(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor cu_rows, "
-    "Tensor cache_start, Tensor cache_len, SymInt max_rows) -> Tensor",
-    "attention_prefill(Tensor q, Tensor k, Tensor v, Tensor cu_rows, Tensor kv_end, "
-    "SymInt max_rows, SymInt first=0) -> Tensor",
-    "swiglu(Tensor gate_up) -> Tensor",
-    "modulate(Tensor x, Tensor shift, Tensor scale, Tensor step, float eps) -> Tensor",
-    "guidance_step_(Tensor(a!) latents, Tensor prediction, Tensor coefficient, Tensor cu_groups, "
-    "Tensor lengths, Tensor step, int patch) -> ()",
-)
-
-
-def _register() -> torch.library.Library:
-    library = torch.library.Library("omnigen_fast", "DEF")
-    for schema in _SCHEMAS:
-        name = schema.partition("(")[0]
-        library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        for device in ("CPU", "CUDA"):
-            library.impl(name, _bind(name), device)
-        torch.library.register_fake(f"omnigen_fast::{name}", _FAKE[name], lib=library)
-    return library
-
-
-def _bind(name: str) -> Callable:
-    def run(x: Tensor, *args):
-        return _call(name, x, *args)
-
-    return run
-
-
-# Held here: the operators live as long as their library.
-_LIBRARY = _register()
+    """See `reference.guidance_step_` and `contract.guidance_step_`."""
+    run = _trace if torch.compiler.is_compiling() else _call
+    run("guidance_step_", latents, prediction, coefficient, cu_groups, lengths, step, patch)

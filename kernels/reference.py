@@ -240,9 +240,10 @@ def attention_prefill(
                 own = torch.arange(block_start - start, block_stop - start, device=q.device)
                 mask = (places < kv_end[rows, None]) | (places == own[:, None])
             keys = slice(start, start + seen)
-            views = [_by_head(t[keys], 1).expand(share, -1, -1, -1) for t in (k, v)]
+            seen_k, seen_v = (_by_head(t[keys], 1).expand(share, -1, -1, -1) for t in (k, v))
+            queries = _by_head(q[rows], share)
             _by_head(out[rows], share).copy_(
-                F.scaled_dot_product_attention(_by_head(q[rows], share), *views, attn_mask=mask)
+                F.scaled_dot_product_attention(queries, seen_k, seen_v, attn_mask=mask)
             )
     return out
 
@@ -260,16 +261,23 @@ def swiglu(
 
 
 def modulate(
-    x: Tensor,  # [rows, hidden]
+    x: Tensor,  # [rows, hidden]: equal groups of rows, one after the other
     shift: Tensor,  # [steps, hidden]
     scale: Tensor,  # [steps, hidden]
-    step: Tensor,  # [1], int64: the row of both that counts
+    step: Tensor,  # [groups], int64: the row of both that each group takes
     eps: float,
     out: Tensor | None = None,  # [rows, hidden]; may be x
 ) -> Tensor:  # [rows, hidden]
-    """LayerNorm without weights, then `x * (1 + scale) + shift` (adaLN; Peebles & Xie, 2022)."""
-    shift, scale = shift[step], scale[step]
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale, out=out)
+    """LayerNorm without weights, then `x * (1 + scale) + shift` (adaLN; Peebles & Xie, 2022).
+
+    Group g, of `rows / groups` rows, takes row `step[g]` of shift and scale.
+    """
+    out = _out(x.shape, x, out)
+    by_group = (len(step), len(x) // len(step))
+    shift, scale = shift[step].unsqueeze(1), scale[step].unsqueeze(1)
+    normed = F.layer_norm(x, x.shape[-1:], eps=eps).unflatten(0, by_group)
+    torch.addcmul(shift, normed, 1 + scale, out=out.unflatten(0, by_group))
+    return out
 
 
 def guidance_step_(
@@ -278,15 +286,19 @@ def guidance_step_(
     coefficient: Tensor,  # [groups], float32: what each branch's velocity counts
     cu_groups: Tensor,  # [images + 1], int32: image i has groups cu_groups[i] to cu_groups[i + 1]
     lengths: Tensor,  # [steps], float32: of the Euler steps
-    step: Tensor,  # [1], int64: the one that is taken
+    step: Tensor,  # [images], int64: the one that each image takes
     patch: int,
 ) -> None:
-    """Guidance, unpatchify and the Euler step: `latents += length * sum_g coefficient_g v_g`."""
+    """Guidance, unpatchify and the Euler step: `latents += length * sum_g coefficient_g v_g`.
+
+    Image i takes the length `lengths[step[i]]`.
+    """
     channels, height, width = latents.shape[1:]
+    taken = lengths[step]
     for image, (start, stop) in enumerate(pairwise(cu_groups.tolist())):
         weights = coefficient[start:stop].to(latents.dtype)
         branches = prediction[start:stop].to(latents.dtype)
         velocity = (weights[:, None, None] * branches).sum(0)
         velocity = velocity.view(height // patch, width // patch, patch, patch, channels)
         velocity = velocity.permute(4, 0, 2, 1, 3).reshape(channels, height, width)
-        latents[image] += lengths[step] * velocity
+        latents[image] += taken[image] * velocity

@@ -1,16 +1,18 @@
-"""ConditionCache: keys and values of condition and time tokens, written once and kept."""
+"""Keys and values of condition and time tokens: the protocol, and the cache on the device."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from .config import ModelConfig
+from .errors import OmniGenError
 from .memory.plan import Condition
 
 
@@ -48,6 +50,7 @@ class Entry:
     keys: tuple[Hashable, ...]  # of the branches
     condition: Condition
     steps: int
+    form: Hashable = None  # what else decides the bits of its rows: how prefill was carried out
 
     @property
     def rows(self) -> int:
@@ -64,6 +67,71 @@ class Entry:
         # the first branch is the one that computes the shared rows
         first = Span(place, tokens[0], slot, slot + 1, 0, place, place)
         return (first, second) if len(tokens) == 2 else (first,)
+
+
+class Cache(Protocol):
+    """What prefill and steps need of a cache, and how requests hold rows in it.
+
+    Rows that a request has reserved are its own until it releases them; then they stay for later
+    requests while there is room.
+    """
+
+    layers: int  # that are stored; 1 where each layer overwrites the one before
+    budget_bytes: int  # to keep for later requests
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one token's keys and values in all layers."""
+
+    @property
+    def used_rows(self) -> int:
+        """Rows that entries have, held or kept."""
+
+    def reserve(self, entries: Sequence[Entry]) -> list[Entry]:
+        """Gives every entry of a request its rows, until `give_back`.
+
+        Returns:
+            The entries whose rows are new and must be written now, or dropped by `discard`.
+
+        Raises:
+            OmniGenError: another request holds rows that would have to move.
+        """
+
+    def give_back(self, entries: Sequence[Entry]) -> None:
+        """The request that reserved these entries is over; they are kept for later ones."""
+
+    def discard(self, entries: Sequence[Entry]) -> None:
+        """Forgets entries, for instance ones whose prefill failed."""
+
+    def clear(self) -> None:
+        """Drops every entry and frees the storage."""
+
+    def reset(self) -> None:
+        """After a step or prefill that failed: what is under way is over."""
+
+    def __getitem__(self, entry: Entry) -> tuple[Span, ...]:
+        """The spans of a reserved entry's branches."""
+
+    def filling(self, entries: Sequence[Entry]) -> AbstractContextManager[None]:
+        """Around the prefill of these entries."""
+
+    def staging(self, branches: int) -> Tensor:
+        """Memory for `select_step` to work in."""
+
+    def select_step(self, slots: Tensor, rows: Tensor, staging: Tensor) -> None:
+        """Puts time tokens beside their branches' conditions, in every layer that is taken next.
+
+        Args:
+            slots: `Span.slot` of the branches, [branches] int64, without repetition.
+            rows: where the time tokens are, [branches] int64; read when the copy runs.
+            staging: from `staging`, so that a step allocates nothing.
+        """
+
+    def take(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer, [rows, kv_heads, head_dim], until `release`."""
+
+    def release(self, layer: int) -> None:
+        """The layer's rows have been read, or written."""
 
 
 class ConditionCache:
@@ -92,6 +160,7 @@ class ConditionCache:
         self._row_shape = (config.num_kv_heads, config.head_dim)
         self.budget_bytes = budget_bytes
         self._places: OrderedDict[Entry, int] = OrderedDict()
+        self._held: Counter[Entry] = Counter()  # by how many requests
         self.keys = torch.empty(self.layers, 0, *self._row_shape, dtype=dtype, device=device)
         self.values = torch.empty_like(self.keys)
 
@@ -121,21 +190,22 @@ class ConditionCache:
         return entry.spans(self._places[entry])
 
     def clear(self) -> None:
-        """Drops every entry and frees the storage."""
+        """See `Cache.clear`."""
         self._places.clear()
+        self._held.clear()
         self.keys = self.keys.new_empty(self.layers, 0, *self._row_shape)
         self.values = torch.empty_like(self.keys)
 
     def reserve(self, entries: Sequence[Entry]) -> list[Entry]:
-        """Gives every entry of a request its rows.
-
-        Returns:
-            The entries whose rows are new and must be written now, or dropped by `discard`.
-        """
+        """See `Cache.reserve`."""
         wanted = dict.fromkeys(entries)
+        others = sum(entry.rows for entry in self._held if entry not in wanted)
         needed = sum(entry.rows for entry in wanted)
         limit = max(self.budget_bytes // self.row_bytes, needed)
-        if not needed <= self.keys.shape[1] <= limit:
+        if self._held:
+            if others + needed > self.keys.shape[1]:
+                raise self._busy()
+        elif not needed <= self.keys.shape[1] <= limit:
             # Storage for a smaller or larger request. Two of them at once might be too much, so
             # what is kept in it is given up.
             self.clear()
@@ -146,7 +216,7 @@ class ConditionCache:
             if entry in self._places:
                 self._places.move_to_end(entry)
         new = sum(entry.rows for entry in missing)
-        for entry in [entry for entry in self._places if entry not in wanted]:
+        for entry in [one for one in self._places if one not in wanted and one not in self._held]:
             if self.used_rows + new <= self.keys.shape[1]:
                 break
             del self._places[entry]
@@ -154,58 +224,58 @@ class ConditionCache:
             # the largest first: small ones fit the gaps that are left
             for entry in sorted(missing, key=lambda entry: -entry.rows):
                 place = self._find_gap(entry.rows)
-                if place is None:
-                    place = self._close_gaps()
-                self._places[entry] = place
+                if place is None and self._held:
+                    for one in missing:
+                        self._places.pop(one, None)
+                    raise self._busy()
+                self._places[entry] = self._close_gaps() if place is None else place
+        except OmniGenError:
+            raise
         except BaseException:  # an interrupt: rows may be half moved
             self.clear()
             raise
+        self._held.update(wanted.keys())
         return missing
 
-    def staging(self, branches: int) -> tuple[Tensor, Tensor]:
-        """What `select_step` works in: [branches] int64, [layers, branches, heads, head_dim]."""
-        rows = torch.empty(branches, dtype=torch.int64, device=self.keys.device)
-        return rows, self.keys.new_empty(self.layers, branches, *self._row_shape)
+    def give_back(self, entries: Sequence[Entry]) -> None:
+        """See `Cache.give_back`."""
+        self._held -= Counter(dict.fromkeys(entries, 1))
 
-    def select_step(
-        self,
-        slots: Tensor,
-        times: Tensor,
-        step: Tensor | int,
-        staging: tuple[Tensor, Tensor] | None = None,
-    ) -> None:
-        """Puts the time tokens of `step` beside their branches' conditions, in every layer.
+    def _busy(self) -> OmniGenError:
+        return OmniGenError(
+            "another request holds the condition cache; finish it first, or give "
+            "condition_cache_bytes for both"
+        )
 
-        Args:
-            slots: `Span.slot` of the branches, int64, without repetition.
-            times: `Span.times` of the branches, int64.
-            step: from 0; as a tensor [1] on the device it is read when the copy runs.
-            staging: memory to work in, for steps that are to allocate nothing.
-        """
-        rows, moved = self.staging(len(slots)) if staging is None else staging
-        torch.add(times, step, out=rows)
+    def staging(self, branches: int) -> Tensor:  # [layers, branches, kv_heads, head_dim]
+        """See `Cache.staging`."""
+        return self.keys.new_empty(self.layers, branches, *self._row_shape)
+
+    def select_step(self, slots: Tensor, rows: Tensor, staging: Tensor) -> None:
+        """See `Cache.select_step`; done at once."""
         for storage in (self.keys, self.values):
-            torch.index_select(storage, 1, rows, out=moved)
-            storage.index_copy_(1, slots, moved)
+            torch.index_select(storage, 1, rows, out=staging)
+            storage.index_copy_(1, slots, staging)
 
     def take(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of a layer, [rows, kv_heads, head_dim], until `release`."""
+        """See `Cache.take`."""
         return self.keys[layer % self.layers], self.values[layer % self.layers]
 
     def release(self, layer: int) -> None:
-        """The layer's rows have been read, or written."""
+        """See `Cache.release`; nothing is to be done."""
 
     def filling(self, entries: Sequence[Entry]) -> AbstractContextManager[None]:
-        """Around the prefill of these entries."""
+        """See `Cache.filling`; nothing is to be done."""
         return nullcontext()
 
     def reset(self) -> None:
-        """After a step or prefill that failed."""
+        """See `Cache.reset`; nothing is under way."""
 
     def discard(self, entries: Sequence[Entry]) -> None:
-        """Forgets entries, for instance ones whose prefill failed."""
+        """See `Cache.discard`."""
         for entry in entries:
             self._places.pop(entry, None)
+            self._held.pop(entry, None)
 
     def _find_gap(self, rows: int) -> int | None:
         """First place with so many free rows."""

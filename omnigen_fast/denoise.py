@@ -1,31 +1,29 @@
-"""Schedule, guidance and the loop from noise to latents."""
+"""The denoising step: velocities of all guidance branches, guidance, and the Euler update."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from .cache import ConditionCache, Entry, Span
+from .cache import Cache, Entry, Span
 from .config import PATCH
 from .kernels import ops
 from .memory.plan import MLP_ROWS
 from .model import StepGroups, TimeEmbeddings, Transformer
+from .parameters import PATCH_VALUES
+from .placement import OneDevice, Placement
+from .schedule import ALL_BRANCHES, StepKind
 from .sequence import EncodedBranch, lay_out
-from .streamed_cache import StreamedCache
-
-
-def schedule(steps: int) -> Tensor:
-    """Times of the Euler steps, [steps + 1] float32 on the CPU, from 0 (noise) to 1 (image)."""
-    return torch.linspace(0, 1, steps + 1)
 
 
 @dataclass(frozen=True)
-class Velocity:
-    """A branch of a picture: its condition, where that lies in the cache, what it counts."""
+class PlacedBranch:
+    """A guidance branch, its rows in the cache, and its coefficient."""
 
     branch: EncodedBranch
     span: Span
@@ -35,196 +33,388 @@ class Velocity:
     def of(
         pictures: Sequence[Sequence[tuple[EncodedBranch, float]]],
         entries: Mapping[Entry, Sequence[EncodedBranch]],
-        cache: Mapping[Entry, Sequence[Span]],
-    ) -> list[list[Velocity]]:
-        """Those of each picture, from its branches and what each counts."""
+        cache: Cache,
+    ) -> list[list[PlacedBranch]]:
+        """Those of each picture, from its branches with their coefficients."""
         spans = {
             branch.key: span
             for entry, branches in entries.items()
             for branch, span in zip(branches, cache[entry])
         }
         return [
-            [Velocity(branch, spans[branch.key], coefficient) for branch, coefficient in picture]
-            for picture in pictures
+            [PlacedBranch(branch, spans[branch.key], coefficient) for branch, coefficient in one]
+            for one in pictures
         ]
 
 
 @dataclass(frozen=True)
-class GuidancePlan:
-    """Which (picture, branch) groups run together, and how their velocities are combined."""
+class _PassValues:
+    """The (picture, branch) groups that run together."""
 
-    passes: tuple[StepGroups, ...]
-    places: tuple[Tensor, ...]  # [groups] of each pass, int64: where in the prediction they stand
-    branches: tuple[Velocity, ...]  # without repetition
-    slots: Tensor  # [branches], int64, see `ConditionCache.select_step`
-    times: Tensor  # [branches], int64, likewise
-    prediction: Tensor | None  # [groups, N, 16], where the passes' velocities meet
+    pictures: tuple[int, ...]  # of each group: whose latents
+    places: Tensor  # [groups], int64: where in the prediction their velocities go
+    cu_rows: Tensor  # [groups + 1], int32
+    cache_start: Tensor  # [groups], int32
+    cache_len: Tensor  # [groups], int32
+    cos: Tensor  # [groups * N, head_dim / 2], float32
+    sin: Tensor  # [groups * N, head_dim / 2], float32
+    step: Tensor  # [groups], int64, of `StepValues.counters`
+
+
+@dataclass(frozen=True)
+class Passes:
+    """The groups of a kind of step, pass by pass, and how their velocities are combined."""
+
+    passes: tuple[_PassValues, ...]
     coefficient: Tensor  # [groups], float32
     cu_groups: Tensor  # [pictures + 1], int32
+
+    @property
+    def rows(self) -> int:
+        """Of all groups that run here."""
+        return sum(len(one.cos) for one in self.passes)
+
+    @property
+    def in_order(self) -> bool:
+        """Whether one pass computes all groups in the prediction's own order."""
+        return len(self.passes) == 1 and len(self.passes[0].pictures) == len(self.coefficient)
+
+
+@dataclass(frozen=True)
+class StepValues:
+    """What the steps of one call read and write, apart from memory to work in.
+
+    Everything that differs from step to step hangs on `counters`, which are on the device like the
+    rest: a step's work is the same each time, so it can be captured once and replayed.
+    """
+
+    latents: Tensor  # [pictures, 4, height / 8, width / 8], float32, updated by each step
+    # [pictures | groups of every pass | branches], int64: the step that comes next for each picture
+    # and each group, and the cache row of each branch's time token. One addition advances all.
+    counters: Tensor
+    first: Tensor  # the counters of step 0
+    lengths: Tensor  # [steps], float32: of each Euler step
+    times: TimeEmbeddings
+    kinds: Mapping[StepKind, Passes]
+    slots: Tensor  # [branches], int64, see `Cache.select_step`
+    pos_embed: Tensor  # [N, hidden]: held here, since a captured step reads it in later calls too
 
     @classmethod
     def make(
         cls,
         model: Transformer,
-        pictures: Sequence[Sequence[Velocity]],
-        noise_tokens: int,
-        branches_per_pass: int | None,
-        mlp_rows: int = MLP_ROWS,
-    ) -> GuidancePlan:
-        """Plans the groups of all pictures.
+        pictures: Sequence[Sequence[PlacedBranch]],
+        latents: Tensor,
+        lengths: Tensor,
+        times: TimeEmbeddings,
+        kinds: Sequence[StepKind] = (ALL_BRANCHES,),
+        branches_per_pass: int | None = None,
+        placement: Placement | None = None,
+    ) -> StepValues:
+        """Lays out the groups of all pictures.
 
         Args:
-            model: gives rotary tables and the device.
+            model: gives rotary tables, positions and the device.
             pictures: the branches of each picture.
-            noise_tokens: of each picture.
+            latents: see above.
+            lengths: likewise.
+            times: the embedded times of all steps.
+            kinds: of the steps, without repetition.
             branches_per_pass: so many branches of every picture at once; None for all.
-            mlp_rows: see `model.Workspace`.
+            placement: which branches run here; None for all.
         """
-        device = model.device
-        most = max(map(len, pictures))
-        size = min(branches_per_pass or most, most)
-        offsets = [0, *accumulate(map(len, pictures))]
-        rows = sum(min(size, len(one)) for one in pictures) * noise_tokens
-        space = model.workspace(rows, mlp_rows)
-        passes, places = [], []
-        for first in range(0, most, size):
-            members = [
-                (offset + first + i, picture, velocity)
-                for picture, (offset, velocities) in enumerate(zip(offsets, pictures))
-                for i, velocity in enumerate(velocities[first : first + size])
-            ]
-            groups = [(picture, v.span, v.branch.long) for _, picture, v in members]
-            passes.append(model.step_groups(groups, noise_tokens, space))
-            places.append(torch.tensor([place for place, _, _ in members], device=device))
-        branches = {v.branch.key: v for velocities in pictures for v in velocities}.values()
+        device, placement = model.device, placement or OneDevice()
+        height, width = (side // PATCH for side in latents.shape[2:])
+        noise_tokens = height * width
+        branches = _distinct(pictures)
+        chosen = {kind: _chosen(pictures, kind, placement) for kind in kinds}
+        passes = {kind: _members(groups, branches_per_pass) for kind, groups in chosen.items()}
+        groups = sum(len(one) for some in passes.values() for one in some)
+        first = torch.zeros(len(pictures) + groups + len(branches), dtype=torch.int64)
+        first[len(first) - len(branches) :] = torch.tensor([b.span.times for b in branches])
+        first = first.to(device)
+        counters = first.clone()
+        place, made = len(pictures), {}
+        for kind, members in passes.items():
+            values = []
+            for one in members:
+                step = counters[place : place + len(one)]
+                values.append(_pass_values(model, one, noise_tokens, step))
+                place += len(one)
+            counts = [len(picture) for picture in chosen[kind]]
+            made[kind] = Passes(
+                passes=tuple(values),
+                coefficient=torch.tensor(
+                    [b.coefficient for picture in chosen[kind] for _, b, _ in picture],
+                    dtype=torch.float32,
+                    device=device,
+                ),
+                cu_groups=torch.tensor([0, *accumulate(counts)], dtype=torch.int32, device=device),
+            )
         return cls(
-            passes=tuple(passes),
-            places=tuple(places),
-            branches=tuple(branches),
-            slots=torch.tensor([v.span.slot for v in branches], device=device),
-            times=torch.tensor([v.span.times for v in branches], device=device),
-            prediction=(
-                passes[0].values.new_empty(offsets[-1], noise_tokens, passes[0].values.shape[1])
-                if len(passes) > 1
-                else None
-            ),
-            coefficient=torch.tensor(
-                [velocity.coefficient for velocities in pictures for velocity in velocities],
-                dtype=torch.float32,
-                device=device,
-            ),
-            cu_groups=torch.tensor(offsets, dtype=torch.int32, device=device),
+            latents=latents,
+            counters=counters,
+            first=first,
+            lengths=lengths,
+            times=times,
+            kinds=made,
+            slots=torch.tensor([b.span.slot for b in branches], device=device),
+            pos_embed=model.crop_pos_embed(height, width),
         )
 
+    @property
+    def step(self) -> Tensor:
+        """[pictures], int64: the step that comes next."""
+        return self.counters[: len(self.latents)]
 
-# (latents, plan, index of the step [1]) -> velocities of each pass's groups, [groups, N, 16]
-VelocityOf = Callable[[Tensor, GuidancePlan, Tensor], list[Tensor]]
+    @property
+    def time_rows(self) -> Tensor:
+        """[branches], int64: the cache row of the time token that comes next."""
+        return self.counters[len(self.counters) - len(self.slots) :]
 
+    @property
+    def noise_tokens(self) -> int:
+        """Of one picture."""
+        return len(self.pos_embed)
 
-@dataclass(frozen=True)
-class Loop:
-    """What the steps of one call read and write.
-
-    Everything that differs from step to step hangs on `index`, which is on the device like the
-    rest: a step's work is the same each time, so it can be captured once and replayed.
-    """
-
-    latents: Tensor  # [pictures, 4, height / 8, width / 8], float32, updated by each step
-    index: Tensor  # [1], int64: the step that comes next
-    lengths: Tensor  # [steps], float32: of each Euler step
-    times: TimeEmbeddings
-    plan: GuidancePlan
-    velocity: VelocityOf
-
-    def step(self) -> None:
-        """One Euler step: `z += (t_{i+1} - t_i) * sum_b coefficient_b v_b(z, t_i)`."""
-        plan = self.plan
-        velocities = self.velocity(self.latents, plan, self.index)
-        prediction = plan.prediction
-        if prediction is None:  # one pass, whose groups stand in the prediction's own order
-            (prediction,) = velocities
-        else:
-            for places, values in zip(plan.places, velocities):
-                prediction.index_copy_(0, places, values)
-        ops.guidance_step_(
-            self.latents,
-            prediction,
-            plan.coefficient,
-            plan.cu_groups,
-            self.lengths,
-            self.index,
-            PATCH,
-        )
-        self.index.add_(1)
+    def seek(self, step: int) -> None:
+        """Makes `step` the one that comes next."""
+        torch.add(self.first, step, out=self.counters)
 
     def tensors(self) -> list[Tensor]:
-        """All that another call of the same shapes has other values of."""
-        plan = self.plan
-        found = [self.latents, self.index, self.lengths, self.times.shift, self.times.scale]
-        found += [plan.coefficient, plan.cu_groups, plan.slots, plan.times, *plan.places]
-        for groups in plan.passes:
-            found += [groups.cu_rows]
-            found += [groups.cache_start, groups.cache_len, groups.cos, groups.sin]
+        """Everything whose values differ between calls of one shape."""
+        found = [self.latents, self.counters, self.first, self.lengths, self.slots]
+        found += [self.times.shift, self.times.scale]
+        for one in self.kinds.values():
+            found += [one.coefficient, one.cu_groups]
+            for each in one.passes:
+                found += [each.places, each.cu_rows, each.cache_start, each.cache_len]
+                found += [each.cos, each.sin]
         return found
 
 
-def cached_velocity(
-    model: Transformer, cache: ConditionCache | StreamedCache, times: TimeEmbeddings
-) -> VelocityOf:
-    """Velocities from a cache filled by prefill."""
-    staging: list[tuple[Tensor, Tensor]] = []
-
-    def velocity(latents: Tensor, plan: GuidancePlan, index: Tensor) -> list[Tensor]:
-        if not staging:
-            staging.append(cache.staging(len(plan.slots)))
-        cache.select_step(plan.slots, plan.times, index, staging[0])
-        return model.step(latents, plan.passes, (times.shift, times.scale, index), cache)
-
-    return velocity
+def _distinct(pictures: Sequence[Sequence[PlacedBranch]]) -> list[PlacedBranch]:
+    """The branches of all pictures without repetition."""
+    return list({b.branch.key: b for picture in pictures for b in picture}.values())
 
 
-def recomputed_velocity(
-    model: Transformer,
-    cache: ConditionCache,
-    times: TimeEmbeddings,
-    image_latents: Mapping[str, Tensor],
-    mlp_rows: int = MLP_ROWS,
-) -> VelocityOf:
-    """Velocities with the condition computed anew, layer by layer, in a cache of one layer."""
+# (place in the picture's list, the branch, whether it runs here)
+_Chosen = tuple[int, PlacedBranch, bool]
+# (place in the prediction, picture, branch)
+_Member = tuple[int, int, PlacedBranch]
 
-    def velocity(latents: Tensor, plan: GuidancePlan, index: Tensor) -> list[Tensor]:
-        time_token = times.tokens.index_select(0, index)
-        sequences = [lay_out(v.branch, 1, v.span, latents.device) for v in plan.branches]
-        return model.step_recomputed(
-            latents,
-            plan.passes,
-            (times.shift, times.scale, index),
-            sequences,
-            [model.embed_condition(s, image_latents, time_token) for s in sequences],
-            plan.slots,
-            plan.times,
-            cache,
-            mlp_rows,
+
+def _chosen(
+    pictures: Sequence[Sequence[PlacedBranch]], kind: StepKind, placement: Placement
+) -> list[list[_Chosen]]:
+    """The branches of each picture that a kind of step combines."""
+    found: list[list[_Chosen]] = []
+    for picture, branches in enumerate(pictures):
+        places = range(len(branches)) if kind.branches is None else kind.branches
+        some = [(place, branches[place]) for place in places if place < len(branches)]
+        if kind.coefficients is not None:
+            given = dict(zip(places, kind.coefficients))
+            some = [(place, replace(b, coefficient=given[place])) for place, b in some]
+        found.append([(place, b, placement.runs(picture, place)) for place, b in some])
+    return found
+
+
+def _members(
+    pictures: Sequence[Sequence[_Chosen]], branches_per_pass: int | None
+) -> list[list[_Member]]:
+    """The groups of each pass that run here."""
+    most = max(map(len, pictures))
+    size = min(branches_per_pass or most, most)
+    offsets = [0, *accumulate(map(len, pictures))]
+    passes = [
+        [
+            (offset + first + i, picture, b)
+            for picture, (offset, branches) in enumerate(zip(offsets, pictures))
+            for i, (_, b, here) in enumerate(branches[first : first + size])
+            if here
+        ]
+        for first in range(0, most, size)
+    ]
+    return [one for one in passes if one]
+
+
+def _pass_values(
+    model: Transformer, members: Sequence[_Member], noise_tokens: int, step: Tensor
+) -> _PassValues:
+    device = model.device
+    places = torch.arange(noise_tokens, device=device)
+    tables = [model.rotary(places + b.span.condition + 1, b.branch.long) for _, _, b in members]
+
+    def integers(values: list[int], dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=device)
+
+    return _PassValues(
+        pictures=tuple(picture for _, picture, _ in members),
+        places=integers([place for place, _, _ in members], torch.int64),
+        cu_rows=integers([i * noise_tokens for i in range(len(members) + 1)]),
+        cache_start=integers([b.span.start for _, _, b in members]),
+        cache_len=integers([b.span.condition + 1 for _, _, b in members]),
+        cos=torch.cat([cos for cos, _ in tables]),
+        sin=torch.cat([sin for _, sin in tables]),
+        step=step,
+    )
+
+
+class Velocity(Protocol):
+    """Computes velocities of the noise tokens."""
+
+    def __call__(self, values: StepValues, passes: Sequence[StepGroups]) -> list[Tensor]:
+        """Of each pass [groups, N, 16]: (row, column, channel) of each token's patch."""
+
+
+class CachedVelocity:
+    """From a cache that prefill has filled."""
+
+    def __init__(self, model: Transformer, cache: Cache, branches: int) -> None:
+        self._model, self._cache = model, cache
+        self._staging = cache.staging(branches)
+
+    def __call__(self, values: StepValues, passes: Sequence[StepGroups]) -> list[Tensor]:
+        self._cache.select_step(values.slots, values.time_rows, self._staging)
+        return self._model.step(values.latents, values.pos_embed, passes, values.times, self._cache)
+
+
+class RecomputedVelocity:
+    """Computes the condition again in every step, layer by layer, in a cache of one layer."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        cache: Cache,
+        pictures: Sequence[Sequence[PlacedBranch]],
+        image_latents: Mapping[str, Tensor],
+        mlp_rows: int = MLP_ROWS,
+    ) -> None:
+        distinct = _distinct(pictures)
+        self._model, self._cache = model, cache
+        self._image_latents = image_latents
+        self._sequences = [lay_out(b.branch, 1, b.span, model.device) for b in distinct]
+        self._states = model.prefill_states(self._sequences, mlp_rows)
+        self._time_rows = torch.tensor([b.span.times for b in distinct], device=model.device)
+        self._staging = cache.staging(len(distinct))
+
+    def __call__(self, values: StepValues, passes: Sequence[StepGroups]) -> list[Tensor]:
+        time_token = values.times.tokens.index_select(0, values.step[:1])
+        for state in self._states:
+            self._model.embed_condition(
+                state.sequence, self._image_latents, time_token, out=state.residual
+            )
+
+        def select() -> None:
+            self._cache.select_step(values.slots, self._time_rows, self._staging)
+
+        return self._model.step_recomputed(
+            values.latents,
+            values.pos_embed,
+            passes,
+            values.times,
+            self._states,
+            select,
+            self._cache,
         )
 
-    return velocity
 
+class Loop:
+    """The steps of a call: its values, and the memory that all steps use again.
 
-def denoise(
-    loop: Loop,
-    run: Callable[[], None],
-    after_step: Callable[[int, Tensor], bool],
-    first: int = 0,
-) -> None:
-    """Integrates from noise to image (rectified flow; Liu et al., 2022), in `loop.latents`.
-
-    Args:
-        loop: at step `first`.
-        run: takes the next step: `loop.step`, or a replay of it.
-        after_step: called with the step's index and the latents; returns whether to go on.
-        first: how many steps were taken before.
+    Another call of the same shapes may take it over (`bind`) with what was captured.
     """
-    for index in range(first, len(loop.lengths)):
-        run()
-        if not after_step(index, loop.latents):
-            return
+
+    def __init__(
+        self,
+        model: Transformer,
+        values: StepValues,
+        velocity: Velocity,
+        mlp_rows: int = MLP_ROWS,
+        placement: Placement | None = None,
+    ) -> None:
+        self.values = values
+        self.busy = False  # whether a call that goes on takes its steps here
+        self._velocity = velocity
+        self._placement = placement or OneDevice()
+        noise, like = values.noise_tokens, model.norm
+        rows = max(one.rows for one in values.kinds.values())
+        longest = max(len(one.cos) for some in values.kinds.values() for one in some.passes)
+        space = model.workspace(longest, mlp_rows)
+        residual = like.new_empty(rows, model.config.hidden_size)
+        delta = torch.empty_like(residual)
+        velocities = like.new_empty(rows, PATCH_VALUES)
+        prediction: Tensor | None = None
+        if not all(one.in_order for one in values.kinds.values()):
+            groups = max(len(one.coefficient) for one in values.kinds.values())
+            prediction = like.new_empty(groups, noise, PATCH_VALUES)
+        self._groups: dict[StepKind, list[StepGroups]] = {}
+        self._predictions: dict[StepKind, Tensor] = {}
+        for kind, passes in values.kinds.items():
+            first, made = 0, []
+            for one in passes.passes:
+                part = slice(first, first + len(one.cos))
+                made.append(
+                    StepGroups(
+                        pictures=one.pictures,
+                        step=one.step,
+                        cu_rows=one.cu_rows,
+                        max_rows=noise,
+                        cache_start=one.cache_start,
+                        cache_len=one.cache_len,
+                        cos=one.cos,
+                        sin=one.sin,
+                        residual=residual[part],
+                        delta=delta[part],
+                        values=velocities[part],
+                        space=space,
+                    )
+                )
+                first = part.stop
+            self._groups[kind] = made
+            whole = velocities[:first].unflatten(0, (-1, noise))
+            if not passes.in_order:
+                assert prediction is not None
+                whole = prediction[: len(passes.coefficient)]
+            self._predictions[kind] = whole
+
+    def predict(self, kind: StepKind = ALL_BRANCHES) -> Tensor:
+        """Velocities of all groups, [groups, N, 16], until the next step."""
+        passes, prediction = self.values.kinds[kind], self._predictions[kind]
+        velocities = self._velocity(self.values, self._groups[kind])
+        if not passes.in_order:
+            for one, found in zip(passes.passes, velocities):
+                prediction.index_copy_(0, one.places, found)
+        return self._placement.gather(prediction)
+
+    def step(self, kind: StepKind = ALL_BRANCHES) -> None:
+        """One Euler step: `z += (t_{i+1} - t_i) * sum_b coefficient_b v_b(z, t_i)`."""
+        values = self.values
+        computed = replace(kind, computed=True)
+        passes = values.kinds[computed]
+        prediction = self.predict(computed) if kind.computed else self._predictions[computed]
+        ops.guidance_step_(
+            values.latents,
+            prediction,
+            passes.coefficient,
+            passes.cu_groups,
+            values.lengths,
+            values.step,
+            PATCH,
+        )
+        values.counters.add_(1)
+
+    def memory(self) -> list[Tensor]:
+        """All tensors that the steps use."""
+        found = [*self.values.tensors(), *self._predictions.values()]
+        for groups in self._groups.values():
+            for one in groups:
+                space = one.space
+                found += [one.residual, one.delta, one.values]
+                found += [space.qkv, space.normed, space.gate_up]
+        return found
+
+    def bind(self, values: StepValues) -> None:
+        """Takes the values of another call of the same shapes, whose steps come from now on."""
+        for mine, theirs in zip(self.values.tensors(), values.tensors()):
+            mine.copy_(theirs)

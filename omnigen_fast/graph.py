@@ -1,27 +1,31 @@
 """Captured steps: the work of one step recorded as a CUDA graph, replayed for all the others.
 
 A step launches hundreds of small kernels whose sizes never change; a replay launches them at once.
-Captures are kept by shape. A later call of the same shapes copies its own values (guidance, rotary
-tables, time embeddings, places in the cache) into the captured tensors and replays.
+A capture is kept with its loop. A later call of the same shapes copies its own values (guidance,
+rotary tables, time embeddings, places in the cache) into that loop and replays.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 
 import torch
+from torch import Tensor
 
 from .cache import ConditionCache
-from .denoise import Loop
+from .denoise import Loop, StepValues
+from .errors import first_line
 from .kernels import ops
+from .schedule import StepKind
 
 _log = logging.getLogger("omnigen_fast")
+_WORTH = 3  # steps of a kind: a capture costs about one
 
 Replay = Callable[[], None]
+Runner = Callable[[StepKind], None]
 
 
 def capture_cuda(work: Replay, device: torch.device) -> Replay:
@@ -49,36 +53,35 @@ def _capture_stream(device: torch.device) -> torch.cuda.Stream:
 
 @dataclass(frozen=True)
 class _Captured:
-    loop: Loop  # whose tensors the recording reads and writes
-    replay: Replay
+    key: Hashable
+    loop: Loop  # whose tensors the recordings read and write
+    replays: dict[StepKind, Replay] = field(default_factory=dict)
 
 
 class StepGraphs:
-    """Captured steps of the latest shapes.
+    """The captured steps of the latest shape: they hold the memory of a loop.
 
     Args:
         capture: records a step; None where steps can't be captured, so all run eagerly.
-        most: how many shapes are kept; each holds the memory of one step's intermediate results.
         possible: asked at every call whether steps can be captured now.
     """
 
     def __init__(
         self,
-        capture: Callable[[Replay], Replay] | None,
-        most: int = 1,
+        capture: Callable[[Replay], Replay] | None = None,
         possible: Callable[[], bool] = lambda: True,
     ) -> None:
         self._capture = capture
-        self._most = most
         self._possible = possible
-        self._captured: OrderedDict[Hashable, _Captured] = OrderedDict()
+        self._shape: Hashable = None
+        self._captured: _Captured | None = None
         self._refused: set[Hashable] = set()  # shapes that could not be captured
 
     @classmethod
     def on(cls, device: torch.device) -> StepGraphs:
         """Captures on a GPU while the kernels run there; none on other devices."""
         if device.type != "cuda":
-            return cls(None)
+            return cls()
         capture = partial(capture_cuda, device=device)
         return cls(capture, possible=lambda: ops.capturable(device))
 
@@ -86,82 +89,110 @@ class StepGraphs:
         """Whether steps can be captured now."""
         return self._capture is not None and self._possible()
 
+    @property
+    def captured(self) -> bool:
+        """Whether a captured step is kept."""
+        return self._captured is not None and bool(self._captured.replays)
+
+    @property
+    def refused(self) -> bool:
+        """Whether a step could not be captured."""
+        return bool(self._refused)
+
+    def tensors(self) -> list[Tensor]:
+        """The memory that a kept capture holds."""
+        return [] if self._captured is None else self._captured.loop.memory()
+
     def clear(self) -> None:
-        """Drops all captures: weights or their places have changed."""
-        self._captured.clear()
+        """Drops what is kept: weights or their places have changed."""
+        self._captured = None
         self._refused.clear()
 
-    def runner(self, loop: Loop, cache: ConditionCache) -> Replay:
+    def expect(self, shape: Hashable) -> None:
+        """Drops what serves calls of another shape, before memory is needed for this one.
+
+        Args:
+            shape: equal for calls that may share a capture; None if this one captures nothing.
+        """
+        if shape is None or shape != self._shape:
+            self.clear()
+        self._shape = shape
+
+    def loop_for(self, values: StepValues, cache: ConditionCache, mlp_rows: int) -> Loop | None:
+        """The loop that was captured with the same shapes, now with these values; None without."""
+        kept = self._captured
+        if kept is None or kept.loop.busy or kept.key != _key(values, cache, mlp_rows):
+            return None
+        if not self.possible():
+            return None
+        kept.loop.bind(values)
+        return kept.loop
+
+    def runner(
+        self, loop: Loop, cache: ConditionCache, mlp_rows: int, counts: Mapping[StepKind, int]
+    ) -> Runner:
         """What takes `loop`'s steps one by one, captured where that is possible and pays.
 
         Args:
-            loop: at its first step; its tensors hold the result of every step as if it ran
-                eagerly.
+            loop: at its first step; its values are those of every step as if it ran eagerly.
             cache: the one that the loop's velocities come from.
+            mlp_rows: see `model.Workspace`.
+            counts: how many steps of each kind there are.
         """
-        key = _key(loop, cache)
+        key = _key(loop.values, cache, mlp_rows)
         if not self.possible() or key in self._refused:
             return loop.step
-        if key in self._captured:
-            self._captured.move_to_end(key)
-            captured = self._captured[key]
-            for theirs, mine in zip(captured.loop.tensors(), loop.tensors()):
-                theirs.copy_(mine)
-            return _Replayed(loop, captured)
-        if len(loop.lengths) < 3:  # a capture costs about a step
-            return loop.step
-        return _Capturing(self, key, loop)
+        kept = self._captured
+        if kept is not None and kept.loop is not loop and kept.loop.busy:
+            return loop.step  # another call replays it
+        if kept is None or kept.loop is not loop:
+            kept = _Captured(key, loop)
+        return _Capturing(self, kept, counts)
 
-    def _record(self, key: Hashable, loop: Loop) -> Replay:
-        """Captures a loop whose first step ran; falls back to eager steps."""
+    def record(self, captured: _Captured, kind: StepKind) -> bool:
+        """Captures a step of a loop; False if that fails, and steps run eagerly."""
         assert self._capture is not None
-        while len(self._captured) >= self._most:
-            self._captured.popitem(last=False)
+        if captured.key in self._refused:
+            return False
+        if self._captured is not captured:
+            self._captured = None  # its memory first
         try:
-            replay = self._capture(loop.step)
+            captured.replays[kind] = self._capture(partial(captured.loop.step, kind))
         except RuntimeError as error:  # out of memory is one of these
-            reason = str(error).strip().partition("\n")[0]
-            _log.warning("a step can't be captured (%s); steps run one kernel at a time", reason)
-            self._refused.add(key)
-            return loop.step
-        self._captured[key] = _Captured(loop, replay)
-        return replay
+            _log.warning(
+                "a step can't be captured (%s); steps run one kernel at a time", first_line(error)
+            )
+            self._refused.add(captured.key)
+            return False
+        self._captured = captured
+        return True
 
 
 class _Capturing:
-    """The first step eagerly (which compiles kernels and sets up libraries), then the capture."""
+    """The first step of a kind eagerly (which compiles kernels), then a capture, then replays."""
 
-    def __init__(self, graphs: StepGraphs, key: Hashable, loop: Loop) -> None:
-        self._graphs, self._key, self._loop = graphs, key, loop
-        self._run: Replay | None = None
-        self._started = False
+    def __init__(
+        self, graphs: StepGraphs, captured: _Captured, counts: Mapping[StepKind, int]
+    ) -> None:
+        self._graphs, self._captured, self._counts = graphs, captured, counts
+        self._started: set[StepKind] = set()
 
-    def __call__(self) -> None:
-        if not self._started:
-            self._started = True
-            self._loop.step()
-            return
-        if self._run is None:
-            self._run = self._graphs._record(self._key, self._loop)
-        self._run()
-
-
-class _Replayed:
-    """Replays another loop's capture; latents travel there and back, a callback may change them."""
-
-    def __init__(self, loop: Loop, captured: _Captured) -> None:
-        self._loop, self._captured = loop, captured
-
-    def __call__(self) -> None:
-        theirs = self._captured.loop
-        theirs.latents.copy_(self._loop.latents)
-        self._captured.replay()
-        self._loop.latents.copy_(theirs.latents)
+    def __call__(self, kind: StepKind) -> None:
+        replays, loop = self._captured.replays, self._captured.loop
+        if kind not in replays:
+            eager = kind not in self._started or self._counts[kind] < _WORTH
+            self._started.add(kind)
+            if eager or not self._graphs.record(self._captured, kind):
+                loop.step(kind)
+                return
+        replays[kind]()
 
 
-def _key(loop: Loop, cache: ConditionCache) -> Hashable:
-    """Equal for loops that one recording serves."""
-    shapes = tuple((tuple(t.shape), t.dtype) for t in loop.tensors())
+def _key(values: StepValues, cache: ConditionCache, mlp_rows: int) -> Hashable:
+    """Equal for calls that one recording serves."""
+    shapes = tuple((tuple(one.shape), one.dtype) for one in values.tensors())
     storage = (cache.keys.data_ptr(), cache.values.data_ptr(), tuple(cache.keys.shape))
-    pictures = tuple(groups.pictures for groups in loop.plan.passes)
-    return shapes, storage, pictures
+    groups = tuple(
+        (kind, tuple(each.pictures for each in one.passes)) for kind, one in values.kinds.items()
+    )
+    return shapes, storage, groups, mlp_rows

@@ -8,20 +8,20 @@ every key of its branch: no mask, no padding.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .cache import ConditionCache, Span
+from .cache import Cache
 from .config import LATENT_CHANNELS, PATCH, TIME_FREQUENCIES, ModelConfig
 from .kernels import ops
+from .linear import Weight, linear
 from .memory.plan import MLP_ROWS
 from .parameters import PATCH_VALUES
 from .sequence import ConditionSequence
-from .streamed_cache import StreamedCache
 from .streaming import Streamed
 
 _OUTPUT_NORM_EPS = 1e-6
@@ -42,6 +42,7 @@ class StepGroups:
     """The (picture, branch) pairs that one pass runs; each has the picture's N noise tokens."""
 
     pictures: tuple[int, ...]  # of each group: whose latents
+    step: Tensor  # [groups], int64: the step that each takes
     cu_rows: Tensor  # [groups + 1], int32
     max_rows: int
     cache_start: Tensor  # [groups], int32
@@ -54,8 +55,8 @@ class StepGroups:
     space: Workspace  # of all passes
 
 
-@dataclass
-class _PrefillState:
+@dataclass(frozen=True)
+class PrefillState:
     """A branch on its way through the layers."""
 
     sequence: ConditionSequence
@@ -69,8 +70,7 @@ class _PrefillState:
 class Workspace:
     """Memory for the intermediate results of a layer, used again by every layer, pass and step.
 
-    Per row the widths of QKV and of the hidden state; the MLP's widest product is made for
-    `mlp_rows` rows at a time.
+    Per row the widths of QKV and of the hidden state; the MLP processes `mlp_rows` rows at a time.
     """
 
     def __init__(self, config: ModelConfig, rows: int, mlp_rows: int, like: Tensor) -> None:
@@ -78,9 +78,6 @@ class Workspace:
         self.normed = like.new_empty(rows, config.hidden_size)
         self.mlp_rows = mlp_rows
         self.gate_up = like.new_empty(min(rows, mlp_rows), 2 * config.intermediate_size)
-        # what a step adds to the noise: a captured step reads it long after the model's table of
-        # such crops may have dropped it
-        self.pos_embed: Tensor | None = None
 
 
 class Block(nn.Module):
@@ -89,6 +86,13 @@ class Block(nn.Module):
     So that adding and the next RMSNorm are one operation; `residual` is updated in place. What a
     method returns lies in the workspace until the next call.
     """
+
+    input_norm: Tensor  # [hidden]
+    qkv_proj: Weight
+    o_proj: Weight
+    post_norm: Tensor  # [hidden]
+    gate_up_proj: Weight
+    down_proj: Weight
 
     def __init__(self, weights: Mapping[str, Tensor], config: ModelConfig) -> None:
         super().__init__()
@@ -109,7 +113,7 @@ class Block(nn.Module):
             ops.rms_norm(residual, self.input_norm, eps, out=normed)
         else:
             ops.add_rms_norm(residual, delta, self.input_norm, eps, out=normed)
-        return torch.mm(normed, self.qkv_proj.t(), out=space.qkv[first : first + rows])
+        return linear(normed, self.qkv_proj, out=space.qkv[first : first + rows])
 
     def attended(self, space: Workspace, rows: int) -> Tensor:
         """Where attention is to write, [rows, heads, head_dim]: the normed stream is done with."""
@@ -117,7 +121,7 @@ class Block(nn.Module):
 
     def finish(self, residual: Tensor, attended: Tensor, delta: Tensor, space: Workspace) -> None:
         """Output projection and MLP; `delta` [rows, hidden] becomes what is to be added."""
-        torch.mm(attended.flatten(1), self.o_proj.t(), out=delta)
+        linear(attended.flatten(1), self.o_proj, out=delta)
         normed = ops.add_rms_norm(
             residual,
             delta,
@@ -126,9 +130,9 @@ class Block(nn.Module):
             out=space.normed[: len(residual)],
         )
         for some, result in zip(normed.split(space.mlp_rows), delta.split(space.mlp_rows)):
-            gate_up = torch.mm(some, self.gate_up_proj.t(), out=space.gate_up[: len(some)])
+            gate_up = linear(some, self.gate_up_proj, out=space.gate_up[: len(some)])
             inner = ops.swiglu(gate_up, out=gate_up[:, : gate_up.shape[1] // 2])
-            torch.mm(inner, self.down_proj.t(), out=result)
+            linear(inner, self.down_proj, out=result)
 
 
 class Transformer(nn.Module):
@@ -139,6 +143,15 @@ class Transformer(nn.Module):
         weights: all of one floating dtype and on one device, but for `pos_embed`, which may stay
             on the host: only the part that a picture's size needs is read.
     """
+
+    embed_tokens: Tensor  # [vocabulary, hidden]
+    noise_proj_weight: Tensor  # [hidden, 4, 2, 2]
+    noise_proj_bias: Tensor
+    norm: Tensor  # [hidden]
+    modulation_weight: Weight
+    modulation_bias: Tensor
+    output_weight: Weight
+    output_bias: Tensor
 
     def __init__(self, config: ModelConfig, weights: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -182,13 +195,21 @@ class Transformer(nn.Module):
 
     def to(self, device: torch.device | str) -> Transformer:
         """Moves what has storage; layers that are streamed have none."""
-        self._pos_embed_crops.clear()
+        self.forget_crops()
         for module in self.modules():
             for name, value in list(module.named_parameters(recurse=False)):
                 if not value.is_meta:
                     moved = nn.Parameter(value.data.to(device), requires_grad=False)
                     module.register_parameter(name, moved)
         return self
+
+    def crops(self) -> list[Tensor]:
+        """The crops of the position table that are kept between calls."""
+        return list(self._pos_embed_crops.values())
+
+    def forget_crops(self) -> None:
+        """Frees them."""
+        self._pos_embed_crops.clear()
 
     def _take(self, layer: int) -> Block:
         """A layer to compute with until `_release`."""
@@ -209,17 +230,15 @@ class Transformer(nn.Module):
         waves = torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.dtype)
 
         def mlp(name: str) -> Tensor:
-            hidden = F.linear(
-                waves, self.parameter(f"{name}.0.weight"), self.parameter(f"{name}.0.bias")
+            first, second = (
+                (self.parameter(f"{name}.{i}.weight"), self.parameter(f"{name}.{i}.bias"))
+                for i in range(2)
             )
-            return F.linear(
-                F.silu(hidden),
-                self.parameter(f"{name}.1.weight"),
-                self.parameter(f"{name}.1.bias"),
-            )
+            hidden = linear(waves, first[0], bias=first[1])
+            return linear(F.silu(hidden), second[0], bias=second[1])
 
-        modulation = F.linear(
-            F.silu(mlp("time_embed")), self.modulation_weight, self.modulation_bias
+        modulation = linear(
+            F.silu(mlp("time_embed")), self.modulation_weight, bias=self.modulation_bias
         )
         shift, scale = modulation.chunk(2, dim=-1)
         return TimeEmbeddings(mlp("time_token"), shift, scale)
@@ -234,41 +253,6 @@ class Transformer(nn.Module):
         angles = positions.to(torch.float32).unsqueeze(1) * frequencies
         return angles.cos() * self.config.rope_scale, angles.sin() * self.config.rope_scale
 
-    def step_groups(
-        self,
-        groups: Sequence[tuple[int, Span, bool]],
-        noise_tokens: int,
-        space: Workspace,
-    ) -> StepGroups:
-        """Everything about the groups of one pass that no step changes.
-
-        Args:
-            groups: picture, the branch's rows in the cache, and whether it takes the long factor.
-            noise_tokens: of each picture.
-            space: for at least `len(groups) * noise_tokens` rows.
-        """
-        device = self.device
-        places = torch.arange(noise_tokens, device=device)
-        rows = len(groups) * noise_tokens
-        tables = [self.rotary(places + span.condition + 1, long) for _, span, long in groups]
-
-        def integers(values: list[int], dtype: torch.dtype = torch.int32) -> Tensor:
-            return torch.tensor(values, dtype=dtype, device=device)
-
-        return StepGroups(
-            pictures=tuple(picture for picture, _, _ in groups),
-            cu_rows=integers([i * noise_tokens for i in range(len(groups) + 1)]),
-            max_rows=noise_tokens,
-            cache_start=integers([span.start for _, span, _ in groups]),
-            cache_len=integers([span.condition + 1 for _, span, _ in groups]),
-            cos=torch.cat([cos for cos, _ in tables]),
-            sin=torch.cat([sin for _, sin in tables]),
-            residual=self.norm.new_empty(rows, self.config.hidden_size),
-            delta=self.norm.new_empty(rows, self.config.hidden_size),
-            values=self.norm.new_empty(rows, PATCH_VALUES),
-            space=space,
-        )
-
     def workspace(self, rows: int, mlp_rows: int = MLP_ROWS) -> Workspace:
         """Memory for passes of at most so many rows."""
         return Workspace(self.config, rows, mlp_rows, self.norm)
@@ -278,6 +262,7 @@ class Transformer(nn.Module):
         sequence: ConditionSequence,
         image_latents: Mapping[str, Tensor],
         time_tokens: Tensor,
+        out: Tensor | None = None,  # [rows, hidden]
     ) -> Tensor:  # [rows, hidden]
         """Embeddings of a branch's sequence.
 
@@ -285,8 +270,9 @@ class Transformer(nn.Module):
             sequence: the branch, with as many time tokens as are given.
             image_latents: [4, height / 8, width / 8] of each image, by its digest.
             time_tokens: [steps, hidden].
+            out: written and returned where it is given.
         """
-        embedded = F.embedding(sequence.token_ids, self.embed_tokens)
+        embedded = torch.index_select(self.embed_tokens, 0, sequence.token_ids, out=out)
         shared = sequence.shared
         for first, stop, image in sequence.branch.spans:
             if first >= shared:
@@ -297,11 +283,31 @@ class Transformer(nn.Module):
         embedded[sequence.branch.length - shared :] = time_tokens
         return embedded
 
+    def prefill_states(
+        self,
+        sequences: Sequence[ConditionSequence],
+        mlp_rows: int = MLP_ROWS,
+    ) -> list[PrefillState]:
+        """Memory and rotary tables for some branches; their residuals are still to be embedded.
+
+        Args:
+            sequences: the branches; one with shared tokens right behind the one that has them.
+            mlp_rows: see `Workspace`.
+        """
+        space = self.workspace(max(len(one.kv_end) for one in sequences), mlp_rows)
+        states = []
+        for one in sequences:
+            cos, sin = self.rotary(one.positions, one.branch.long)
+            residual = self.norm.new_empty(len(one.token_ids), self.config.hidden_size)
+            states.append(PrefillState(one, cos, sin, residual, torch.empty_like(residual), space))
+        return states
+
     def prefill(
         self,
         sequences: Sequence[ConditionSequence],
-        embedded: Sequence[Tensor],
-        cache: ConditionCache | StreamedCache,
+        image_latents: Mapping[str, Tensor],
+        time_tokens: Tensor,
+        cache: Cache,
         mlp_rows: int = MLP_ROWS,
     ) -> None:
         """Runs condition and time tokens and writes their keys and values into the cache.
@@ -310,11 +316,14 @@ class Transformer(nn.Module):
 
         Args:
             sequences: the branches; one with shared tokens right behind the one that has them.
-            embedded: [rows, hidden] of each from `embed_condition`; overwritten.
+            image_latents: see `embed_condition`.
+            time_tokens: likewise.
             cache: rows for the branches reserved.
             mlp_rows: see `Workspace`.
         """
-        states = self._prefill_states(sequences, embedded, mlp_rows)
+        states = self.prefill_states(sequences, mlp_rows)
+        for state in states:
+            self.embed_condition(state.sequence, image_latents, time_tokens, out=state.residual)
         for layer in range(len(self.layers)):
             block, (keys, values) = self._take(layer), cache.take(layer)
             self._prefill_layer(layer, block, states, keys, values)
@@ -324,9 +333,10 @@ class Transformer(nn.Module):
     def step(
         self,
         latents: Tensor,
+        pos_embed: Tensor,
         passes: Sequence[StepGroups],
-        modulation: tuple[Tensor, Tensor, Tensor],
-        cache: ConditionCache | StreamedCache,
+        times: TimeEmbeddings,
+        cache: Cache,
     ) -> list[Tensor]:
         """Velocity of every group's noise tokens.
 
@@ -335,80 +345,61 @@ class Transformer(nn.Module):
 
         Args:
             latents: [pictures, 4, height / 8, width / 8], float32.
+            pos_embed: [N, hidden], see `crop_pos_embed`.
             passes: what to run.
-            modulation: (shift, scale) of all steps and [1] int64, the step that is taken.
+            times: of all steps; each group names its own.
             cache: filled, this step's time tokens selected.
 
         Returns:
             Of each pass [groups, N, 16]: (row, column, channel) of each token's patch. The next
             step writes them again.
         """
-        self._embed_noise(latents, passes)
+        self._embed_noise(latents, pos_embed, passes)
         for layer in range(len(self.layers)):
             block, (keys, values) = self._take(layer), cache.take(layer)
             self._step_layer(layer, block, passes, keys, values)
             cache.release(layer)
             self._release(layer)
-        return self._predict(passes, modulation)
+        return self._predict(passes, times)
 
     def step_recomputed(
         self,
         latents: Tensor,
+        pos_embed: Tensor,
         passes: Sequence[StepGroups],
-        modulation: tuple[Tensor, Tensor, Tensor],
-        sequences: Sequence[ConditionSequence],
-        embedded: Sequence[Tensor],
-        slots: Tensor,
-        times: Tensor,
-        cache: ConditionCache | StreamedCache,
-        mlp_rows: int = MLP_ROWS,
+        times: TimeEmbeddings,
+        states: Sequence[PrefillState],
+        select: Callable[[], None],
+        cache: Cache,
     ) -> list[Tensor]:
         """As `prefill` and `step` at once, keeping the keys and values of one layer at a time.
 
         Args:
             latents: as in `step`.
-            passes: as in `step`.
-            modulation: as in `step`.
-            sequences: the branches of the groups, with this step's time token only.
-            embedded: their embeddings; overwritten.
-            slots: see `ConditionCache.select_step`.
+            pos_embed: likewise.
+            passes: likewise.
             times: likewise.
+            states: the branches of the groups, with this step's time token only; overwritten.
+            select: puts the time tokens beside their conditions, see `Cache.select_step`.
             cache: of one layer, which every layer overwrites.
-            mlp_rows: see `Workspace`.
 
         Returns:
             As `step`.
         """
-        states = self._prefill_states(sequences, embedded, mlp_rows)
-        self._embed_noise(latents, passes)
+        self._embed_noise(latents, pos_embed, passes)
         for layer in range(len(self.layers)):
             block, (keys, values) = self._take(layer), cache.take(layer)
             self._prefill_layer(layer, block, states, keys, values)
-            cache.select_step(slots, times, 0)
+            select()
             self._step_layer(layer, block, passes, keys, values)
             self._release(layer)
-        return self._predict(passes, modulation)
-
-    def _prefill_states(
-        self, sequences: Sequence[ConditionSequence], embedded: Sequence[Tensor], mlp_rows: int
-    ) -> list[_PrefillState]:
-        space = self.workspace(max(len(one.kv_end) for one in sequences), mlp_rows)
-        return [
-            _PrefillState(
-                one,
-                *self.rotary(one.positions, one.branch.long),
-                residual,
-                torch.empty_like(residual),
-                space,
-            )
-            for one, residual in zip(sequences, embedded)
-        ]
+        return self._predict(passes, times)
 
     def _prefill_layer(
         self,
         layer: int,
         block: Block,
-        states: Sequence[_PrefillState],
+        states: Sequence[PrefillState],
         keys: Tensor,
         values: Tensor,
     ) -> None:
@@ -471,7 +462,9 @@ class Transformer(nn.Module):
         by_head = qkv.unflatten(1, (-1, config.head_dim))
         return by_head.split((config.num_heads, config.num_kv_heads, config.num_kv_heads), dim=1)
 
-    def _embed_noise(self, latents: Tensor, passes: Sequence[StepGroups]) -> None:
+    def _embed_noise(
+        self, latents: Tensor, pos_embed: Tensor, passes: Sequence[StepGroups]
+    ) -> None:
         """Fills the residual streams with the noise tokens of the groups' pictures.
 
         In the workspace, which no layer uses yet; a picture's tokens are made once for all groups.
@@ -479,7 +472,6 @@ class Transformer(nn.Module):
         pictures, _, height, width = latents.shape
         height, width = height // PATCH, width // PATCH
         space, rows = passes[0].space, pictures * height * width
-        space.pos_embed = self._crop_pos_embed(height, width)
         patches = space.qkv[:rows, :PATCH_VALUES]
         patches.view(pictures, height, width, LATENT_CHANNELS, PATCH, PATCH).copy_(
             latents.unflatten(3, (width, PATCH))
@@ -487,12 +479,12 @@ class Transformer(nn.Module):
             .permute(0, 2, 4, 1, 3, 5)
         )
         weight = self.noise_proj_weight.flatten(1)
-        tokens = torch.addmm(self.noise_proj_bias, patches, weight.t(), out=space.normed[:rows])
+        tokens = linear(patches, weight, out=space.normed[:rows], bias=self.noise_proj_bias)
         tokens = tokens.unflatten(0, (pictures, -1))
         for groups in passes:
             residuals = groups.residual.unflatten(0, (len(groups.pictures), -1))
             for picture, residual in zip(groups.pictures, residuals):
-                torch.add(tokens[picture], space.pos_embed, out=residual)
+                torch.add(tokens[picture], pos_embed, out=residual)
 
     def _embed_patches(self, projection: str, latents: Tensor) -> Tensor:
         """[pictures, N, hidden] of latents [pictures, 4, height, width], positions added.
@@ -504,9 +496,9 @@ class Transformer(nn.Module):
         patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
         weight = self.parameter(f"{projection}.weight").flatten(1)
         tokens = F.linear(patches, weight, self.parameter(f"{projection}.bias"))
-        return tokens + self._crop_pos_embed(height, width)
+        return tokens + self.crop_pos_embed(height, width)
 
-    def _crop_pos_embed(self, height: int, width: int) -> Tensor:
+    def crop_pos_embed(self, height: int, width: int) -> Tensor:
         """[height * width, hidden]: the centre of the position table."""
         crop = self._pos_embed_crops.get((height, width))
         if crop is None:
@@ -518,9 +510,7 @@ class Transformer(nn.Module):
             self._pos_embed_crops[height, width] = crop
         return crop
 
-    def _predict(
-        self, passes: Sequence[StepGroups], modulation: tuple[Tensor, Tensor, Tensor]
-    ) -> list[Tensor]:
+    def _predict(self, passes: Sequence[StepGroups], times: TimeEmbeddings) -> list[Tensor]:
         """The output layer: final RMSNorm, modulated LayerNorm, product; [groups, N, 16] each."""
         for groups in passes:
             normed = ops.add_rms_norm(
@@ -530,6 +520,8 @@ class Transformer(nn.Module):
                 self.config.rms_norm_eps,
                 out=groups.space.normed[: len(groups.residual)],
             )
-            modulated = ops.modulate(normed, *modulation, _OUTPUT_NORM_EPS, out=normed)
-            torch.addmm(self.output_bias, modulated, self.output_weight.t(), out=groups.values)
+            modulated = ops.modulate(
+                normed, times.shift, times.scale, groups.step, _OUTPUT_NORM_EPS, out=normed
+            )
+            linear(modulated, self.output_weight, out=groups.values, bias=self.output_bias)
         return [groups.values.unflatten(0, (len(groups.pictures), -1)) for groups in passes]

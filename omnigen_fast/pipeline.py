@@ -2,103 +2,37 @@
 
 from __future__ import annotations
 
-import logging
+import inspect
 import os
 import threading
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .cache import ConditionCache, Entry
+from .call import Call, Memory, StepCallback, encoded, workload_of
 from .config import ModelConfig
-from .denoise import (
-    GuidancePlan,
-    Loop,
-    Velocity,
-    cached_velocity,
-    denoise,
-    recomputed_velocity,
-    schedule,
-)
-from .errors import MemoryBudgetError, OmniGenError, RequestError, first_line
-from .graph import StepGraphs
-from .guidance import guidance_branches
-from .memory.cost import Cost, Estimate
-from .memory.device import free_bytes, on_host, parse_memory, profile_of
+from .engine import Engine
+from .errors import OmniGenError, RequestError, first_line
 from .memory.overview import Report
-from .memory.plan import Condition, MemoryPlan, Workload
-from .memory.planner import Decision, describe, front
-from .memory.planner import plan as decide
-from .model import TimeEmbeddings, Transformer
-from .parameters import parameter_shapes
+from .memory.plan import MemoryPlan
+from .memory.planner import Decision
+from .model import Transformer
 from .precision import Precision
 from .processor import Processor
 from .request import Request, finite, make_request
-from .sequence import EncodedBranch, cache_entries, lay_out_all
-from .streamed_cache import StreamedCache
-from .streaming import HostMemory, is_out_of_memory, lane_for, spread
+from .run import SMALLER, AfterStep, decide, first_plan, generate
+from .schedule import StepSchedule
+from .streaming import is_out_of_memory
 from .vae.vae import Vae
 from .weights.checkpoint import Checkpoint
 from .weights.files import SDXL_VAE, VAE_FILES, resolve
-from .weights.lora import Adapter, merged, read_adapter
-from .weights.store import LayerStore
+from .weights.lora import read_adapter
 
-_log = logging.getLogger("omnigen_fast")
-
-_SMALLER = "make height and width smaller, or ask for fewer pictures per call"
-_KEPT_IMAGES = 256  # latents of input images; one of 1024 px takes 262 KB
 _DTYPES = (torch.bfloat16, torch.float32)
-
-AnyCache = ConditionCache | StreamedCache
-
-Memory = str | int | MemoryPlan
-
-# Called after each step with (pipeline, step, time, {"latents": ...}); may return new latents.
-StepCallback = Callable[["OmniGenPipeline", int, float, dict[str, Any]], Mapping[str, Any] | None]
-
-
-@dataclass
-class RunningCall:
-    """A request on its way; what a plan that fails has finished stays."""
-
-    request: Request
-    pictures: list[list[tuple[EncodedBranch, float]]]  # branches of each, what each counts
-    latents: Tensor  # [pictures, 4, height / 8, width / 8], float32, of the last finished step
-    times: Tensor  # [steps + 1], float32
-    steps_done: int = 0
-    finished: bool = False  # all steps, or stopped
-    calling_back: bool = False
-    predicted: Cost | None = None  # of the plan that is carried out
-    failures: list[str] = field(default_factory=list)
-
-    def entries(self, cached: bool) -> dict[Entry, tuple[EncodedBranch, ...]]:
-        """What the cache is to hold, or what each step computes again."""
-        branches = [[branch for branch, _ in picture] for picture in self.pictures]
-        return cache_entries(branches, self.request.steps if cached else 1, share=cached)
-
-    def workload(self) -> Workload:
-        """The request's sizes, as the planner wants them."""
-        entries = self.entries(self.request.switches.use_kv_cache is not False)
-        images = {
-            image.digest: image.size
-            for branches in entries.values()
-            for branch in branches
-            for _, _, image in branch.spans
-        }
-        return Workload(
-            height=self.request.height,
-            width=self.request.width,
-            steps=self.request.steps,
-            branches=tuple(tuple(b.length for b, _ in picture) for picture in self.pictures),
-            conditions=tuple(entry.condition for entry in entries),
-            images=tuple(images.values()),
-        )
 
 
 class OmniGenPipeline:
@@ -107,34 +41,12 @@ class OmniGenPipeline:
     Calls from several threads run one after the other.
     """
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        model: Transformer,
-        vae: Vae,
-        processor: Processor,
-        condition_cache_bytes: int = 2 << 30,
-        capture_steps: bool = True,
-        memory: Memory = "auto",
-    ) -> None:
-        self.model = model
-        self.vae = vae
+    def __init__(self, engine: Engine, processor: Processor, memory: Memory = "auto") -> None:
+        self.engine = engine
         self.processor = processor
-        self._checkpoint = checkpoint
-        self._adapters: OrderedDict[str, Adapter] = OrderedDict()
-        self._stale: set[str] = set()  # parameters that may not be what the adapters make of them
-        self._image_latents: OrderedDict[str, Tensor] = OrderedDict()
-        self._cache_bytes = condition_cache_bytes
-        self._cache = self._new_cache()
-        self._host = HostMemory(model.device)
-        self._streamed: StreamedCache | None = None
-        self._store = LayerStore(model, self._read, self._host)
-        self._capture_steps = capture_steps
-        self._graphs = self._new_graphs()
         self._memory = memory
         self._offload_model: bool | None = None
         self._report: Report | None = None
-        self._captured: Any = None  # what the captured step serves
         self._lock = threading.RLock()
         self._running = False
         self._interrupt = False
@@ -182,9 +94,9 @@ class OmniGenPipeline:
             CheckpointError: files are missing, malformed, or not an OmniGen model.
             RequestError: a dtype or device that can't be used.
         """
-        dtype = _check_dtype(dtype)
-        target = _check_device(device)
-        hub = {
+        precision = Precision.of(check_dtype(dtype))
+        target = check_device(device)
+        hub: dict[str, Any] = {
             "revision": revision,
             "cache_dir": cache_dir,
             "token": token,
@@ -197,23 +109,33 @@ class OmniGenPipeline:
             hub["revision"] = None  # names a commit of the model, not of the VAE
             vae_folder = resolve(vae_path or SDXL_VAE, patterns=VAE_FILES, **hub)
         vae = Vae.from_folder(vae_folder, torch.device("cpu"))
-        plan = _first_plan(checkpoint.config, vae, dtype, target, memory)
+        plan = first_plan(checkpoint, vae, precision, target, memory)
         vae.place(plan.vae_resident)
         vae.to(target)
-        model = _load(checkpoint, dtype, target, plan.resident_layers)
-        return cls(checkpoint, model, vae, processor, condition_cache_bytes, capture_steps, memory)
+        engine = Engine(checkpoint, vae, precision, target, condition_cache_bytes, capture_steps)
+        engine.load(precision, plan.resident_layers)
+        return cls(engine, processor, memory)
 
     @property
     def config(self) -> ModelConfig:
-        return self._checkpoint.config
+        return self.engine.config
+
+    @property
+    def model(self) -> Transformer:
+        return self.engine.model
+
+    @property
+    def vae(self) -> Vae:
+        return self.engine.vae
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        return self.engine.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.model.dtype
+        """Of the transformer's arithmetic."""
+        return self.engine.precision.arithmetic_dtype
 
     @property
     def interrupt(self) -> bool:
@@ -297,20 +219,8 @@ class OmniGenPipeline:
         Raises:
             RequestError: an argument can't be used; says which, and what can.
         """
-        if dtype is not None:
-            dtype = _check_dtype(dtype)
-        if callback_on_step_end is not None and not callable(callback_on_step_end):
-            raise RequestError(
-                "callback_on_step_end must be a function, got "
-                f"{type(callback_on_step_end).__name__}"
-            )
-        inputs = callback_on_step_end_tensor_inputs
-        if not isinstance(inputs, list | tuple) or any(name != "latents" for name in inputs):
-            raise RequestError(
-                f"callback_on_step_end_tensor_inputs can only be ['latents'], got {inputs!r}"
-            )
-        request = make_request(
-            self.config,
+        check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        request = self._request(
             prompt=prompt,
             input_images=input_images,
             height=height,
@@ -323,7 +233,7 @@ class OmniGenPipeline:
             separate_cfg_infer=separate_cfg_infer,
             use_kv_cache=use_kv_cache,
             offload_kv_cache=offload_kv_cache,
-            offload_model=self._offload_model if offload_model is None else offload_model,
+            offload_model=offload_model,
             use_input_image_size_as_output=use_input_image_size_as_output,
             seed=seed,
             output_type=output_type,
@@ -332,13 +242,46 @@ class OmniGenPipeline:
             generator=generator,
             latents=latents,
         )
+        memory = self._memory if memory is None else memory
+        precision = self._precision(dtype, memory)
         with self._exclusive():
-            if self._stale:
-                self._refresh()
-            if dtype is not None and dtype != self.dtype:
-                self._reload(dtype)
-            chosen = self._memory if memory is None else memory
-            return self._generate(request, chosen, callback_on_step_end, progress)
+            self.engine.refresh()
+            call = self._start(request, precision)
+            with _progress_bar(request.steps, progress) as bar:
+                after_step = self._after_step(call, callback_on_step_end, bar)
+                images = generate(self.engine, call, memory, after_step, self._remember)
+        return _output(images, output_type)
+
+    def plan(self, prompt: str | Sequence[str], input_images: Any = None, **call: Any) -> Decision:
+        """What a call would run as, without running it.
+
+        Args:
+            prompt: as for the call.
+            input_images: likewise.
+            call: every other argument that the call takes.
+
+        Returns:
+            The plan with its predicted cost (`plan`, `cost.peak_bytes`, `cost.seconds`), what else
+            there is to choose from (`candidates`), and `explain()` in words.
+
+        Raises:
+            RequestError: an argument can't be used; says which, and what can.
+            MemoryBudgetError: no plan fits.
+        """
+        signature = inspect.signature(type(self).__call__)
+        bound = signature.bind(self, prompt, input_images, **call)
+        bound.apply_defaults()
+        given = {name: value for name, value in bound.arguments.items() if name != "self"}
+        callback = given.pop("callback_on_step_end")
+        check_callback(callback, given.pop("callback_on_step_end_tensor_inputs"))
+        given.pop("progress")
+        dtype, memory = given.pop("dtype"), given.pop("memory")
+        memory = self._memory if memory is None else memory
+        precision = self._precision(dtype, memory)
+        request = self._request(**given)
+        pictures = encoded(request, self.processor)
+        workload = workload_of(request, StepSchedule.euler(request.steps), pictures)
+        return decide(self.engine, workload, request.switches, memory, precision)
 
     def load_lora_weights(
         self,
@@ -361,15 +304,16 @@ class OmniGenPipeline:
         weight = finite("weight", weight)
         name = os.fspath(path) if adapter_name is None else adapter_name
         with self._exclusive():
-            if name in self._adapters:
+            engine, adapters = self.engine, self.engine.adapters
+            if name in adapters:
                 raise RequestError(f"an adapter {name!r} is loaded already; unload it first")
-            adapter = read_adapter(path, self._checkpoint, weight)
-            self._adapters[name] = adapter
+            adapter = read_adapter(path, engine.checkpoint, weight)
+            adapters[name] = adapter
             try:
-                self._refresh(adapter)
+                engine.refresh(adapter)
             except BaseException:
-                del self._adapters[name]
-                self._refresh()  # undoes what was set
+                del adapters[name]
+                engine.refresh()  # undoes what was set
                 raise
 
     def unload_lora_weights(self, adapter_name: str | None = None) -> None:
@@ -378,16 +322,17 @@ class OmniGenPipeline:
         Raises RequestError if there is no adapter of that name.
         """
         with self._exclusive():
-            if adapter_name is not None and adapter_name not in self._adapters:
-                loaded = ", ".join(map(repr, self._adapters)) or "none"
+            engine = self.engine
+            if adapter_name is not None and adapter_name not in engine.adapters:
+                loaded = ", ".join(map(repr, engine.adapters)) or "none"
                 raise RequestError(f"no adapter {adapter_name!r} is loaded; loaded: {loaded}")
-            before = self._adapters.copy()
+            before = engine.adapters.copy()
             names = list(before) if adapter_name is None else [adapter_name]
-            removed = [self._adapters.pop(name) for name in names]
+            removed = [engine.adapters.pop(name) for name in names]
             try:
-                self._refresh(*removed)
+                engine.refresh(*removed)
             except BaseException:
-                self._adapters = before  # the checkpoint can't be read: nothing was taken out
+                engine.adapters = before  # the checkpoint can't be read: nothing was taken out
                 raise
 
     def merge_lora(self, lora_path: str | os.PathLike[str]) -> None:
@@ -396,19 +341,16 @@ class OmniGenPipeline:
 
     def to(self, device: str | torch.device) -> OmniGenPipeline:
         """Moves everything to a device; kept conditions are dropped."""
-        target = _check_device(device)
+        target = check_device(device)
         with self._exclusive():
-            self._host = HostMemory(target)
-            self._store.to(target, self._host)
-            self.vae.to(target)
-            self._forget()
+            self.engine.to(target)
         return self
 
     def clear_cache(self) -> None:
-        """Drops all kept conditions: token ids, image latents, keys and values."""
+        """Drops everything kept between calls: token ids, image latents, keys and values."""
         with self._exclusive():
             self.processor.clear()
-            self._forget()
+            self.engine.forget()
 
     def enable_model_cpu_offload(self) -> None:
         """The original's switch: later calls stream all layers from the host."""
@@ -432,336 +374,42 @@ class OmniGenPipeline:
         """What the last call ran as: plan, share of cached work, peak, predicted seconds."""
         return "nothing has run yet" if self._report is None else self._report.text(self.config)
 
-    def _generate(
-        self,
-        request: Request,
-        memory: Memory,
-        callback: StepCallback | None,
-        progress: bool,
-    ) -> list[Any] | Tensor | np.ndarray:
-        pictures = self._encode(request)
+    def _request(self, *, offload_model: bool | None, **arguments: Any) -> Request:
+        switch = self._offload_model if offload_model is None else offload_model
+        return make_request(self.config, offload_model=switch, **arguments)
+
+    def _precision(self, dtype: str | torch.dtype | None, memory: Memory) -> Precision:
+        """What a call runs in: its dtype, else its plan's, else what the weights are in."""
+        if dtype is not None:
+            return Precision.of(check_dtype(dtype))
+        given = memory.precision if isinstance(memory, MemoryPlan) else None
+        return given or self.engine.precision
+
+    def _start(self, request: Request, precision: Precision) -> Call:
         try:
-            run = RunningCall(request, pictures, self._draw_noise(request), schedule(request.steps))
+            return Call.of(request, self.processor, precision, self.device)
         except Exception as error:
             if is_out_of_memory(error):
                 raise OmniGenError(
-                    f"out of memory before the first step ({first_line(error)}); {_SMALLER}"
+                    f"out of memory before the first step ({first_line(error)}); {SMALLER}"
                 ) from error
             raise
-        with _progress_bar(request.steps, progress) as bar:
-            after_step = self._after_step(run, callback, bar)
-            for plan in self._plans(run, memory):
-                try:
-                    return self._carry_out(plan, run, after_step)
-                except BaseException as error:  # an interrupt from the keyboard too
-                    self._recover()
-                    if run.calling_back or not is_out_of_memory(error):
-                        raise
-                    run.failures.append(first_line(error))
-                # Here, not in the handler: the traceback holds the step's tensors.
-                self._free()
-        raise AssertionError("the last plan fails with its own error")
 
-    def _plans(self, run: RunningCall, memory: Memory) -> Iterator[MemoryPlan]:
-        """What to try, one after the other as memory runs out; ends with one line that says so."""
-        if isinstance(memory, MemoryPlan):
-            yield run.request.switches.applied_to(memory, self.config.num_layers)
-            raise OmniGenError(
-                f"out of memory with the plan that was given ({run.failures[-1]}); give "
-                'memory="auto" or a plan that needs less'
-            )
-        decision = self._decide(run, memory)
-        plan: MemoryPlan | None = decision.plan
-        failed: list[MemoryPlan] = []
-        while plan is not None:
-            run.predicted = decision.estimate.cost(plan)
-            yield plan
-            failed.append(plan)
-            following = decision.after(failed)
-            plan = None if following is None else following.plan
-            if plan is not None:
-                _log.warning(
-                    "out of memory in spite of the plan (%s); it goes on with: %s",
-                    run.failures[-1],
-                    describe(plan, self.config),
-                )
-        raise OmniGenError(
-            f"out of memory with every plan for this request ({run.failures[-1]}); {_SMALLER}"
-        )
+    def _remember(self, report: Report) -> None:
+        self._report = report
 
-    def _decide(self, run: RunningCall, memory: str | int) -> Decision:
-        profile = profile_of(self.device)
-        switches = run.request.switches
-        if on_host(self.device):  # the host is the device: what is offloaded is there already
-            switches = replace(switches, offload_kv_cache=None, offload_model=None)
-        budget = parse_memory(memory)
-        return decide(
-            self.config,
-            self.vae.shape,
-            Precision.of(self.dtype),
-            run.workload(),
-            profile,
-            free_bytes(self.device, profile) if budget is None else budget,
-            switches,
-            current=self.last_plan,
-            kept_bytes=self._cache_bytes,
-            capture=self._graphs.possible(),
-        )
+    def _after_step(self, call: Call, callback: StepCallback | None, bar: Any) -> AfterStep:
+        times = call.schedule.tensor()
 
-    def _carry_out(
-        self, plan: MemoryPlan, run: RunningCall, after_step: Callable[[int, Tensor], bool]
-    ) -> list[Any] | Tensor | np.ndarray:
-        """From the last finished step on, in the way that a plan says."""
-        request = run.request
-        cached_share = 0.0 if plan.cache == "none" else run.workload().cached_share()
-        self._report = Report(plan, run.predicted, cached_share)
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        self._arrange(plan, run)
-        if not run.finished:
-            loop, cache = self._prepare(plan, run)
-            replay = loop.step
-            if plan.capture and isinstance(cache, ConditionCache):
-                replay = self._graphs.runner(loop, cache)
-            denoise(loop, replay, after_step, run.steps_done)
-            run.finished = True
-            del loop, cache, replay
-        if not _finite(run.latents):
-            self._forget()  # what is kept may hold some too
-            raise OmniGenError(
-                f"the latents hold NaN or infinities after step {run.steps_done} of "
-                f"{request.steps}; the weights, a LoRA, the VAE or a callback may have made them"
-            )
-        if request.output_type == "latent":
-            self._measure()
-            return run.latents.clone()
-        if plan.resident_layers < self.config.num_layers:
-            self._store.stop()  # the ring's memory is the decoder's now
-        if self._streamed is not None:
-            self._streamed.free()
-        with self.vae.loaded():
-            images = self.vae.decode(run.latents, plan.strip_rows, store=self._strip_store(plan))
-        self._measure()
-        if not _finite(images.sum()):  # of values from 0 to 1
-            raise OmniGenError(
-                "the VAE gave pixels that are no numbers; its weights may be damaged"
-            )
-        return _output(images, request.output_type)
-
-    def _measure(self) -> None:
-        if self.device.type == "cuda" and self._report is not None:
-            peak = torch.cuda.max_memory_reserved(self.device)
-            self._report = replace(self._report, measured_bytes=peak)
-
-    def _encode(self, request: Request) -> list[list[tuple[EncodedBranch, float]]]:
-        """The branches of each picture, and what each counts."""
-        per_prompt = [
-            [
-                (self.processor.encode(branch, request.noise_tokens, request.steps), coefficient)
-                for branch, coefficient in guidance_branches(prompt, request.guidance)
-            ]
-            for prompt in request.prompts
-        ]
-        return [branches for branches in per_prompt for _ in range(request.images_per_prompt)]
-
-    def _draw_noise(self, request: Request) -> Tensor:
-        """Initial latents, float32, with the values that the transformer's dtype can hold.
-
-        That is what the original starts from.
-        """
-        if request.latents is not None:
-            return request.latents.to(self.device, self.dtype).to(torch.float32, copy=True)
-        generator, shape = request.generator, request.latent_shape
-        if request.seed is not None:
-            generator = torch.Generator(self.device).manual_seed(request.seed)
-        if isinstance(generator, list | tuple):
-            one = (1, *shape[1:])
-            noise = torch.cat([torch.randn(one, generator=g, device=g.device) for g in generator])
-        else:
-            device = self.device if generator is None else generator.device
-            noise = torch.randn(shape, generator=generator, device=device)
-        return noise.to(self.device, self.dtype).to(torch.float32)
-
-    def _arrange(self, plan: MemoryPlan, run: RunningCall) -> None:
-        """Puts weights and caches where a plan wants them; frees first, then fills."""
-        shape = (run.request.latent_shape, run.request.steps, replace(plan, kept_bytes=0))
-        if shape != self._captured or not plan.capture:
-            self._graphs.clear()  # a captured step holds the memory of its intermediate results
-            self._captured = shape
-        if plan.cache == "ring":
-            self._cache.clear()
-        elif self._streamed is not None:
-            self._streamed.clear()
-        if plan.cache == "none":
-            self._cache.clear()
-        self._cache.budget_bytes = plan.kept_bytes
-        self.vae.place(plan.vae_resident)
-        self._store.arrange(plan.resident_layers)
-
-    def _prepare(self, plan: MemoryPlan, run: RunningCall) -> tuple[Loop, AnyCache]:
-        """Computes all that does not depend on the noise, or finds it kept."""
-        request, times = run.request, run.times
-        cached = plan.cache != "none"
-        entries = run.entries(cached)
-        embedded = self.model.embed_times(times[:-1].to(self.device))
-        cache: AnyCache
-        if cached:
-            cache = self._cache if plan.cache == "device" else self._streamed_cache()
-            try:
-                missing = cache.reserve(list(entries))
-                if missing:
-                    self._prefill(plan, {one: entries[one] for one in missing}, embedded, cache)
-            except BaseException:
-                cache.discard(list(entries))  # the rows of some hold nothing
-                raise
-            velocity = cached_velocity(self.model, cache, embedded)
-        else:
-            cache = self._new_cache(layers=1)
-            cache.reserve(list(entries))
-            images = self._latents_of(plan, entries)
-            velocity = recomputed_velocity(self.model, cache, embedded, images, plan.mlp_rows)
-        guidance = GuidancePlan.make(
-            self.model,
-            Velocity.of(run.pictures, entries, cache),
-            request.noise_tokens,
-            plan.branches_per_pass,
-            plan.mlp_rows,
-        )
-        loop = Loop(
-            latents=run.latents.clone(),
-            index=torch.full((1,), run.steps_done, dtype=torch.int64, device=self.device),
-            lengths=times.diff().to(self.device),
-            times=embedded,
-            plan=guidance,
-            velocity=velocity,
-        )
-        return loop, cache
-
-    def _prefill(
-        self,
-        plan: MemoryPlan,
-        entries: Mapping[Entry, tuple[EncodedBranch, ...]],
-        times: TimeEmbeddings,
-        cache: AnyCache,
-    ) -> None:
-        images = self._latents_of(plan, entries)
-        sequences = lay_out_all(entries, cache, self.device)
-        embedded = [self.model.embed_condition(one, images, times.tokens) for one in sequences]
-        with cache.filling(list(entries)):
-            self.model.prefill(sequences, embedded, cache, plan.mlp_rows)
-
-    def _latents_of(
-        self, plan: MemoryPlan, entries: Mapping[Entry, tuple[EncodedBranch, ...]]
-    ) -> dict[str, Tensor]:
-        """Latents of the branches' images by digest; encodes those that are not kept."""
-        branches = [branch for kept in entries.values() for branch in kept]
-        images = {image.digest: image for branch in branches for _, _, image in branch.spans}
-        missing = [image for digest, image in images.items() if digest not in self._image_latents]
-        if missing:
-            with self.vae.loaded():
-                for image in missing:
-                    self._image_latents[image.digest] = self.vae.encode(
-                        image, plan.strip_rows, store=self._strip_store(plan)
-                    )
-        for digest in images:
-            self._image_latents.move_to_end(digest)
-        latents = {digest: self._image_latents[digest] for digest in images}
-        while len(self._image_latents) > _KEPT_IMAGES:
-            self._image_latents.popitem(last=False)
-        return latents
-
-    def _strip_store(self, plan: MemoryPlan) -> torch.device | None:
-        return torch.device("cpu") if plan.strips_on_host else None
-
-    def _after_step(
-        self, run: RunningCall, callback: StepCallback | None, bar: Any
-    ) -> Callable[[int, Tensor], bool]:
         def after(step: int, latents: Tensor) -> bool:
             bar.update()
             if callback is not None:
                 given = latents.clone()
-                run.calling_back = True
-                changed = callback(self, step, float(run.times[step]), {"latents": given})
-                run.calling_back = False
+                changed = callback(self, step, float(times[step]), {"latents": given})
                 _replace(latents, given, changed)
-            run.latents.copy_(latents)
-            run.steps_done = step + 1
-            run.finished = self._interrupt
             return not self._interrupt
 
         return after
-
-    def _recover(self) -> None:
-        """After a failure: what was under way is over, what is kept can be used again."""
-        self._cache.reset()
-        if self._streamed is not None:
-            self._streamed.reset()
-        if self.model.stream is not None:
-            self.model.stream.reset()
-
-    def _free(self) -> None:
-        """Gives up what another plan may need the memory of."""
-        self._graphs.clear()
-        self._cache.clear()
-        if self._streamed is not None:
-            self._streamed.free()
-        self._store.stop()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-    def _streamed_cache(self) -> StreamedCache:
-        if self._streamed is None:
-            self._streamed = StreamedCache(
-                self.config,
-                self.dtype,
-                self.device,
-                self._cache_bytes,
-                self._host,
-                lane_for(self.device),
-            )
-        return self._streamed
-
-    def _new_cache(self, layers: int | None = None) -> ConditionCache:
-        # one layer that every layer overwrites is of no use to later requests
-        kept_bytes = self._cache_bytes if layers is None else 0
-        return ConditionCache(self.config, self.dtype, self.device, kept_bytes, layers)
-
-    def _new_graphs(self) -> StepGraphs:
-        # one shape: a captured step holds its memory
-        return StepGraphs.on(self.device) if self._capture_steps else StepGraphs(None)
-
-    def _read(self, names: Iterable[str], device: torch.device) -> Iterator[tuple[str, Tensor]]:
-        """Parameters with the adapters that are loaded now."""
-        return merged(self._checkpoint, self._adapters.values(), self.dtype, device, names)
-
-    def _forget(self) -> None:
-        """Drops what depends on weights or device."""
-        self._image_latents.clear()
-        self._cache = self._new_cache()
-        self._streamed = None
-        self._graphs = self._new_graphs()
-
-    def _refresh(self, *adapters: Adapter) -> None:
-        """Sets the weights that some adapters touch to what the loaded ones make of them.
-
-        If that fails, the next call or change of adapters does it first.
-        """
-        self._stale |= {update.parameter for adapter in adapters for update in adapter.updates}
-        self._cache.clear()
-        if self._streamed is not None:
-            self._streamed.clear()
-        self._graphs.clear()
-        self._store.refresh(sorted(self._stale))
-        self._stale.clear()
-
-    def _reload(self, dtype: torch.dtype) -> None:
-        """Reads the weights in another dtype, loaded adapters included."""
-        resident, device = self._store.resident, self.device
-        self._store.stop()
-        self.model = _load(self._checkpoint, dtype, device, resident)
-        self._store = LayerStore(self.model, self._read, self._host)
-        self._forget()
-        self._refresh(*self._adapters.values())
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
@@ -774,47 +422,6 @@ class OmniGenPipeline:
                 yield
             finally:
                 self._running = False
-
-
-def _first_plan(
-    config: ModelConfig, vae: Vae, dtype: torch.dtype, device: torch.device, memory: Memory
-) -> MemoryPlan:
-    """Where weights are loaded to, before there is a request: as for one picture of 1024 px."""
-    if isinstance(memory, MemoryPlan):
-        return memory
-    side = min(1024, config.max_image_side)
-    text, negative = 60, 121  # tokens of a usual prompt and of the built-in negative one
-    workload = Workload(
-        height=side,
-        width=side,
-        steps=50,
-        branches=((text, negative),),
-        conditions=(Condition((text,)), Condition((negative,))),
-    )
-    profile = profile_of(device)
-    budget = parse_memory(memory)
-    budget = free_bytes(device, profile) if budget is None else budget
-    shape = vae.shape
-    try:
-        return decide(config, shape, Precision.of(dtype), workload, profile, budget).plan
-    except MemoryBudgetError:  # a smaller picture may fit
-        estimate = Estimate(config, shape, Precision.of(dtype), workload, profile)
-        return front(estimate, capture=False)[-1].plan
-
-
-def _load(
-    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, resident: int
-) -> Transformer:
-    """The model with so many layers on a device, and no memory for the others."""
-    layers = checkpoint.config.num_layers
-    here = spread(resident, layers)
-    weights = {
-        name: torch.empty(shape, dtype=dtype, device="meta")
-        for name, shape in parameter_shapes(checkpoint.config).items()
-        if name.startswith("layers.") and int(name.split(".")[1]) not in here
-    }
-    names = [name for name in checkpoint.sources if name not in weights]
-    return Transformer(checkpoint.config, weights | checkpoint.read(dtype, device, names))
 
 
 def _replace(latents: Tensor, given: Tensor, changed: Any) -> None:
@@ -837,14 +444,9 @@ def _replace(latents: Tensor, given: Tensor, changed: Any) -> None:
     latents.copy_(new)
 
 
-def _finite(tensor: Tensor) -> bool:
-    """Whether all are numbers; so they are where only shapes are computed."""
-    return tensor.is_meta or bool(tensor.isfinite().all())
-
-
 def _output(images: Tensor, output_type: str) -> list[Any] | Tensor | np.ndarray:
-    """Images [pictures, 3, height, width] in [0, 1] as the caller wants them."""
-    if output_type == "pt":
+    """Images [pictures, 3, height, width] in [0, 1], or latents, as the caller wants them."""
+    if output_type in ("pt", "latent"):
         return images
     rows = images.permute(0, 2, 3, 1).cpu()
     if output_type == "np":
@@ -861,7 +463,19 @@ def _progress_bar(steps: int, show: bool) -> Any:
     return tqdm(total=steps, disable=not show)
 
 
-def _check_dtype(dtype: str | torch.dtype) -> torch.dtype:
+def check_callback(callback: Any, inputs: Any) -> None:
+    """Raises RequestError unless a call can use these."""
+    if callback is not None and not callable(callback):
+        raise RequestError(
+            f"callback_on_step_end must be a function, got {type(callback).__name__}"
+        )
+    if not isinstance(inputs, list | tuple) or any(name != "latents" for name in inputs):
+        raise RequestError(
+            f"callback_on_step_end_tensor_inputs can only be ['latents'], got {inputs!r}"
+        )
+
+
+def check_dtype(dtype: str | torch.dtype) -> torch.dtype:
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if found is torch.float16:
         raise RequestError(
@@ -872,7 +486,7 @@ def _check_dtype(dtype: str | torch.dtype) -> torch.dtype:
     return found
 
 
-def _check_device(device: str | torch.device | None) -> torch.device:
+def check_device(device: str | torch.device | None) -> torch.device:
     if device is None:
         if torch.cuda.is_available():
             return torch.device("cuda", torch.cuda.current_device())

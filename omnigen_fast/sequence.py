@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .cache import Entry, Span
+from .cache import Cache, Entry, Span
 from .images import InputImage
 from .memory.plan import SHARED_TOKENS, Condition
 
@@ -87,7 +87,10 @@ def shared_tokens(one: EncodedBranch, other: EncodedBranch) -> int:
 
 
 def cache_entries(
-    pictures: Sequence[Sequence[EncodedBranch]], steps: int, share: bool = True
+    pictures: Sequence[Sequence[EncodedBranch]],
+    steps: int,
+    share: bool = True,
+    form: Callable[[Sequence[EncodedBranch]], Hashable] = lambda branches: None,
 ) -> dict[Entry, tuple[EncodedBranch, ...]]:
     """What the cache is to hold for some pictures, and the branches of each entry.
 
@@ -95,19 +98,21 @@ def cache_entries(
         pictures: the branches of each.
         steps: how many time tokens stand behind each branch.
         share: whether a picture's branches that begin alike are kept together.
+        form: see `Entry.form`, of the branches of an entry.
     """
     entries = {}
     for branches in pictures:
         for kept in pair_up(branches) if share else [(branch,) for branch in branches]:
             shared = shared_tokens(*kept) if len(kept) == 2 else 0
             condition = Condition(tuple(branch.length for branch in kept), shared)
-            entries[Entry(tuple(branch.key for branch in kept), condition, steps)] = kept
+            keys = tuple(branch.key for branch in kept)
+            entries[Entry(keys, condition, steps, form(kept))] = kept
     return entries
 
 
 def lay_out_all(
     entries: Mapping[Entry, Sequence[EncodedBranch]],
-    cache: Mapping[Entry, Sequence[Span]],
+    cache: Cache,
     device: torch.device,
 ) -> list[ConditionSequence]:
     """What prefill is to compute for some entries of the cache, in its order."""

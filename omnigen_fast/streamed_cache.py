@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .cache import Entry, Span
 from .config import ModelConfig
+from .errors import OmniGenError
 from .memory.plan import RING
 from .streaming import HostMemory, Lane, Ring
 
@@ -45,6 +46,7 @@ class StreamedCache:
         # of each layer [2, rows, kv_heads, head_dim]: keys and values on the host
         self._kept: OrderedDict[Entry, list[Tensor]] = OrderedDict()
         self._places: dict[Entry, int] = {}  # of the running request's entries, in the buffers
+        self._held: tuple[Entry, ...] = ()  # by that request
         self._buffers = torch.empty(RING, 2, 0, *self._row_shape, dtype=dtype, device=device)
         self._ring = self._new_ring()
         self._filled: Sequence[Entry] | None = None
@@ -66,6 +68,10 @@ class StreamedCache:
         """Rows that are kept on the host."""
         return sum(entry.rows for entry in self._kept)
 
+    def tensors(self) -> list[Tensor]:
+        """Everything that it holds, on the device and on the host."""
+        return [self._buffers, *(one for kept in self._kept.values() for one in kept)]
+
     def __len__(self) -> int:
         return len(self._kept)
 
@@ -77,13 +83,19 @@ class StreamedCache:
         return entry.spans(self._places[entry])
 
     def clear(self) -> None:
-        """See `ConditionCache.clear`."""
+        """See `Cache.clear`."""
         self.free()
         self._kept.clear()
         self._places.clear()
+        self._held = ()
 
     def reserve(self, entries: Sequence[Entry]) -> list[Entry]:
-        """See `ConditionCache.reserve`."""
+        """See `Cache.reserve`; one request at a time, since the ring holds its rows alone."""
+        if self._held:
+            raise OmniGenError(
+                "another request streams its keys and values; finish it first, or keep them on the "
+                "device"
+            )
         self.reset()  # the ring holds another request's rows
         wanted = dict.fromkeys(entries)
         missing = [entry for entry in wanted if entry not in self._kept]
@@ -113,27 +125,23 @@ class StreamedCache:
         except BaseException:
             self.discard(missing)
             raise
+        self._held = tuple(wanted)
         return missing
 
-    def staging(self, branches: int) -> tuple[Tensor, Tensor]:
-        """See `ConditionCache.staging`; of one layer."""
-        rows = torch.empty(branches, dtype=torch.int64, device=self._buffers.device)
-        return rows, self._buffers.new_empty(branches, *self._row_shape)
+    def give_back(self, entries: Sequence[Entry]) -> None:
+        """See `Cache.give_back`."""
+        self._held = ()
 
-    def select_step(
-        self,
-        slots: Tensor,
-        times: Tensor,
-        step: Tensor | int,
-        staging: tuple[Tensor, Tensor] | None = None,
-    ) -> None:
-        """See `ConditionCache.select_step`; done in each layer when it is taken."""
-        rows, moved = self.staging(len(slots)) if staging is None else staging
-        torch.add(times, step, out=rows)
-        self._step = (slots, rows, moved)
+    def staging(self, branches: int) -> Tensor:  # [branches, kv_heads, head_dim], of one layer
+        """See `Cache.staging`."""
+        return self._buffers.new_empty(branches, *self._row_shape)
+
+    def select_step(self, slots: Tensor, rows: Tensor, staging: Tensor) -> None:
+        """See `Cache.select_step`; done in each layer when it is taken."""
+        self._step = (slots, rows, staging)
 
     def take(self, layer: int) -> tuple[Tensor, Tensor]:
-        """See `ConditionCache.take`."""
+        """See `Cache.take`."""
         if self._filled is not None:
             keys, values = self._buffers[self._ring.lend(layer)]
             return keys, values
@@ -146,7 +154,7 @@ class StreamedCache:
         return keys, values
 
     def release(self, layer: int) -> None:
-        """See `ConditionCache.release`."""
+        """See `Cache.release`."""
         if self._filled is None:
             self._ring.release(layer)
         else:
@@ -155,7 +163,7 @@ class StreamedCache:
 
     @contextmanager
     def filling(self, entries: Sequence[Entry]) -> Iterator[None]:
-        """See `ConditionCache.filling`."""
+        """See `Cache.filling`."""
         self._filled = entries
         try:
             yield
@@ -168,13 +176,14 @@ class StreamedCache:
         self._buffers = self._buffers.new_empty(RING, 2, 0, *self._row_shape)
 
     def discard(self, entries: Sequence[Entry]) -> None:
-        """See `ConditionCache.discard`."""
+        """See `Cache.discard`."""
+        self._held = ()
         self.reset()  # a copy may be on its way there
         for entry in entries:
             self._kept.pop(entry, None)
 
     def reset(self) -> None:
-        """See `ConditionCache.reset`."""
+        """See `Cache.reset`."""
         self._ring.reset()
 
     def _new_ring(self) -> Ring:

@@ -239,20 +239,16 @@ def test_a_step_stays_on_the_device(load_pipe, monkeypatch, request_, branches_a
     def stand_in(name):
         def run(*arguments):
             checked.add(name)
-            before_out = ops._BEFORE_OUT.get(name)
-            getattr(contract, name)(*arguments[:before_out], fused=True)
-            if name.endswith("_"):
-                return None
-            x = arguments[0][:, : arguments[0].shape[1] // (2 if name == "swiglu" else 1)]
-            out = arguments[-1] if before_out and len(arguments) > before_out else None
-            if out is None:
-                return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-            contract.same("out", out, x)
-            return out
+            operation = ops.OPERATIONS[name]
+            getattr(contract, name)(*arguments[: operation.inputs], fused=True)
+            out = operation.out(arguments)
+            if out is not None:
+                contract.same("out", out, operation.like(arguments[0]))
+            return getattr(ops._SHAPES, name)(*arguments)
 
         return run
 
-    stand_ins = SimpleNamespace(**{name: stand_in(name) for name in ops._FILES})
+    stand_ins = SimpleNamespace(**{name: stand_in(name) for name in ops.OPERATIONS})
     pipe = load_pipe(dtype="bfloat16")
     with monkeypatch.context() as patch:
         patch.setattr(ops, "_implementation", lambda x: stand_ins)
@@ -269,7 +265,7 @@ def test_a_step_stays_on_the_device(load_pipe, monkeypatch, request_, branches_a
         with OffDevice("meta") as off:
             loop.step()
     assert not off.found and off.count > 20
-    assert checked == set(ops._FILES)
+    assert checked == set(ops.OPERATIONS)
 
 
 def empty_latents(plan, entries):

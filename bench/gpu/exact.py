@@ -60,13 +60,15 @@ _Check = tuple[str, tuple, tuple[int, ...], tuple[int, ...] | None]
 
 def _row_checks(make: _Maker, tiny: bool) -> Iterator[_Check]:
     hidden, inner = (192, 256) if tiny else (3072, 8192)
-    step = torch.tensor([3], device=make.device)
     for rows in (0, 1, 63, 65) if tiny else (0, 1, 63, 65, 4097):
         x, weight = make.rows(rows, hidden), make.rows(hidden)
         yield "rms_norm", (x, weight, 1e-5), (), x.shape
         yield "add_rms_norm", (make.rows(rows, hidden), x, weight, 1e-5), (0,), x.shape
         shift, scale = make.rows(5, hidden), make.rows(5, hidden)
-        yield "modulate", (x, shift, scale, step, 1e-6), (), x.shape
+        for steps in ((3,), (4, 0, 2)):
+            if rows % len(steps) == 0:
+                step = make.integers(steps, torch.int64)
+                yield "modulate", (x, shift, scale, step, 1e-6), (), x.shape
         yield "swiglu", (make.rows(rows, 2 * inner),), (), (rows, inner)
         for heads, kv_heads, head_dim in ((2, 2, 96), (4, 1, 64), (2, 1, 128)):
             qkv = make.rows(rows, (heads + 2 * kv_heads) * head_dim)
@@ -82,6 +84,7 @@ def _row_checks(make: _Maker, tiny: bool) -> Iterator[_Check]:
         coefficient = make.rows(sum(groups), dtype=torch.float32)
         starts = make.integers(accumulate(groups, initial=0))
         lengths = torch.linspace(0, 1, 51, device=make.device).square().diff()
+        step = make.integers((3, 40)[:images], torch.int64)
         values = (latents, prediction, coefficient, starts, lengths, step, 2)
         yield "guidance_step_", values, (0,), None
 

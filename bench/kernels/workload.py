@@ -189,6 +189,10 @@ class _Maker:
     def integers(self, *values: int) -> Tensor:
         return torch.tensor(values, dtype=torch.int32, device=self.device)
 
+    def steps(self, count: int) -> Tensor:
+        """Different places in a table of 50 steps."""
+        return torch.arange(7, 7 + count, device=self.device)
+
 
 # These read lengths on the host, which breaks a graph.
 _NOT_COMPILED = ("guidance_step_", "attention_step", "attention_prefill")
@@ -259,7 +263,7 @@ def add_rms_norm(size: Size, make: _Maker) -> Case:
 def modulate(size: Size, make: _Maker) -> Case:
     x = make.random(size.rows, size.hidden)
     shift, scale = make.random(50, size.hidden), make.random(50, size.hidden)
-    step = torch.tensor([7], device=make.device)
+    step = make.steps(len(size.cached))
     return Case(
         "modulate",
         _both("modulate", x, shift, scale, step, 1e-6),
@@ -330,7 +334,7 @@ def guidance(size: Size, make: _Maker) -> Case:
     coefficient = make.random(len(size.cached), dtype=torch.float32)
     groups = make.integers(0, len(size.cached))
     lengths = torch.full((50,), 0.02, device=make.device)
-    step = torch.tensor([7], device=make.device)
+    step = make.steps(1)
     original = latents.clone()
     args = (latents, prediction, coefficient, groups, lengths, step, 2)
 

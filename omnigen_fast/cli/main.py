@@ -79,9 +79,9 @@ def env() -> None:
             )
     else:
         click.echo(f"cpu           {os.cpu_count()} cores, {torch.get_num_threads()} threads")
-    from ..pipeline import _check_device
+    from ..pipeline import check_device
 
-    click.echo(f"will run on   {_check_device(None)}, transformer in bfloat16, VAE in float32")
+    click.echo(f"will run on   {check_device(None)}, transformer in bfloat16, VAE in float32")
 
 
 @main.command()

@@ -77,9 +77,9 @@ def plan(
         )
         budget = parse_memory(memory)
         if device is None:
-            from ..pipeline import _check_device
+            from ..pipeline import check_device
 
-            here = _check_device(None)
+            here = check_device(None)
             profile = profile_of(here)
             budget = free_bytes(here, profile) if budget is None else budget
         else:

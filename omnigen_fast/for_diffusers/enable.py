@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..cache import ConditionCache
 from ..config import PATCH, ModelConfig
-from ..denoise import GuidancePlan, Velocity, VelocityOf, cached_velocity
+from ..denoise import CachedVelocity, Loop, PlacedBranch, StepValues
 from ..errors import RequestError
 from ..images import InputImage
 from ..kernels import ops
@@ -133,9 +133,7 @@ class _Loop:
     given: tuple[Any, ...]  # the arguments that stay the same from call to call
     versions: tuple[int, ...]
     times: dict[float, int]
-    plan: GuidancePlan
-    velocity: VelocityOf
-    cache: ConditionCache
+    steps: Loop
     calls_left: int
 
 
@@ -244,12 +242,14 @@ class _Runtime:
                 tuple(hidden_states.shape),
             )
             self._loop = loop = self._start(given, branches, hidden_states, time)
-        index = torch.tensor([loop.times[time]], device=hidden_states.device)
-        (values,) = loop.velocity(hidden_states.float(), loop.plan, index)
+        values = loop.steps.values
+        values.latents.copy_(hidden_states)
+        values.seek(loop.times[time])
+        found = loop.steps.predict()
         loop.calls_left -= 1
         if loop.calls_left <= 0:
             self._loop = None  # the autoencoder wants the memory
-        velocity = _unfold(values.float(), *hidden_states.shape[2:])
+        velocity = _unfold(found.float(), *hidden_states.shape[2:])
         if not return_dict:
             return (velocity,)
         from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -283,11 +283,17 @@ class _Runtime:
         embedded = model.embed_times(torch.tensor(distinct, device=model.device))
         images = {image.digest: image.latents for one in branches for _, _, image in one.spans}
         sequences = lay_out_all(entries, cache, model.device)
-        conditions = [model.embed_condition(one, images, embedded.tokens) for one in sequences]
-        model.prefill(sequences, conditions, cache)
+        model.prefill(sequences, images, embedded.tokens, cache)
         noise_tokens = latents.shape[2] * latents.shape[3] // PATCH**2
         rows = [[(branch, 1.0)] for branch in branches]
-        plan = GuidancePlan.make(model, Velocity.of(rows, entries, cache), noise_tokens, None)
+        values = StepValues.make(
+            model,
+            PlacedBranch.of(rows, entries, cache),
+            torch.empty_like(latents, dtype=torch.float32),
+            torch.zeros(len(distinct), device=model.device),  # the scheduler takes the steps
+            embedded,
+        )
+        steps = Loop(model, values, CachedVelocity(model, cache, len(values.slots)))
         tokens = sum(branch.length for branch in branches)
         self._last = (
             f"{len(branches)} branches of {tokens} condition tokens in all, computed once for "
@@ -298,9 +304,7 @@ class _Runtime:
             given,
             _versions(given),
             {time: index for index, time in enumerate(distinct)},
-            plan,
-            cached_velocity(model, cache, embedded),
-            cache,
+            steps,
             calls,
         )
 

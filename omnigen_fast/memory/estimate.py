@@ -17,6 +17,7 @@ from ..config import tokens as tokens_of
 from ..parameters import PATCH_VALUES, layer_elements, layer_shapes, parameter_shapes
 from ..precision import Precision
 from ..profiles import Profile
+from ..schedule import ALL_BRANCHES, StepKind
 from .autoencoder import VaeShape, decode_bytes, encode_bytes, weight_bytes
 from .plan import RING, MemoryPlan, Workload
 from .terms import Term
@@ -94,12 +95,15 @@ class ByteEstimate:
                 found.append((tokens - (condition.shared if place else 0), tokens))
         return found
 
-    def passes(self, branches_per_pass: int | None) -> list[list[int]]:
+    def passes(
+        self, branches_per_pass: int | None, kind: StepKind = ALL_BRANCHES
+    ) -> list[list[int]]:
         """Condition tokens of the groups of each pass."""
-        most = max(map(len, self.workload.branches))
+        branches = self.workload.branches_of(kind)
+        most = max(map(len, branches))
         size = min(branches_per_pass or most, most)
         return [
-            [tokens for one in self.workload.branches for tokens in one[first : first + size]]
+            [tokens for one in branches for tokens in one[first : first + size]]
             for first in range(0, most, size)
         ]
 
@@ -143,11 +147,8 @@ class ByteEstimate:
         yield self.times()
         if plan.cache == "none":
             yield from self._prefill(1, plan.mlp_rows, share=False)
-        loop = self.loop_bytes(plan)
         why = "a pass's workspace; of all groups residual stream, what is to be added, rotary"
-        yield Term("loop", loop, why)
-        if plan.capture:
-            yield Term("captured step", loop, "the recording's own, once it serves another call")
+        yield Term("loop", self.loop_bytes(plan), why)
 
     def decode(self, plan: MemoryPlan) -> Iterator[Term]:
         yield from self.held(plan)
@@ -223,17 +224,19 @@ class ByteEstimate:
 
     def loop_bytes(self, plan: MemoryPlan) -> int:
         """What all steps use again."""
-        noise = self.workload.noise_tokens
-        longest = max(len(one) for one in self.passes(plan.branches_per_pass)) * noise
-        rows = self.groups * noise
-        rotary = self.config.head_dim * _FLOAT  # cosines and sines of half a head each
+        noise, value = self.workload.noise_tokens, self.precision.arithmetic_bytes
+        # cosines and sines of half a head each, of every kind of step
+        rotary, longest, rows, several = 0, 0, 0, 0
+        for kind in self.workload.schedule.counts:
+            if kind.computed:
+                passes = self.passes(plan.branches_per_pass, kind)
+                groups = sum(map(len, passes))
+                rotary += groups * noise * self.config.head_dim * _FLOAT
+                longest = max(longest, max(map(len, passes)) * noise)
+                rows = max(rows, groups * noise)
+                several |= len(passes) > 1
         # the velocities, and once more where those of several passes meet
-        values = (
-            PATCH_VALUES
-            * self.precision.arithmetic_bytes
-            * (1 + (len(self.passes(plan.branches_per_pass)) > 1))
-        )
-        streams = rows * (2 * self.unit + rotary + values)
+        streams = rows * (2 * self.unit + PATCH_VALUES * value * (1 + several)) + rotary
         return self.workspace_bytes(longest, plan.mlp_rows) + streams
 
     def workspace_bytes(self, rows: int, mlp_rows: int) -> int:

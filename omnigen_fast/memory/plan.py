@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ..config import ModelConfig, released_sizes, tokens
+from ..precision import Precision
+from ..schedule import StepKind, StepSchedule
 
 RING = 2  # layers of streamed weights, or of streamed keys and values, that are on the device
 MLP_ROWS = 4096  # large enough that a product loses nothing, small enough to bound its memory
@@ -33,10 +35,23 @@ class Workload:
 
     height: int  # of the output, pixels
     width: int
-    steps: int
+    schedule: StepSchedule
     branches: tuple[tuple[int, ...], ...]  # of each picture: condition tokens of its branches
     conditions: tuple[Condition, ...]  # without repetition
     images: tuple[tuple[int, int], ...] = ()  # (height, width) of the input images to encode
+
+    @property
+    def steps(self) -> int:
+        return len(self.schedule)
+
+    def branches_of(self, kind: StepKind) -> tuple[tuple[int, ...], ...]:
+        """Of each picture: condition tokens of the branches that a kind of step runs."""
+        if kind.branches is None:
+            return self.branches
+        return tuple(
+            tuple(one[place] for place in kind.branches if place < len(one))
+            for one in self.branches
+        )
 
     @property
     def noise_tokens(self) -> int:
@@ -53,11 +68,15 @@ class Workload:
         Conditions are computed once, and so is every step's time token; branches that other
         pictures share count where they are kept.
         """
-        branches = [tokens for picture in self.branches for tokens in picture]
-        uncached = self.steps * sum(tokens + 1 + self.noise_tokens for tokens in branches)
+        noise, uncached, steps = self.noise_tokens, 0, 0
+        for kind, count in self.schedule.counts.items():
+            branches = [tokens for picture in self.branches_of(kind) for tokens in picture]
+            if kind.computed:
+                uncached += count * sum(tokens + 1 + noise for tokens in branches)
+                steps += count * len(branches)
         # a cache row for each branch is the current step's time token: a copy
         filled = self.cache_rows() - sum(len(condition.tokens) for condition in self.conditions)
-        computed = filled + self.steps * self.noise_tokens * len(branches)
+        computed = filled + steps * noise
         return 1 - computed / uncached
 
 
@@ -76,6 +95,7 @@ class MemoryPlan:
     capture: bool  # record a step as a CUDA graph
     kept_bytes: int  # for conditions of earlier requests
     strips_on_host: bool = False  # what the VAE keeps between strips is on the host
+    precision: Precision | None = None  # None for the one that the weights are in
 
     @classmethod
     def plain(cls, layers: int, kept_bytes: int = 0, capture: bool = False) -> MemoryPlan:
@@ -196,7 +216,7 @@ def typical_workload(
     return Workload(
         height=height,
         width=width,
-        steps=steps,
+        schedule=StepSchedule.euler(steps),
         branches=(sizes.branches,) * pictures,
         # the negative prompt is one for all
         conditions=(Condition((uncond,)), *(one for picture in conditions for one in picture)),

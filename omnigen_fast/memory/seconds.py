@@ -9,6 +9,7 @@ from functools import cached_property, lru_cache
 
 from ..config import VAE_SCALE, ModelConfig
 from ..parameters import PATCH_VALUES
+from ..schedule import ALL_BRANCHES, StepKind
 from .autoencoder import Layer, decode_flops, decoder_layers, encode_flops, encoder_layers
 from .estimate import ByteEstimate
 from .plan import MemoryPlan, Workload
@@ -78,7 +79,7 @@ class SecondsEstimate:
         self._work: dict[object, Work] = {}
 
     def durations(self, plan: MemoryPlan, current: MemoryPlan | None) -> Iterator[Duration]:
-        steps, step = self._workload.steps, self.step_work(plan)
+        steps = self._all_steps(plan)
         if current is not None:
             moved = self.layers_moving(plan, current) + self.vae_moving(plan, current)
             yield Duration("arranging", moved, "weights to their places")
@@ -87,20 +88,34 @@ class SecondsEstimate:
         if plan.cache != "none":
             why = "the condition and all time tokens, once"
             yield Duration("prefill", self.prefill_seconds(plan), why)
-        yield Duration("products", steps * step.products, "matrix products of all steps")
-        yield Duration("attention", steps * step.attention, "of all steps")
-        yield Duration("elementwise", steps * step.elementwise, "norms, rotary, SwiGLU, guidance")
+        yield Duration(
+            "products",
+            steps.products,
+            "matrix products of all steps",
+        )
+        yield Duration("attention", steps.attention, "of all steps")
+        yield Duration(
+            "elementwise",
+            steps.elementwise,
+            "norms, rotary, SwiGLU, guidance",
+        )
         why = "between the kernels of a recording" if plan.capture else "kernel by kernel"
-        yield Duration("launches", steps * step.launches, why)
+        yield Duration("launches", steps.launches, why)
         if self.copied_bytes(plan):
-            share = steps * self.contention(plan)
+            share = self._steps() * self.contention(plan)
             yield Duration("contention", share, "copies take a part of the memory's bandwidth")
         if plan.cache == "none":
-            again = steps * self.condition_work(plan).seconds
+            again = self._steps() * self.condition_work(plan).seconds
             yield Duration("recomputing", again, "the condition in every step")
-        waits = self.loop_seconds(plan) - steps * self.compute_seconds(plan)
+        computing = sum(
+            count * self.compute_seconds(plan, kind) for kind, count in self._computed()
+        )
         if self.copied_bytes(plan):
-            yield Duration("waiting", waits, "for copies that outlast the computation")
+            yield Duration(
+                "waiting",
+                self.loop_seconds(plan) - computing,
+                "for copies that outlast the computation",
+            )
         yield Duration("decode", self.decode_seconds(plan), "in float32")
 
     def of(self, plan: MemoryPlan, current: MemoryPlan | None = None) -> float:
@@ -127,13 +142,37 @@ class SecondsEstimate:
 
     def loop_seconds(self, plan: MemoryPlan) -> float:
         """All steps: computation, or the copies beside it where those take longer."""
-        step = max(self.compute_seconds(plan), self.copy_seconds(plan))
+        copies = self.copy_seconds(plan)
+        steps = sum(
+            count * max(self.compute_seconds(plan, kind), copies)
+            for kind, count in self._computed()
+        )
         first = self._sizes.slot_bytes if plan.resident_layers < self._config.num_layers else 0
-        return self._workload.steps * step + first / self._profile.link_bytes_per_second
+        return steps + first / self._profile.link_bytes_per_second
 
-    def compute_seconds(self, plan: MemoryPlan) -> float:
+    def _computed(self) -> Iterator[tuple[StepKind, int]]:
+        """How many steps of each kind compute velocities; the others cost next to nothing."""
+        for kind, count in self._workload.schedule.counts.items():
+            if kind.computed:
+                yield kind, count
+
+    def _all_steps(self, plan: MemoryPlan) -> Work:
+        """Of the noise tokens in all steps."""
+        work = [(count, self.step_work(plan, kind)) for kind, count in self._computed()]
+        return Work(
+            products=sum(count * one.products for count, one in work),
+            attention=sum(count * one.attention for count, one in work),
+            elementwise=sum(count * one.elementwise for count, one in work),
+            launches=sum(count * one.launches for count, one in work),
+        )
+
+    def _steps(self) -> int:
+        """How many steps compute velocities."""
+        return sum(count for _, count in self._computed())
+
+    def compute_seconds(self, plan: MemoryPlan, kind: StepKind = ALL_BRANCHES) -> float:
         """Of one step on the device."""
-        seconds = self.step_work(plan).seconds
+        seconds = self.step_work(plan, kind).seconds
         if plan.cache == "none":
             seconds += self.condition_work(plan).seconds
         return seconds + self.contention(plan)
@@ -157,11 +196,11 @@ class SecondsEstimate:
         computing = self.condition_work(plan).seconds + self.contention(plan)
         return max(computing, self.copy_seconds(plan))
 
-    def step_work(self, plan: MemoryPlan) -> Work:
+    def step_work(self, plan: MemoryPlan, kind: StepKind = ALL_BRANCHES) -> Work:
         """Of the noise tokens."""
-        key = (plan.branches_per_pass, plan.mlp_rows, plan.capture)
+        key = (plan.branches_per_pass, plan.mlp_rows, plan.capture, kind)
         if key not in self._work:
-            self._work[key] = self._step_work(plan)
+            self._work[key] = self._step_work(plan, kind)
         return self._work[key]
 
     def condition_work(self, plan: MemoryPlan) -> Work:
@@ -172,11 +211,11 @@ class SecondsEstimate:
             self._work[key] = self._condition_work(kept, plan.mlp_rows)
         return self._work[key]
 
-    def _step_work(self, plan: MemoryPlan) -> Work:
+    def _step_work(self, plan: MemoryPlan, kind: StepKind) -> Work:
         config, noise = self._config, self._workload.noise_tokens
         layers, value = config.num_layers, self._sizes.precision.arithmetic_bytes
         products = attention = moved = kernels = 0.0
-        for tokens in self._sizes.passes(plan.branches_per_pass):
+        for tokens in self._sizes.passes(plan.branches_per_pass, kind):
             rows = len(tokens) * noise
             products += layers * self._product_seconds(rows, plan.mlp_rows)
             width = config.num_heads * config.head_dim

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import queue
 import secrets
 import shutil
@@ -24,7 +23,6 @@ from . import record as metadata
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from ..memory.planner import Decision
     from ..pipeline import OmniGenPipeline
     from ..vae.preview import Preview
 
@@ -233,7 +231,8 @@ def memory_table(pipe: OmniGenPipeline, arguments: Mapping[str, Any]) -> list[li
     """
     from ..memory.planner import describe
 
-    decision = _decision(pipe, arguments)
+    memory = _at_most_free(pipe, arguments["memory"])
+    decision = pipe.plan(**{**arguments, "memory": memory})
     every = decision.candidates
     fitting = every.index(decision.chosen)
     shown = sorted({round(i * (len(every) - 1) / (_SHOWN_PLANS - 1)) for i in range(_SHOWN_PLANS)})
@@ -270,24 +269,6 @@ def clock(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
-
-
-def _decision(pipe: OmniGenPipeline, arguments: Mapping[str, Any]) -> Decision:
-    """What the pipeline would decide about a call, which it does not make."""
-    import torch
-
-    from ..pipeline import RunningCall
-    from ..request import make_request
-
-    defaults = {
-        name: parameter.default
-        for name, parameter in inspect.signature(type(pipe).__call__).parameters.items()
-    }
-    names = inspect.signature(make_request).parameters.keys() - {"config"}
-    request = make_request(pipe.config, **{name: (defaults | arguments)[name] for name in names})
-    nothing = torch.empty(0)
-    run = RunningCall(request, pipe._encode(request), latents=nothing, times=nothing)
-    return pipe._decide(run, _at_most_free(pipe, arguments["memory"]))
 
 
 def _at_most_free(pipe: OmniGenPipeline, memory: Any) -> str | int:

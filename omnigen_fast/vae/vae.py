@@ -62,6 +62,11 @@ class Vae:
         return next(self.autoencoder.parameters()).device
 
     @property
+    def resident(self) -> bool:
+        """Whether the weights stay where it computes."""
+        return self._resident
+
+    @property
     def shape(self) -> VaeShape:
         """Its sizes, all that its cost depends on."""
         return VaeShape.from_config(self.autoencoder.config)

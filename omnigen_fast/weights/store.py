@@ -43,7 +43,7 @@ class LayerStore:
         self._resident = frozenset(
             layer for layer, block in enumerate(model.layers) if not block.qkv_proj.is_meta
         )
-        self._slots: list[Tensor] = []  # [elements] each, on the device
+        self.slots: list[Tensor] = []  # [elements] each, on the device
 
     @property
     def resident(self) -> int:
@@ -85,7 +85,7 @@ class LayerStore:
         if self._model.stream is not None:
             self._model.stream.reset()
             self._model.stream = None
-        self._slots = []
+        self.slots = []
 
     def to(self, device: torch.device, host: HostMemory) -> None:
         """Moves what is resident; the next `arrange` brings the rest."""
@@ -124,19 +124,19 @@ class LayerStore:
                     copy = self._host.empty((elements,), model.dtype)
                     self._fill(layer, copy)
                     self._copies[layer] = copy
-        self._slots = [model.norm.new_empty(elements) for _ in range(min(RING, len(streamed)))]
-        blocks = [Block(self._views(slot), config) for slot in self._slots]
+        self.slots = [model.norm.new_empty(elements) for _ in range(min(RING, len(streamed)))]
+        blocks = [Block(self._views(slot), config) for slot in self.slots]
         if self._lane is None:
             self._lane = lane_for(device)
-        ring = Ring(self._lane, len(self._slots), streamed, self._copy_in)
+        ring = Ring(self._lane, len(self.slots), streamed, self._copy_in)
         resident = {layer: model.layers[layer] for layer in self._resident}
         model.stream = Streamed(ring, blocks, resident)
 
     def _copy_in(self, slot: int, layer: int) -> None:
         if layer in self._copies:
-            self._slots[slot].copy_(self._copies[layer], non_blocking=True)
+            self.slots[slot].copy_(self._copies[layer], non_blocking=True)
         else:
-            self._fill(layer, self._slots[slot])
+            self._fill(layer, self.slots[slot])
 
     def _fill(self, layer: int, buffer: Tensor) -> None:
         """Reads a layer into a buffer on the host."""

@@ -175,7 +175,7 @@ def _record(case: Case):
 
     from omnigen_fast.kernels import ops
 
-    module = importlib.import_module(f"omnigen_fast.kernels.{ops._FILES[case.kernel]}")
+    module = importlib.import_module(f"omnigen_fast.kernels.{ops.OPERATIONS[case.kernel].module}")
     name = {
         "rope_": "rope_kernel",
         "rope_cache_": "rope_kernel",

@@ -87,7 +87,7 @@ def test_every_operation_has_a_configuration_for_every_generation():
         for head_dim in (64, 96, 128)
         for bits in (16, 32)
     }
-    rows = set(ops._FILES) - {"attention_step", "attention_prefill"}
+    rows = set(ops.OPERATIONS) - {"attention_step", "attention_prefill"}
     assert set(launch.TABLE) == set(ahead.LIMITS)
     for capability, entries in launch.TABLE.items():
         assert set(entries) == attention | rows, capability

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import logging
 import os
+import re
 import subprocess
 import sys
 from itertools import product
@@ -36,7 +38,7 @@ def arguments(name: str, dtype: torch.dtype = torch.float32) -> dict:
     x = {"x": random(ROWS, HIDDEN, dtype=dtype, seed=4)}
     weight = random(HIDDEN, dtype=dtype, seed=5)
     table = random(3, HIDDEN, dtype=dtype, seed=11)
-    step = torch.tensor([1], device=DEVICE)
+    steps = torch.tensor([1, 0, 2], device=DEVICE)
     groups = {"cu_rows": integers(0, 4, ROWS)}
     return {
         "rms_norm": {**x, "weight": weight, "eps": 1e-5},
@@ -68,20 +70,20 @@ def arguments(name: str, dtype: torch.dtype = torch.float32) -> dict:
             "first": 0,
         },
         "swiglu": {"gate_up": random(ROWS, 2 * HIDDEN, dtype=dtype, seed=7)},
-        "modulate": {**x, "shift": table, "scale": table, "step": step, "eps": 1e-6},
+        "modulate": {**x, "shift": table, "scale": table, "step": steps, "eps": 1e-6},
         "guidance_step_": {
             "latents": random(2, 4, 4, 6),
             "prediction": random(5, 6, 16, dtype=dtype, seed=8),
             "coefficient": random(5, seed=9),
             "cu_groups": integers(0, 3, 5),
             "lengths": random(3, seed=10),
-            "step": step,
+            "step": steps[:2],
             "patch": 2,
         },
     }[name]
 
 
-OPERATIONS = tuple(ops._FILES)
+OPERATIONS = tuple(ops.OPERATIONS)
 
 
 @pytest.mark.parametrize("kernels", ("reference", "triton"))
@@ -143,7 +145,49 @@ def test_every_operation_is_on_the_door():
         if not name.startswith("_")
     }
     assert set(OPERATIONS) == public
-    assert public <= set(ops.__all__)
+
+
+def test_an_operation_is_declared_in_three_places():
+    """Reference, contract and one function of the door; beside them there is its kernel alone."""
+    for module in (reference, contract, ops):
+        functions, rest = [], []
+        for node in ast.parse(Path(module.__file__).read_text()).body:
+            if isinstance(node, ast.FunctionDef) and node.name in OPERATIONS:
+                functions.append(node.name)
+            else:
+                rest.append(node)
+        assert sorted(functions) == sorted(OPERATIONS), module.__name__
+        if module is ops:
+            inside = [one for node in rest for one in ast.walk(node)]
+            assert not {one.value for one in inside if isinstance(one, ast.Constant)} & set(
+                OPERATIONS
+            )
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_help_says_formula_and_shapes(name):
+    text = inspect.getdoc(getattr(ops, name))
+    for module in (reference, contract):
+        assert inspect.getdoc(getattr(module, name)) in text
+        assert f"`{module.__name__.rpartition('.')[2]}.{name}`" in text
+    for argument in inspect.signature(getattr(ops, name)).parameters.values():
+        if argument.annotation == "Tensor":
+            assert re.search(rf"\b{argument.name}\b", text), argument
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_a_call_is_one_plain_call(name, monkeypatch):
+    """Of the registered function itself, with all arguments by place."""
+    calls = []
+    monkeypatch.setattr(ops, "_call", lambda *args: calls.append(args))
+    public, given = getattr(ops, name), arguments(name)
+    assert not hasattr(public, "__wrapped__")
+    public(**given)
+    parameters = inspect.signature(getattr(reference, name)).parameters
+    ((called, *args),) = calls
+    assert called == name and len(args) == len(parameters)
+    for argument, value in zip(parameters, args):
+        assert value is given.get(argument)
 
 
 def everything(given: dict[str, dict]) -> list[torch.Tensor]:
@@ -462,6 +506,9 @@ REFUSED = [
     ("guidance_step_", "lengths", lambda x: x[None], ValueError),
     ("modulate", "step", lambda x: x[0], ValueError),
     ("modulate", "step", lambda x: x.int(), TypeError),
+    ("modulate", "step", lambda x: x[:0], ValueError),
+    ("modulate", "step", lambda x: torch.cat([x, x[:1]]), ValueError),
+    ("guidance_step_", "step", lambda x: torch.cat([x, x]), ValueError),
 ]
 
 

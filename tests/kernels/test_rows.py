@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from numerics import (
@@ -15,7 +17,7 @@ from numerics import (
     poisoned,
     random,
 )
-from omnigen_fast.kernels import guidance, modulate, reference, rms_norm, rope, swiglu
+from omnigen_fast.kernels import guidance, modulate, ops, reference, rms_norm, rope, swiglu
 
 ROWS = (0, 1, 63, 64, 65, 4097)
 
@@ -53,7 +55,7 @@ def test_add_rms_norm(rows, dtype):
 def test_norms_of_any_width(hidden):
     x, weight = random(3, hidden), random(hidden, seed=1)
     shift, scale = random(3, hidden, seed=2), random(3, hidden, seed=3)
-    step = torch.tensor([1], device=DEVICE)
+    step = torch.tensor([1, 2, 0], device=DEVICE)
     out, untouched = poisoned(3, hidden, dtype=x.dtype, gap=0)
     rms_norm.rms_norm(x, weight, 1e-5, out=out)
     assert untouched()
@@ -66,14 +68,27 @@ def test_norms_of_any_width(hidden):
     assert_earned(out, reference.modulate(x, shift, scale, step, 1e-6), exact)
 
 
+# rows, and the step of each group
+GROUPS = [
+    *((rows, (3,)) for rows in ROWS),
+    (0, (1, 4)),
+    (64, (4, 0)),
+    (65, (0, 1, 2, 3, 4)),
+    (63, (2, 4, 2)),
+    (5, (1, 0, 3, 2, 1)),
+]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
-@pytest.mark.parametrize("rows", ROWS)
-def test_modulate(rows, dtype):
+@pytest.mark.parametrize(("rows", "steps"), GROUPS, ids=str)
+def test_modulate(rows, steps, dtype):
     # far from zero, where a variance from the mean of squares would cancel
     x, _ = inside(random(rows, 96, dtype=dtype) + 100)
     # halves of one table, as the time's embedding returns them
-    shift, scale = random(5, 2 * 96, dtype=dtype, seed=1).chunk(2, dim=1)
-    step = torch.tensor([3], device=DEVICE)
+    table = random(6, 2 * 96, dtype=dtype, seed=1)
+    table[[one for one in range(6) if one not in steps]] = torch.nan
+    shift, scale = table.chunk(2, dim=1)
+    step = torch.tensor(steps, device=DEVICE)
     out, untouched = poisoned(rows, 96, dtype=dtype)
     modulate.modulate(x, shift, scale, step, 1e-6, out=out)
     assert untouched()
@@ -163,11 +178,59 @@ def test_guidance_step(cu_groups, channels, height, width, patch, dtype):
     wide[:, :, values:] = torch.nan
     prediction = wide[:, :, :values]
     coefficient = random(groups, seed=2)
-    lengths, step = torch.tensor([9.0, 0.02, 8.0], device=DEVICE), torch.tensor([1], device=DEVICE)
+    # another step for each image, in turn; none takes the first or the last
+    lengths = torch.tensor([torch.nan, 0.02, 8.0, 0.3, torch.nan], device=DEVICE)
+    step = torch.tensor([3, 1, 2][:images], device=DEVICE)
     rest = (coefficient, integers(*cu_groups), lengths, step, patch)
     plain, exact = latents.clone(), latents.double()
     reference.guidance_step_(plain, prediction, *rest)
     reference.guidance_step_(exact, prediction.double(), *rest)
     guidance.guidance_step_(latents, prediction, *rest)
     assert untouched()
-    assert_earned(latents, plain, exact)
+    for image in zip(latents, plain, exact):
+        assert_earned(*image)
+
+
+BOTH = pytest.mark.parametrize("kernels", ("reference", "triton"))
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_modulate_of_groups_is_that_of_each_alone(dtype, kernels):
+    x, shift, scale = (random(n, 96, dtype=dtype, seed=n) for n in (12, 5, 5))
+    for steps in ((4, 0, 4, 1), (3, 3, 3)):
+        step = torch.tensor(steps, device=DEVICE)
+        with ops.use(kernels):
+            together = ops.modulate(x, shift, scale, step, 1e-6)
+            alone = [
+                ops.modulate(rows, shift, scale, one, 1e-6)
+                for rows, one in zip(x.chunk(len(steps)), step.split(1))
+            ]
+            assert torch.equal(together, torch.cat(alone))
+            if len(set(steps)) == 1:
+                assert torch.equal(together, ops.modulate(x, shift, scale, step[:1], 1e-6))
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_guidance_of_images_is_that_of_each_alone(dtype, kernels):
+    cu_groups, steps = (0, 3, 4, 6), (2, 0, 2)
+    latents, prediction = random(3, 4, 8, 6), random(6, 12, 16, dtype=dtype, seed=1)
+    coefficient, lengths = random(6, seed=2), random(3, seed=3)
+    step = torch.tensor(steps, device=DEVICE)
+    together = latents.clone()
+    with ops.use(kernels):
+        ops.guidance_step_(
+            together, prediction, coefficient, integers(*cu_groups), lengths, step, 2
+        )
+        for i, (start, stop) in enumerate(pairwise(cu_groups)):
+            ops.guidance_step_(
+                latents[i : i + 1],
+                prediction[start:stop],
+                coefficient[start:stop],
+                integers(0, stop - start),
+                lengths,
+                step[i : i + 1],
+                2,
+            )
+    assert torch.equal(together, latents)

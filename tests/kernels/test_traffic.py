@@ -76,8 +76,8 @@ def cases():
     yield "add_rms_norm", (residual, x, weight, 1e-5), out, [residual, x], [residual, out]
     gate_up, inner = draw(ROWS, 2 * 64), torch.empty(ROWS, 64)
     yield "swiglu", (gate_up,), inner, [gate_up], [inner]
-    step = torch.tensor([2])
-    yield "modulate", (x, draw(4, hidden), draw(4, hidden), step, 1e-6), None, [x], []
+    steps = torch.tensor([2, 0, 3, 1, 4])
+    yield "modulate", (x, draw(6, hidden), draw(6, hidden), steps, 1e-6), None, [x], []
     width = (HEADS + 2 * KV_HEADS) * HEAD_DIM
     angles = draw(ROWS, HEAD_DIM // 2)
     qkv, tables = draw(ROWS, width), (angles.cos(), angles.sin())
@@ -87,9 +87,9 @@ def cases():
     places = torch.randperm(ROWS + 3)[:ROWS]
     arguments = (qkv, *tables, HEADS, KV_HEADS, *caches, places)
     yield "rope_cache_", arguments, None, [qkv], [qkv, *caches]
-    latents, prediction = draw(1, 4, 8, 12), draw(3, 24, 16)
-    arguments = (latents, prediction, draw(3), torch.tensor([0, 3], dtype=torch.int32))
-    arguments += (draw(4), step, 2)
+    latents, prediction = draw(2, 4, 8, 12), draw(3, 24, 16)
+    arguments = (latents, prediction, draw(3), torch.tensor([0, 1, 3], dtype=torch.int32))
+    arguments += (draw(4), steps[:2].clone(), 2)
     yield "guidance_step_", arguments, None, [latents, prediction], [latents]
 
 

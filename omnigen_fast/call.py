@@ -1,0 +1,143 @@
+"""A request on its way: what it starts from, and what a plan that fails has finished."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from .cache import Entry
+from .guidance import guidance_branches
+from .kernels import ops
+from .memory.plan import MemoryPlan, Workload
+from .precision import Precision
+from .processor import Processor
+from .request import Request
+from .schedule import StepSchedule
+from .sequence import EncodedBranch, cache_entries
+
+if TYPE_CHECKING:
+    from .pipeline import OmniGenPipeline
+
+Memory: TypeAlias = str | int | MemoryPlan
+
+# Called after each step with (pipeline, step, time, {"latents": ...}); may return new latents.
+StepCallback: TypeAlias = Callable[
+    ["OmniGenPipeline", int, float, dict[str, Any]], Mapping[str, Any] | None
+]
+
+
+@dataclass
+class Call:
+    """A request on its way; what a plan that fails has finished stays."""
+
+    request: Request
+    schedule: StepSchedule
+    pictures: list[list[tuple[EncodedBranch, float]]]  # branches of each, with coefficients
+    precision: Precision
+    latents: Tensor  # [pictures, 4, height / 8, width / 8], float32, of the last finished step
+    steps_done: int = 0
+    finished: bool = False  # all steps, or stopped
+    calling_back: bool = False  # what fails now is the callback's own
+    failures: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(
+        cls, request: Request, processor: Processor, precision: Precision, device: torch.device
+    ) -> Call:
+        """Encodes a request's prompts and draws its noise.
+
+        Raises RequestError for prompts longer than the model's positions.
+        """
+        return cls(
+            request,
+            StepSchedule.euler(request.steps),
+            encoded(request, processor),
+            precision,
+            draw_noise(request, precision.arithmetic_dtype, device),
+        )
+
+    def entries(self, plan: MemoryPlan) -> dict[Entry, tuple[EncodedBranch, ...]]:
+        """What the cache is to hold under a plan, or what each step computes again."""
+        branches = [[branch for branch, _ in picture] for picture in self.pictures]
+        if plan.cache == "none":
+            return cache_entries(branches, 1, share=False)
+        return cache_entries(branches, len(self.schedule), form=lambda one: self._form(one, plan))
+
+    def _form(self, branches: tuple[EncodedBranch, ...], plan: MemoryPlan) -> tuple[Any, ...]:
+        """What of a plan decides the bits of some branches' keys and values.
+
+        The rows that the MLP processes at once and the strips of the autoencoder change the order
+        of sums; so does the choice of kernels.
+        """
+        longest = max(branch.length for branch in branches) + len(self.schedule)
+        chunk = plan.mlp_rows if plan.mlp_rows < longest else None
+        strips = plan.strip_rows if any(branch.spans for branch in branches) else None
+        return chunk, strips, ops.choice()
+
+    def workload(self) -> Workload:
+        """The request's sizes, as the planner wants them."""
+        return workload_of(self.request, self.schedule, self.pictures)
+
+
+def encoded(request: Request, processor: Processor) -> list[list[tuple[EncodedBranch, float]]]:
+    """The branches of each picture, with their coefficients."""
+    per_prompt = [
+        [
+            (processor.encode(branch, request.noise_tokens, request.steps), coefficient)
+            for branch, coefficient in guidance_branches(prompt, request.guidance)
+        ]
+        for prompt in request.prompts
+    ]
+    return [branches for branches in per_prompt for _ in range(request.images_per_prompt)]
+
+
+def workload_of(
+    request: Request,
+    schedule: StepSchedule,
+    pictures: list[list[tuple[EncodedBranch, float]]],
+) -> Workload:
+    """Sizes of a request whose branches are encoded."""
+    shared = request.switches.use_kv_cache is not False
+    branches = [[branch for branch, _ in picture] for picture in pictures]
+    entries = cache_entries(branches, len(schedule) if shared else 1, share=shared)
+    images = {
+        image.digest: image.size
+        for kept in entries.values()
+        for branch in kept
+        for _, _, image in branch.spans
+    }
+    return Workload(
+        height=request.height,
+        width=request.width,
+        schedule=schedule,
+        branches=tuple(tuple(branch.length for branch in picture) for picture in branches),
+        conditions=tuple(entry.condition for entry in entries),
+        images=tuple(images.values()),
+    )
+
+
+def draw_noise(request: Request, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Initial latents, float32, with the values that the transformer's dtype can hold.
+
+    That is what the original starts from.
+    """
+    if request.latents is not None:
+        return request.latents.to(device, dtype).to(torch.float32, copy=True)
+    generator, shape = request.generator, request.latent_shape
+    if request.seed is not None:
+        generator = torch.Generator(device).manual_seed(request.seed)
+    if isinstance(generator, list | tuple):
+        one = (1, *shape[1:])
+        drawn = [
+            torch.randn(one, generator=each, dtype=torch.float32, device=each.device)
+            for each in generator
+        ]
+        noise = torch.cat(drawn)
+    else:
+        where = device if generator is None else generator.device
+        noise = torch.randn(shape, generator=generator, dtype=torch.float32, device=where)
+    return noise.to(device, dtype).to(torch.float32)

@@ -1,0 +1,478 @@
+"""Engine: what is where, and calls carried out step by step.
+
+It holds the weights, the autoencoder, the caches and captured steps, and moves them as plans want.
+Calls are values: `start` one under a plan, `step` it until it is finished, then `finish` or `drop`
+it. Several may be under way; a step of one may follow a step of another.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .cache import Cache, ConditionCache, Entry
+from .call import Call
+from .config import ModelConfig
+from .denoise import CachedVelocity, Loop, PlacedBranch, RecomputedVelocity, StepValues, Velocity
+from .errors import OmniGenError
+from .graph import Runner, StepGraphs
+from .memory.device import held_bytes
+from .memory.plan import MemoryPlan
+from .model import Transformer
+from .parameters import parameter_shapes
+from .precision import Precision
+from .sequence import EncodedBranch, lay_out_all
+from .streamed_cache import StreamedCache
+from .streaming import HostMemory, lane_for, spread
+from .vae.vae import Vae
+from .weights.checkpoint import Checkpoint
+from .weights.lora import Adapter, merged
+from .weights.store import LayerStore
+
+_KEPT_IMAGES = 256  # latents of input images; one of 1024 px takes 262 KB
+
+
+@dataclass
+class Running:
+    """A call that a plan carries out; its state between two steps."""
+
+    call: Call
+    plan: MemoryPlan
+    cache: Cache
+    entries: tuple[Entry, ...]
+    loop: Loop | None  # None once its steps are over
+    runner: Runner | None
+
+    @property
+    def latents(self) -> Tensor:
+        """[pictures, 4, height / 8, width / 8], float32; the next step reads what stands there."""
+        return self.call.latents if self.loop is None else self.loop.values.latents
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps were taken, or the call was stopped."""
+        return self.call.finished
+
+
+class Engine:
+    """Carries out calls with one model on one device.
+
+    Not for several threads at once: whoever drives it takes care of that.
+
+    Args:
+        checkpoint: where the weights come from.
+        vae: on its device already.
+        precision: of weights, arithmetic and cache.
+        device: where to run.
+        condition_cache_bytes: how much memory to keep for the conditions of earlier calls.
+        capture_steps: whether steps are captured where they can be.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        vae: Vae,
+        precision: Precision,
+        device: torch.device,
+        condition_cache_bytes: int = 2 << 30,
+        capture_steps: bool = True,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.vae = vae
+        self.device = device
+        self.precision = precision
+        self.adapters: OrderedDict[str, Adapter] = OrderedDict()
+        self.cache_bytes = condition_cache_bytes
+        self.capture_steps = capture_steps
+        self.image_latents: OrderedDict[tuple[str, int | None], Tensor] = OrderedDict()
+        self.host = HostMemory(device)
+        self.cache = self._new_cache()
+        self.streamed: StreamedCache | None = None
+        self.graphs = self._new_graphs()
+        self._model: Transformer | None = None
+        self._store: LayerStore | None = None
+        self._stale: set[str] = set()  # parameters that may not be what the adapters make of them
+        self._running: list[Running] = []
+
+    # What is there
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.checkpoint.config
+
+    @property
+    def model(self) -> Transformer:
+        """The transformer; loaded again if a change of dtype has failed."""
+        if self._model is None:
+            self.load(self.precision, 0)
+        assert self._model is not None
+        return self._model
+
+    @property
+    def store(self) -> LayerStore:
+        """Which of its layers are where."""
+        assert self.model is not None and self._store is not None
+        return self._store
+
+    @property
+    def arrangement(self) -> MemoryPlan:
+        """The plan by which weights lie now."""
+        resident = 0 if self._store is None else self._store.resident
+        plan = MemoryPlan.plain(resident)
+        return replace(plan, vae_resident=self.vae.resident)
+
+    def held_bytes(self) -> int:
+        """Of everything on the device that this engine holds and a plan counts again."""
+        return held_bytes(self._tensors(), self.device)
+
+    def _tensors(self) -> Iterator[Tensor]:
+        if self._model is not None:
+            yield from self._model.parameters()
+            yield from self._model.crops()
+        if self._store is not None:
+            yield from self._store.slots
+        yield from self.vae.autoencoder.parameters()
+        yield from (self.cache.keys, self.cache.values)
+        if self.streamed is not None:
+            yield from self.streamed.tensors()
+        yield from self.image_latents.values()
+        yield from self.graphs.tensors()
+
+    # Calls
+
+    def start(self, call: Call, plan: MemoryPlan) -> Running:
+        """Arranges everything as a plan wants it, and computes what does not depend on the noise.
+
+        Args:
+            call: at any step.
+            plan: how it is carried out; with other calls under way, it must leave weights where
+                they are.
+
+        Raises:
+            OmniGenError: other calls are under way and the plan moves what they use.
+        """
+        self.arrange(plan, call)
+        if call.finished:
+            cache = self._new_cache(layers=1)
+            running = Running(call, plan, cache, (), None, None)
+        else:
+            running = self._prepared(call, plan)
+        self._running.append(running)
+        return running
+
+    def step(self, *running: Running) -> None:
+        """Takes the next step of each call; steps of finished ones are no error."""
+        for one in running:
+            call = one.call
+            if one.loop is None or one.runner is None or call.finished:
+                continue
+            one.runner(call.schedule.kinds[call.steps_done])
+            call.steps_done += 1
+            call.finished = call.steps_done == len(call.schedule)
+
+    def finish(self, running: Running) -> Tensor:
+        """The latents of a call whose steps are over, checked; its rows are given back.
+
+        Raises:
+            OmniGenError: they hold NaN or infinities.
+        """
+        call = running.call
+        call.latents.copy_(running.latents)
+        self._let_go(running)
+        if not finite(call.latents):
+            self.forget()  # what is kept may hold some too
+            raise OmniGenError(
+                f"the latents hold NaN or infinities after step {call.steps_done} of "
+                f"{len(call.schedule)}; the weights, a LoRA, the VAE or a callback may have made "
+                "them"
+            )
+        return call.latents
+
+    def decode(self, latents: Tensor, plan: MemoryPlan) -> Tensor:
+        """Images [pictures, 3, height, width] in [0, 1] of a call that is finished.
+
+        Raises:
+            OmniGenError: the autoencoder gives pixels that are no numbers.
+        """
+        if not self._running:
+            if plan.resident_layers < self.config.num_layers:
+                self.store.stop()  # the ring's memory is the decoder's now
+            if self.streamed is not None:
+                self.streamed.free()
+        with self.vae.loaded():
+            images = self.vae.decode(latents, plan.strip_rows, store=_strip_store(plan))
+        if not finite(images.sum()):  # of values from 0 to 1
+            raise OmniGenError(
+                "the VAE gave pixels that are no numbers; its weights may be damaged"
+            )
+        return images
+
+    def drop(self, running: Running) -> None:
+        """Ends a call at any point; what it has computed of its condition stays for later ones."""
+        if running in self._running:
+            self._let_go(running)
+
+    def _let_go(self, running: Running) -> None:
+        self._running.remove(running)
+        running.cache.give_back(running.entries)
+        if running.loop is not None:
+            running.loop.busy = False
+            running.loop = running.runner = None
+
+    def recover(self) -> None:
+        """After a failure: no copy is under way any more, what is kept can be used again."""
+        self.cache.reset()
+        if self.streamed is not None:
+            self.streamed.reset()
+        if self._model is not None and self._model.stream is not None:
+            self._model.stream.reset()
+
+    def free(self) -> None:
+        """Gives up what another plan may need the memory of and no call under way uses."""
+        self.image_latents.clear()
+        if self._model is not None:
+            self._model.forget_crops()
+        if not self._running:
+            self.graphs.clear()
+            self.cache.clear()
+            if self.streamed is not None:
+                self.streamed.free()
+            if self._store is not None:
+                self._store.stop()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def forget(self) -> None:
+        """Drops what is kept between calls: keys and values, image latents, positions, captures."""
+        self.image_latents.clear()
+        if self._model is not None:
+            self._model.forget_crops()
+        self.cache = self._new_cache()
+        self.streamed = None
+        self.graphs.clear()
+
+    # Weights
+
+    def load(self, precision: Precision, resident: int) -> None:
+        """Reads the weights, loaded adapters included; those that were there go first."""
+        assert not self._running
+        self.graphs.clear()
+        if self._store is not None:
+            self._store.stop()
+        self._model = self._store = None
+        changed = precision != self.precision
+        model = _load(self.checkpoint, precision, self.device, resident)
+        self.precision = precision
+        self._model, self._store = model, LayerStore(model, self._read, self.host)
+        if changed:
+            self.forget()
+        self.refresh(*self.adapters.values())
+
+    def refresh(self, *adapters: Adapter) -> None:
+        """Sets the weights that some adapters touch to what the loaded ones make of them.
+
+        If that fails, the next call or change of adapters does it first.
+        """
+        self._stale |= {update.parameter for adapter in adapters for update in adapter.updates}
+        if not self._stale:
+            return
+        self.cache.clear()
+        if self.streamed is not None:
+            self.streamed.clear()
+        self.graphs.clear()
+        self.store.refresh(sorted(self._stale))
+        self._stale.clear()
+
+    def to(self, device: torch.device) -> None:
+        """Moves everything to a device; what is kept is dropped."""
+        self.host = HostMemory(device)
+        self.store.to(device, self.host)
+        self.vae.to(device)
+        self.device = device
+        self.graphs = self._new_graphs()
+        self.forget()
+
+    def _read(self, names: Iterable[str], device: torch.device) -> Iterator[tuple[str, Tensor]]:
+        """Parameters with the adapters that are loaded now."""
+        dtype = self.precision.storage_dtype
+        return merged(self.checkpoint, self.adapters.values(), dtype, device, names)
+
+    # Places
+
+    def arrange(self, plan: MemoryPlan, call: Call) -> None:
+        """Puts weights and caches where a plan wants them; frees first, then fills.
+
+        Raises:
+            OmniGenError: other calls are under way and the plan moves what they use.
+        """
+        here = self.arrangement
+        stays = (plan.resident_layers, plan.vae_resident) == (
+            here.resident_layers,
+            here.vae_resident,
+        )
+        precision = plan.precision or self.precision
+        ready = self._model is not None and precision == self.precision
+        if self._running:
+            if not (stays and ready and plan.cache == "device"):
+                raise OmniGenError(
+                    "another call is under way and this one's plan moves what it uses; finish it "
+                    "first"
+                )
+        else:
+            if not (stays and ready):
+                self.graphs.clear()
+            shape = (call.request.latent_shape, len(call.schedule), replace(plan, kept_bytes=0))
+            self.graphs.expect(shape if plan.capture else None)
+            if plan.cache == "ring":
+                self.cache.clear()
+            elif self.streamed is not None:
+                self.streamed.clear()
+            if plan.cache == "none":
+                self.cache.clear()
+            if not ready:
+                self.load(precision, plan.resident_layers)
+            self.vae.place(plan.vae_resident)
+            self.store.arrange(plan.resident_layers)
+        self.cache.budget_bytes = plan.kept_bytes
+
+    def _prepared(self, call: Call, plan: MemoryPlan) -> Running:
+        """Computes all that does not depend on the noise, or finds it kept."""
+        times = call.schedule.tensor()
+        entries = call.entries(plan)
+        embedded = self.model.embed_times(times[:-1].to(self.device))
+        if plan.cache == "none":
+            cache: Cache = self._new_cache(layers=1)
+        else:
+            cache = self.cache if plan.cache == "device" else self._streamed_cache()
+        missing = cache.reserve(list(entries))
+        try:
+            if missing and plan.cache != "none":
+                wanted = {one: entries[one] for one in missing}
+                self._prefill(plan, wanted, embedded.tokens, cache)
+            values = StepValues.make(
+                self.model,
+                PlacedBranch.of(call.pictures, entries, cache),
+                call.latents.clone(),
+                times.diff().to(self.device),
+                embedded,
+                list({replace(kind, computed=True): None for kind in call.schedule.counts}),
+                plan.branches_per_pass,
+            )
+            values.seek(call.steps_done)
+            loop, runner = self._loop(call, plan, values, entries, cache)
+        except BaseException:
+            cache.discard(missing)  # the rows of some hold nothing
+            cache.give_back(list(entries))
+            raise
+        loop.busy = True
+        return Running(call, plan, cache, tuple(entries), loop, runner)
+
+    def _loop(
+        self,
+        call: Call,
+        plan: MemoryPlan,
+        values: StepValues,
+        entries: Mapping[Entry, Sequence[EncodedBranch]],
+        cache: Cache,
+    ) -> tuple[Loop, Runner]:
+        """What takes the steps: the loop of an earlier call of the same shapes, or a new one."""
+        captures = plan.capture and isinstance(cache, ConditionCache)
+        loop = self.graphs.loop_for(values, cache, plan.mlp_rows) if captures else None
+        if loop is None:
+            if plan.cache == "none":
+                placed = PlacedBranch.of(call.pictures, entries, cache)
+                velocity: Velocity = RecomputedVelocity(
+                    self.model, cache, placed, self._latents_of(plan, entries), plan.mlp_rows
+                )
+            else:
+                velocity = CachedVelocity(self.model, cache, len(values.slots))
+            loop = Loop(self.model, values, velocity, plan.mlp_rows)
+        if not captures:
+            return loop, loop.step
+        return loop, self.graphs.runner(loop, cache, plan.mlp_rows, call.schedule.counts)
+
+    def _prefill(
+        self,
+        plan: MemoryPlan,
+        entries: Mapping[Entry, Sequence[EncodedBranch]],
+        time_tokens: Tensor,
+        cache: Cache,
+    ) -> None:
+        images = self._latents_of(plan, entries)
+        sequences = lay_out_all(entries, cache, self.device)
+        with cache.filling(list(entries)):
+            self.model.prefill(sequences, images, time_tokens, cache, plan.mlp_rows)
+
+    def _latents_of(
+        self, plan: MemoryPlan, entries: Mapping[Entry, Sequence[EncodedBranch]]
+    ) -> dict[str, Tensor]:
+        """Latents of the branches' images by digest; encodes those that are not kept.
+
+        They are kept by their strips too: those of strips differ in the last bits.
+        """
+        kept = self.image_latents
+        branches = [branch for some in entries.values() for branch in some]
+        images = {image.digest: image for branch in branches for _, _, image in branch.spans}
+        keys = {digest: (digest, plan.strip_rows) for digest in images}
+        missing = [image for digest, image in images.items() if keys[digest] not in kept]
+        if missing:
+            with self.vae.loaded():
+                for image in missing:
+                    kept[keys[image.digest]] = self.vae.encode(
+                        image, plan.strip_rows, store=_strip_store(plan)
+                    )
+        for key in keys.values():
+            kept.move_to_end(key)
+        latents = {digest: kept[key] for digest, key in keys.items()}
+        while len(kept) > _KEPT_IMAGES:
+            kept.popitem(last=False)
+        return latents
+
+    def _streamed_cache(self) -> StreamedCache:
+        if self.streamed is None:
+            self.streamed = StreamedCache(
+                self.config,
+                self.precision.cache_dtype,
+                self.device,
+                self.cache_bytes,
+                self.host,
+                lane_for(self.device),
+            )
+        return self.streamed
+
+    def _new_cache(self, layers: int | None = None) -> ConditionCache:
+        # one layer that every layer overwrites is of no use to later requests
+        kept_bytes = self.cache_bytes if layers is None else 0
+        dtype = self.precision.cache_dtype
+        return ConditionCache(self.config, dtype, self.device, kept_bytes, layers)
+
+    def _new_graphs(self) -> StepGraphs:
+        return StepGraphs.on(self.device) if self.capture_steps else StepGraphs()
+
+
+def finite(tensor: Tensor) -> bool:
+    """Whether all are numbers; so they are where only shapes are computed."""
+    return tensor.is_meta or bool(tensor.isfinite().all())
+
+
+def _strip_store(plan: MemoryPlan) -> torch.device | None:
+    return torch.device("cpu") if plan.strips_on_host else None
+
+
+def _load(
+    checkpoint: Checkpoint, precision: Precision, device: torch.device, resident: int
+) -> Transformer:
+    """The model with so many layers on a device, and no memory for the others."""
+    dtype, layers = precision.storage_dtype, checkpoint.config.num_layers
+    here = spread(resident, layers)
+    weights = {
+        name: torch.empty(shape, dtype=dtype, device="meta")
+        for name, shape in parameter_shapes(checkpoint.config).items()
+        if name.startswith("layers.") and int(name.split(".")[1]) not in here
+    }
+    names = [name for name in checkpoint.sources if name not in weights]
+    return Transformer(checkpoint.config, weights | checkpoint.read(dtype, device, names))

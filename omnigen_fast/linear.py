@@ -1,0 +1,22 @@
+"""The matrix product of the transformer's layers: the one place that knows how a weight is kept."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+Weight: TypeAlias = Tensor  # [out features, in features], dense, in the dtype of the activations
+
+
+def linear(
+    x: Tensor,  # [rows, in features]
+    weight: Weight,
+    out: Tensor | None = None,  # [rows, out features]
+    bias: Tensor | None = None,  # [out features]
+) -> Tensor:  # [rows, out features]
+    """`x @ weight.T + bias`, written to `out` where it is given."""
+    if bias is None:
+        return torch.mm(x, weight.t(), out=out)
+    return torch.addmm(bias, x, weight.t(), out=out)

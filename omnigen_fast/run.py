@@ -1,0 +1,191 @@
+"""One call from its plan to its images: which plan, and the next one where memory runs out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from .call import Call, Memory
+from .engine import Engine
+from .errors import MemoryBudgetError, OmniGenError, first_line
+from .memory.cost import Cost, Estimate
+from .memory.device import free_bytes, on_host, parse_memory, profile_of
+from .memory.overview import Report
+from .memory.plan import MemoryPlan, Switches, Workload, typical_workload
+from .memory.planner import Candidate, Decision, describe, front
+from .memory.planner import plan as fastest_plan
+from .precision import Precision
+from .streaming import is_out_of_memory
+from .vae.vae import Vae
+from .weights.checkpoint import Checkpoint
+
+_log = logging.getLogger("omnigen_fast")
+
+SMALLER = "make height and width smaller, or ask for fewer pictures per call"
+
+# Called after each step with its index and the latents, which it may change in place; returns
+# whether to go on.
+AfterStep = Callable[[int, Tensor], bool]
+
+
+def generate(
+    engine: Engine,
+    call: Call,
+    memory: Memory,
+    after_step: AfterStep,
+    started: Callable[[Report], None],
+) -> Tensor:
+    """Carries out a call; where memory runs out, goes on from the last finished step.
+
+    Args:
+        engine: which nothing else drives meanwhile.
+        call: to carry out.
+        memory: an amount or a plan.
+        after_step: see `AfterStep`.
+        started: called with each plan once everything is where it wants it, and again with what
+            was measured.
+
+    Returns:
+        Images [pictures, 3, height, width] in [0, 1], or latents where the request wants them.
+
+    Raises:
+        OmniGenError: no plan has enough memory, or the result is no picture.
+    """
+    for plan, predicted in _plans(engine, call, memory):
+        try:
+            return _carry_out(engine, call, plan, predicted, after_step, started)
+        except BaseException as error:  # an interrupt from the keyboard too
+            engine.recover()
+            if call.calling_back or not is_out_of_memory(error):
+                raise
+            call.failures.append(first_line(error))
+        # Here, not in the handler: the traceback holds the step's tensors.
+        engine.free()
+    raise AssertionError("the last plan fails with its own error")
+
+
+def _carry_out(
+    engine: Engine,
+    call: Call,
+    plan: MemoryPlan,
+    predicted: Cost | None,
+    after_step: AfterStep,
+    started: Callable[[Report], None],
+) -> Tensor:
+    cached_share = 0.0 if plan.cache == "none" else call.workload().cached_share()
+    report = Report(plan, predicted, cached_share)
+    on_gpu = engine.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(engine.device)
+    running = engine.start(call, plan)
+    try:
+        started(report)
+        while not running.finished:
+            engine.step(running)
+            call.calling_back = True
+            goes_on = after_step(call.steps_done - 1, running.latents)
+            call.calling_back = False
+            call.latents.copy_(running.latents)
+            call.finished |= not goes_on
+        result = engine.finish(running)
+    finally:
+        engine.drop(running)
+    if call.request.output_type == "latent":
+        result = result.clone()
+    else:
+        result = engine.decode(result, plan)
+    if on_gpu:
+        peak = torch.cuda.max_memory_reserved(engine.device)
+        started(replace(report, measured_bytes=peak))
+    return result
+
+
+def _plans(engine: Engine, call: Call, memory: Memory) -> Iterator[tuple[MemoryPlan, Cost | None]]:
+    """What to try, one after the other as memory runs out; ends with one line that says so."""
+    if isinstance(memory, MemoryPlan):
+        plan = call.request.switches.applied_to(memory, engine.config.num_layers)
+        yield replace(plan, precision=call.precision), None
+        raise OmniGenError(
+            f"out of memory with the plan that was given ({call.failures[-1]}); give "
+            'memory="auto" or a plan that needs less'
+        )
+    decision = decide(engine, call.workload(), call.request.switches, memory, call.precision)
+    following: MemoryPlan | None = decision.plan
+    failed: list[MemoryPlan] = []
+    while following is not None:
+        yield replace(following, precision=call.precision), decision.estimate.cost(following)
+        failed.append(following)
+        candidate = decision.after(failed)
+        following = None if candidate is None else candidate.plan
+        if following is not None:
+            _log.warning(
+                "out of memory in spite of the plan (%s); it goes on with: %s",
+                call.failures[-1],
+                describe(following, engine.config),
+            )
+    raise OmniGenError(
+        f"out of memory with every plan for this request ({call.failures[-1]}); {SMALLER}"
+    )
+
+
+def decide(
+    engine: Engine,
+    workload: Workload,
+    switches: Switches,
+    memory: Memory,
+    precision: Precision,
+) -> Decision:
+    """What would carry out a request on this engine, and what else there was to choose from.
+
+    Raises:
+        RequestError: `memory` is no amount.
+        MemoryBudgetError: no plan fits.
+    """
+    profile = profile_of(engine.device)
+    given = memory if isinstance(memory, MemoryPlan) else None
+    budget = None if isinstance(memory, MemoryPlan) else parse_memory(memory)
+    if budget is None:
+        budget = free_bytes(engine.device, profile, engine.held_bytes())
+    if given is not None:
+        plan = switches.applied_to(given, engine.config.num_layers)
+        estimate = Estimate(engine.config, engine.vae.shape, precision, workload, profile)
+        cost = estimate.cost(plan, engine.arrangement)
+        candidate = Candidate(plan, cost.peak_bytes, cost.seconds)
+        return Decision(plan, cost, budget, (candidate,), (), estimate)
+    if on_host(engine.device):  # what is offloaded is there already
+        switches = replace(switches, offload_kv_cache=None, offload_model=None)
+    return fastest_plan(
+        engine.config,
+        engine.vae.shape,
+        precision,
+        workload,
+        profile,
+        budget,
+        switches,
+        current=engine.arrangement,
+        kept_bytes=engine.cache_bytes,
+        capture=engine.graphs.possible(),
+    )
+
+
+def first_plan(
+    checkpoint: Checkpoint, vae: Vae, precision: Precision, device: torch.device, memory: Memory
+) -> MemoryPlan:
+    """Where weights are loaded to, before there is a request: as for one picture of 1024 px."""
+    if isinstance(memory, MemoryPlan):
+        return memory
+    config = checkpoint.config
+    side = min(1024, config.max_image_side)
+    workload = typical_workload(side, side, config=config)
+    profile = profile_of(device)
+    budget = parse_memory(memory)
+    budget = free_bytes(device, profile) if budget is None else budget
+    try:
+        return fastest_plan(config, vae.shape, precision, workload, profile, budget).plan
+    except MemoryBudgetError:  # a smaller picture may fit
+        estimate = Estimate(config, vae.shape, precision, workload, profile)
+        return front(estimate, capture=False)[-1].plan

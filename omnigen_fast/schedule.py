@@ -1,0 +1,70 @@
+"""StepSchedule: what each step of a call does. The loop reads it, the planner sums over it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class StepKind:
+    """The work of a step. Steps of one kind do the same work, so one recording serves them all."""
+
+    # Which of each picture's guidance branches run, by their places in its list; None for all. A
+    # picture that has no such branch leaves it out.
+    branches: tuple[int, ...] | None = None
+    coefficients: tuple[float, ...] | None = None  # of those branches; None for the request's own
+    computed: bool = True  # or extrapolated: the velocities of the step before are used again
+
+    def __post_init__(self) -> None:
+        assert self.coefficients is None or len(self.coefficients) == len(self.branches or ())
+
+
+ALL_BRANCHES = StepKind()
+
+
+@dataclass(frozen=True)
+class StepSchedule:
+    """The steps of a call, in their order.
+
+    Args:
+        kinds: of each step.
+        times: [steps + 1], of each step's beginning and the last one's end, from 0 (noise) to 1
+            (image); None for equal steps.
+    """
+
+    kinds: tuple[StepKind, ...]
+    times: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        assert self.kinds and self.kinds[0].computed
+        assert self.times is None or len(self.times) == len(self.kinds) + 1
+        for before, kind in zip(self.kinds, self.kinds[1:]):
+            same = (before.branches, before.coefficients) == (kind.branches, kind.coefficients)
+            assert kind.computed or same, "a step extrapolates the velocities of the one before"
+
+    @classmethod
+    def euler(cls, steps: int) -> StepSchedule:
+        """Equal Euler steps with all branches (rectified flow; Liu et al., 2022)."""
+        return cls((ALL_BRANCHES,) * steps)
+
+    def __len__(self) -> int:
+        return len(self.kinds)
+
+    @cached_property
+    def counts(self) -> dict[StepKind, int]:
+        """How many steps there are of each kind, in the order of their first ones."""
+        return dict(Counter(self.kinds))
+
+    def tensor(self) -> Tensor:
+        """The times, [steps + 1] float32 on the CPU."""
+        import torch  # takes seconds, and plans need none of it
+
+        if self.times is None:
+            return torch.linspace(0, 1, len(self) + 1, dtype=torch.float32, device="cpu")
+        return torch.tensor(self.times, dtype=torch.float32, device="cpu")
