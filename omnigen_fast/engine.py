@@ -380,8 +380,9 @@ class Engine:
         cache: Cache,
     ) -> tuple[Loop, Runner]:
         """What takes the steps: the loop of an earlier call of the same shapes, or a new one."""
-        captures = plan.capture and isinstance(cache, ConditionCache)
-        loop = self.graphs.loop_for(values, cache, plan.mlp_rows) if captures else None
+        # what a ring copies in can't be recorded with the step
+        fixed = cache if plan.capture and isinstance(cache, ConditionCache) else None
+        loop = None if fixed is None else self.graphs.loop_for(values, fixed, plan.mlp_rows)
         if loop is None:
             if plan.cache == "none":
                 placed = PlacedBranch.of(call.pictures, entries, cache)
@@ -391,9 +392,9 @@ class Engine:
             else:
                 velocity = CachedVelocity(self.model, cache, len(values.slots))
             loop = Loop(self.model, values, velocity, plan.mlp_rows)
-        if not captures:
+        if fixed is None:
             return loop, loop.step
-        return loop, self.graphs.runner(loop, cache, plan.mlp_rows, call.schedule.counts)
+        return loop, self.graphs.runner(loop, fixed, plan.mlp_rows, call.schedule.counts)
 
     def _prefill(
         self,

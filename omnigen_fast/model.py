@@ -193,7 +193,7 @@ class Transformer(nn.Module):
     def device(self) -> torch.device:
         return self.norm.device
 
-    def to(self, device: torch.device | str) -> Transformer:
+    def move(self, device: torch.device | str) -> None:
         """Moves what has storage; layers that are streamed have none."""
         self.forget_crops()
         for module in self.modules():
@@ -201,7 +201,6 @@ class Transformer(nn.Module):
                 if not value.is_meta:
                     moved = nn.Parameter(value.data.to(device), requires_grad=False)
                     module.register_parameter(name, moved)
-        return self
 
     def crops(self) -> list[Tensor]:
         """The crops of the position table that are kept between calls."""
@@ -211,9 +210,15 @@ class Transformer(nn.Module):
         """Frees them."""
         self._pos_embed_crops.clear()
 
+    def block(self, layer: int) -> Block:
+        """A layer, wherever its weights are."""
+        block = self.layers[layer]
+        assert isinstance(block, Block)
+        return block
+
     def _take(self, layer: int) -> Block:
         """A layer to compute with until `_release`."""
-        return self.layers[layer] if self.stream is None else self.stream.take(layer)
+        return self.block(layer) if self.stream is None else self.stream.take(layer)
 
     def _release(self, layer: int) -> None:
         if self.stream is not None:

@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,15 @@ from .weights.files import SDXL_VAE, VAE_FILES, resolve
 from .weights.lora import read_adapter
 
 _DTYPES = (torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True)
+class _Given:
+    """A call's arguments, checked."""
+
+    request: Request
+    memory: Memory
+    precision: Precision
 
 
 class OmniGenPipeline:
@@ -268,20 +278,26 @@ class OmniGenPipeline:
             RequestError: an argument can't be used; says which, and what can.
             MemoryBudgetError: no plan fits.
         """
-        signature = inspect.signature(type(self).__call__)
-        bound = signature.bind(self, prompt, input_images, **call)
-        bound.apply_defaults()
-        given = {name: value for name, value in bound.arguments.items() if name != "self"}
-        callback = given.pop("callback_on_step_end")
-        check_callback(callback, given.pop("callback_on_step_end_tensor_inputs"))
-        given.pop("progress")
-        dtype, memory = given.pop("dtype"), given.pop("memory")
-        memory = self._memory if memory is None else memory
-        precision = self._precision(dtype, memory)
-        request = self._request(**given)
-        pictures = encoded(request, self.processor)
-        workload = workload_of(request, StepSchedule.euler(request.steps), pictures)
-        return decide(self.engine, workload, request.switches, memory, precision)
+        given = self._bound(prompt, input_images, call)
+        pictures = encoded(given.request, self.processor)
+        schedule = StepSchedule.euler(given.request.steps)
+        workload = workload_of(given.request, schedule, pictures)
+        switches = given.request.switches
+        return decide(self.engine, workload, switches, given.memory, given.precision)
+
+    def make_call(self, prompt: str | Sequence[str], input_images: Any = None, **call: Any) -> Call:
+        """What a call would carry out, for those who drive `engine` themselves.
+
+        Args:
+            prompt: as for the call.
+            input_images: likewise.
+            call: every other argument that the call takes.
+
+        Raises:
+            RequestError: an argument can't be used; says which, and what can.
+        """
+        given = self._bound(prompt, input_images, call)
+        return self._start(given.request, given.precision)
 
     def load_lora_weights(
         self,
@@ -373,6 +389,19 @@ class OmniGenPipeline:
     def summary(self) -> str:
         """What the last call ran as: plan, share of cached work, peak, predicted seconds."""
         return "nothing has run yet" if self._report is None else self._report.text(self.config)
+
+    def _bound(self, prompt: Any, input_images: Any, call: Mapping[str, Any]) -> _Given:
+        """The arguments of a call that is not made."""
+        signature = inspect.signature(type(self).__call__)
+        bound = signature.bind(self, prompt, input_images, **call)
+        bound.apply_defaults()
+        given = dict(bound.arguments)
+        del given["self"], given["progress"]
+        callback = given.pop("callback_on_step_end")
+        check_callback(callback, given.pop("callback_on_step_end_tensor_inputs"))
+        dtype, memory = given.pop("dtype"), given.pop("memory")
+        memory = self._memory if memory is None else memory
+        return _Given(self._request(**given), memory, self._precision(dtype, memory))
 
     def _request(self, *, offload_model: bool | None, **arguments: Any) -> Request:
         switch = self._offload_model if offload_model is None else offload_model
