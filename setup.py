@@ -11,9 +11,14 @@ setup(
         "omnigen_fast.bench.gpu",
         "omnigen_fast.bench.kernels",
         "omnigen_fast.bench.peers",
+        "omnigen_fast.cli",
+        "omnigen_fast.for_diffusers",
         "omnigen_fast.kernels",
         "omnigen_fast.memory",
+        "omnigen_fast.page",
         "omnigen_fast.profiles",
+        "omnigen_fast.vae",
+        "omnigen_fast.weights",
     ],
     package_dir={
         "omnigen_fast.bench": "bench",
@@ -58,5 +63,11 @@ setup(
             "ruff==0.17.6",
         ],
     },
-    entry_points={"console_scripts": ["omnigen-fast = omnigen_fast.cli:main"]},
+    entry_points={
+        "console_scripts": ["omnigen-fast = omnigen_fast.cli:main"],
+        "omnigen_fast.commands": [
+            "bench = omnigen_fast.bench.commands:bench",
+            "compare = omnigen_fast.bench.commands:compare",
+        ],
+    },
 )

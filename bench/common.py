@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from omnigen_fast.config import ModelConfig, released_sizes
-from omnigen_fast.model import parameter_shapes
+from omnigen_fast.parameters import parameter_shapes
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"

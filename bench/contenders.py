@@ -17,11 +17,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from omnigen_fast.guidance import guidance_branches
 from omnigen_fast.images import InputImage
+from omnigen_fast.memory.autoencoder import VaeShape
 from omnigen_fast.pipeline import OmniGenPipeline
-from omnigen_fast.processor import EncodedBranch, guidance_branches
-from omnigen_fast.vae import Vae
-from omnigen_fast.vae_cost import VaeShape
+from omnigen_fast.sequence import EncodedBranch
+from omnigen_fast.vae.vae import Vae
 
 from .cases import GUIDANCE, Task
 from .gpu.measure import Clock

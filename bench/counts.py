@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves
 
 from omnigen_fast.config import ModelConfig
 from omnigen_fast.denoise import Loop
-from omnigen_fast.model import parameter_shapes
+from omnigen_fast.parameters import parameter_shapes
 
 from .cases import COLUMNS, Size, Task
 from .common import full_config

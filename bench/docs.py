@@ -93,7 +93,7 @@ def _with_output(text: str) -> str:
 def _output(command: str) -> str:
     from click.testing import CliRunner
 
-    from omnigen_fast.cli import main
+    from omnigen_fast.cli.main import main
 
     program, *arguments = shlex.split(command)
     assert program == "omnigen-fast", f"there is no way to run {command}"

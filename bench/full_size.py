@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 
-from omnigen_fast.checkpoint import _ORIGINAL, _sources
+from omnigen_fast.weights.names import _ORIGINAL, _sources
 
 from .common import TOKENIZER, full_config, machine, write_result
 from .peers.model_files import phi3_config

@@ -21,9 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from omnigen_fast import strips, vae_cost
 from omnigen_fast.images import InputImage
-from omnigen_fast.vae import Vae
+from omnigen_fast.memory import autoencoder as vae_cost
+from omnigen_fast.vae import strips
+from omnigen_fast.vae.vae import Vae
 
 from .common import interleave, machine, spread, write_result
 from .full_size import VAE

@@ -1,7 +1,7 @@
 """Several prompts in one call, with no image and with one."""
 
 from omnigen_fast import OmniGenPipeline
-from omnigen_fast.demo import INPUTS
+from omnigen_fast.page.demo import INPUTS
 
 pipe = OmniGenPipeline.from_pretrained("shapes")
 images = pipe(

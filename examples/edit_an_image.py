@@ -1,7 +1,7 @@
 """An edit: the image first, then the instruction, and an output of the input's size."""
 
 from omnigen_fast import OmniGenPipeline
-from omnigen_fast.demo import INPUTS
+from omnigen_fast.page.demo import INPUTS
 
 pipe = OmniGenPipeline.from_pretrained("shapes")
 instructions = [

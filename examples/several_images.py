@@ -1,7 +1,7 @@
 """Subjects from images, put together in one new picture."""
 
 from omnigen_fast import OmniGenPipeline
-from omnigen_fast.demo import INPUTS
+from omnigen_fast.page.demo import INPUTS
 
 pipe = OmniGenPipeline.from_pretrained("shapes")
 size = {"height": 128, "width": 128, "num_inference_steps": 25}

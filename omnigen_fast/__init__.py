@@ -9,17 +9,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .errors import (
-    CheckpointError,
-    MemoryBudgetError,
-    OmniGenError,
-    ProfileError,
-    RequestError,
-)
+from .errors import CheckpointError, MemoryBudgetError, OmniGenError, ProfileError, RequestError
 from .memory.plan import MemoryPlan
 
 if TYPE_CHECKING:
-    from .diffusers_pipeline import disable, enable, summary
+    from .for_diffusers.enable import disable, enable, summary
     from .pipeline import OmniGenPipeline
 
 __version__ = "0.1.0"
@@ -45,7 +39,7 @@ def __getattr__(name: str) -> Any:
 
         return OmniGenPipeline
     if name in ("enable", "disable", "summary"):
-        from . import diffusers_pipeline
+        from .for_diffusers import enable
 
-        return getattr(diffusers_pipeline, name)
+        return getattr(enable, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -82,6 +82,11 @@ class ModelConfig:
         return self.hidden_size // self.num_heads
 
     @property
+    def qkv_width(self) -> int:
+        """Columns of queries, keys and values side by side."""
+        return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+
+    @property
     def max_image_side(self) -> int:
         """Longest side in pixels that the position table covers."""
         return self.pos_embed_size * TOKEN_PIXELS
@@ -177,6 +182,11 @@ class ModelConfig:
             raise CheckpointError(f"config: {error.args[0]} is missing") from error
         except (TypeError, ValueError, ArithmeticError) as error:
             raise CheckpointError(f"config: {type(error).__name__}: {error}") from error
+
+
+def tokens(height: int, width: int) -> int:
+    """Tokens of a picture of so many pixels."""
+    return (height // TOKEN_PIXELS) * (width // TOKEN_PIXELS)
 
 
 def released_sizes() -> ModelConfig:

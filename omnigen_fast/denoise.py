@@ -9,12 +9,13 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from .cache import ConditionCache, Entry, Span, StreamedCache
+from .cache import ConditionCache, Entry, Span
 from .config import PATCH
 from .kernels import ops
 from .memory.plan import MLP_ROWS
 from .model import StepGroups, TimeEmbeddings, Transformer
-from .processor import EncodedBranch, lay_out
+from .sequence import EncodedBranch, lay_out
+from .streamed_cache import StreamedCache
 
 
 def schedule(steps: int) -> Tensor:

@@ -33,3 +33,8 @@ class MemoryBudgetError(OmniGenError):
         super().__init__(message)
         self.least_bytes = least_bytes
         self.budget_bytes = budget_bytes
+
+
+def first_line(error: BaseException) -> str:
+    """A failure in one line."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__

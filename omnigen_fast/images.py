@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .config import TOKEN_PIXELS
+from .config import TOKEN_PIXELS, tokens
 from .errors import RequestError
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class InputImage:
     @property
     def tokens(self) -> int:
         height, width = self.size
-        return (height // TOKEN_PIXELS) * (width // TOKEN_PIXELS)
+        return tokens(height, width)
 
     @cached_property
     def digest(self) -> str:

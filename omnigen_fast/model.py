@@ -15,52 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .cache import ConditionCache, Span, StreamedCache
+from .cache import ConditionCache, Span
 from .config import LATENT_CHANNELS, PATCH, TIME_FREQUENCIES, ModelConfig
 from .kernels import ops
-from .memory.offload import Streamed
 from .memory.plan import MLP_ROWS
-from .processor import ConditionSequence
+from .parameters import PATCH_VALUES
+from .sequence import ConditionSequence
+from .streamed_cache import StreamedCache
+from .streaming import Streamed
 
-_PATCH_VALUES = LATENT_CHANNELS * PATCH * PATCH
 _OUTPUT_NORM_EPS = 1e-6
 _KEPT_CROPS = 16  # of the position table; one of 1024 px takes 25 MB
-
-
-def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every parameter of `Transformer`."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    qkv = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-    shapes: dict[str, tuple[int, ...]] = {
-        "embed_tokens": (config.vocab_size, hidden),
-        "noise_proj.weight": (hidden, LATENT_CHANNELS, PATCH, PATCH),
-        "noise_proj.bias": (hidden,),
-        "image_proj.weight": (hidden, LATENT_CHANNELS, PATCH, PATCH),
-        "image_proj.bias": (hidden,),
-        "norm": (hidden,),
-        "modulation.weight": (2 * hidden, hidden),
-        "modulation.bias": (2 * hidden,),
-        "output.weight": (_PATCH_VALUES, hidden),
-        "output.bias": (_PATCH_VALUES,),
-        "pos_embed": (1, config.pos_embed_size**2, hidden),
-    }
-    for embedder in ("time_token", "time_embed"):
-        shapes |= {
-            f"{embedder}.0.weight": (hidden, TIME_FREQUENCIES),
-            f"{embedder}.0.bias": (hidden,),
-            f"{embedder}.1.weight": (hidden, hidden),
-            f"{embedder}.1.bias": (hidden,),
-        }
-    for layer in range(config.num_layers):
-        shapes |= {
-            f"layers.{layer}.input_norm": (hidden,),
-            f"layers.{layer}.qkv_proj": (qkv, hidden),
-            f"layers.{layer}.o_proj": (hidden, hidden),
-            f"layers.{layer}.post_norm": (hidden,),
-            f"layers.{layer}.gate_up_proj": (2 * inner, hidden),
-            f"layers.{layer}.down_proj": (hidden, inner),
-        }
-    return shapes
 
 
 @dataclass(frozen=True)
@@ -109,8 +74,7 @@ class Workspace:
     """
 
     def __init__(self, config: ModelConfig, rows: int, mlp_rows: int, like: Tensor) -> None:
-        width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-        self.qkv = like.new_empty(rows, width)
+        self.qkv = like.new_empty(rows, config.qkv_width)
         self.normed = like.new_empty(rows, config.hidden_size)
         self.mlp_rows = mlp_rows
         self.gate_up = like.new_empty(min(rows, mlp_rows), 2 * config.intermediate_size)
@@ -301,7 +265,7 @@ class Transformer(nn.Module):
             sin=torch.cat([sin for _, sin in tables]),
             residual=self.norm.new_empty(rows, self.config.hidden_size),
             delta=self.norm.new_empty(rows, self.config.hidden_size),
-            values=self.norm.new_empty(rows, _PATCH_VALUES),
+            values=self.norm.new_empty(rows, PATCH_VALUES),
             space=space,
         )
 
@@ -516,7 +480,7 @@ class Transformer(nn.Module):
         height, width = height // PATCH, width // PATCH
         space, rows = passes[0].space, pictures * height * width
         space.pos_embed = self._crop_pos_embed(height, width)
-        patches = space.qkv[:rows, :_PATCH_VALUES]
+        patches = space.qkv[:rows, :PATCH_VALUES]
         patches.view(pictures, height, width, LATENT_CHANNELS, PATCH, PATCH).copy_(
             latents.unflatten(3, (width, PATCH))
             .unflatten(2, (height, PATCH))

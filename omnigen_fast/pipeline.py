@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .cache import ConditionCache, Entry, StreamedCache
-from .checkpoint import SDXL_VAE, VAE_FILES, Checkpoint, resolve
+from .cache import ConditionCache, Entry
 from .config import ModelConfig
 from .denoise import (
     GuidancePlan,
@@ -27,33 +26,28 @@ from .denoise import (
     recomputed_velocity,
     schedule,
 )
-from .errors import MemoryBudgetError, OmniGenError, RequestError
+from .errors import MemoryBudgetError, OmniGenError, RequestError, first_line
 from .graph import StepGraphs
-from .lora import Adapter, merged, read_adapter
-from .memory.estimate import Cost, Estimate
-from .memory.offload import HostMemory, first_line, is_out_of_memory, lane_for, spread
+from .guidance import guidance_branches
+from .memory.cost import Cost, Estimate
+from .memory.device import free_bytes, on_host, parse_memory, profile_of
+from .memory.overview import Report
 from .memory.plan import Condition, MemoryPlan, Workload
-from .memory.planner import (
-    Decision,
-    describe,
-    free_bytes,
-    front,
-    parse_memory,
-    profile_of,
-)
+from .memory.planner import Decision, describe, front
 from .memory.planner import plan as decide
-from .memory.report import Report
-from .model import TimeEmbeddings, Transformer, parameter_shapes
-from .processor import (
-    EncodedBranch,
-    Processor,
-    cache_entries,
-    guidance_branches,
-    lay_out_all,
-)
+from .model import TimeEmbeddings, Transformer
+from .parameters import parameter_shapes
+from .precision import Precision
+from .processor import Processor
 from .request import Request, finite, make_request
-from .vae import Vae
-from .weights import LayerStore
+from .sequence import EncodedBranch, cache_entries, lay_out_all
+from .streamed_cache import StreamedCache
+from .streaming import HostMemory, is_out_of_memory, lane_for, spread
+from .vae.vae import Vae
+from .weights.checkpoint import Checkpoint
+from .weights.files import SDXL_VAE, VAE_FILES, resolve
+from .weights.lora import Adapter, merged, read_adapter
+from .weights.store import LayerStore
 
 _log = logging.getLogger("omnigen_fast")
 
@@ -498,13 +492,13 @@ class OmniGenPipeline:
     def _decide(self, run: RunningCall, memory: str | int) -> Decision:
         profile = profile_of(self.device)
         switches = run.request.switches
-        if self.device.type == "cpu":  # the host is the device: what is offloaded is there already
+        if on_host(self.device):  # the host is the device: what is offloaded is there already
             switches = replace(switches, offload_kv_cache=None, offload_model=None)
         budget = parse_memory(memory)
         return decide(
             self.config,
             self.vae.shape,
-            self.dtype.itemsize,
+            Precision.of(self.dtype),
             run.workload(),
             profile,
             free_bytes(self.device, profile) if budget is None else budget,
@@ -802,9 +796,9 @@ def _first_plan(
     budget = free_bytes(device, profile) if budget is None else budget
     shape = vae.shape
     try:
-        return decide(config, shape, dtype.itemsize, workload, profile, budget).plan
+        return decide(config, shape, Precision.of(dtype), workload, profile, budget).plan
     except MemoryBudgetError:  # a smaller picture may fit
-        estimate = Estimate(config, shape, dtype.itemsize, workload, profile)
+        estimate = Estimate(config, shape, Precision.of(dtype), workload, profile)
         return front(estimate, capture=False)[-1].plan
 
 

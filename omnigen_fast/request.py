@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .config import LATENT_CHANNELS, TOKEN_PIXELS, VAE_SCALE, ModelConfig
+from .config import LATENT_CHANNELS, TOKEN_PIXELS, VAE_SCALE, ModelConfig, tokens
 from .errors import RequestError
 from .images import InputImage, read_image
 from .memory.plan import Switches
@@ -79,7 +79,7 @@ class Request:
     @property
     def noise_tokens(self) -> int:
         """Noise tokens of one picture."""
-        return (self.height // TOKEN_PIXELS) * (self.width // TOKEN_PIXELS)
+        return tokens(self.height, self.width)
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:

@@ -76,6 +76,7 @@ class Profile:
     context_bytes: float  # taken before the first tensor: driver context, libraries' work spaces
     source: Mapping[str, str] = field(compare=False)  # of each figure
     capability: str | None = None  # of CUDA, such as "8.0"
+    on_host: bool = False  # whether the device's memory is the host's
     device_names: tuple[str, ...] = ()  # what `torch.cuda.get_device_name` calls the device
     documented: tuple[DocumentedCell, ...] = ()  # what the original is documented to need on it
 
@@ -110,7 +111,7 @@ _DEFAULTS: dict[str, tuple[str, Callable[[Mapping[str, Any]], float]]] = {
     "link_bytes_per_second": ("12e9, as over PCIe 4.0 x8 or 3.0 x16", lambda given: 12e9),
     "context_bytes": ("0.6e9, as on an H200", lambda given: 0.6e9),
 }
-_OTHERS = ("capability", "device_names", "documented")
+_OTHERS = ("capability", "on_host", "device_names", "documented")
 _SIZES = ("max_input_image_size", "height", "width")
 _SWITCHES = ("use_kv_cache", "offload_kv_cache", "separate_cfg_infer", "offload_model")
 
@@ -202,6 +203,8 @@ def _profile(values: Any) -> Profile:
     capability = values.get("capability")
     good = _is_text(capability) and re.fullmatch(r"\d+\.\d", capability)
     _require(capability is None or good, values, "capability", 'null or a text like "8.0"')
+    on_host = values.get("on_host", False)
+    _require(isinstance(on_host, bool), values, "on_host", "true or false")
     devices = values.get("device_names", [])
     good = _is_list(devices) and all(map(_is_text, devices))
     _require(good, values, "device_names", "a list of texts")
@@ -210,6 +213,7 @@ def _profile(values: Any) -> Profile:
         **figures,
         source=source,
         capability=capability,
+        on_host=on_host,
         device_names=tuple(devices),
         documented=_documented(values["documented"]) if "documented" in values else (),
     )

@@ -40,7 +40,8 @@ def diffusers_folder(tmp_path_factory) -> Path:
     import torch
     from diffusers import AutoencoderKL, OmniGenTransformer2DModel
 
-    from omnigen_fast.checkpoint import Checkpoint, diffusers_sources
+    from omnigen_fast.weights.checkpoint import Checkpoint
+    from omnigen_fast.weights.names import diffusers_sources
 
     folder = tmp_path_factory.mktemp("diffusers")
     checkpoint = Checkpoint.open(TINY)

@@ -17,7 +17,7 @@ from golden_cases import GOLDEN, TINY
 
 from bench import docs
 from omnigen_fast import OmniGenPipeline
-from omnigen_fast.cli import main
+from omnigen_fast.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

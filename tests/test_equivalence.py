@@ -15,7 +15,7 @@ from omnigen_fast.cache import ConditionCache
 from omnigen_fast.errors import OmniGenError, RequestError
 from omnigen_fast.memory.plan import MemoryPlan
 from omnigen_fast.model import Transformer
-from omnigen_fast.processor import EncodedBranch, shared_tokens
+from omnigen_fast.sequence import EncodedBranch, shared_tokens
 
 PHOTOS = [str(GOLDEN / "images" / name) for name in ("astronaut.png", "cat.png", "coffee.png")]
 MIXED = {

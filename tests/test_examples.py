@@ -16,8 +16,9 @@ from golden_cases import GOLDEN, TINY
 from PIL import Image
 
 from examples.shapes import checker, inputs, scenes
-from omnigen_fast import OmniGenPipeline, demo
-from omnigen_fast.cli import main
+from omnigen_fast import OmniGenPipeline
+from omnigen_fast.cli.main import main
+from omnigen_fast.page import demo
 
 FOLDER = Path(__file__).parents[1] / "examples"
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py"))

@@ -9,7 +9,7 @@ import torch
 from golden_cases import CASES, GOLDEN, golden_request, golden_result, relative_error
 from safetensors.torch import load_file, save_file
 
-from omnigen_fast.processor import guidance_branches
+from omnigen_fast.guidance import guidance_branches
 from omnigen_fast.request import DEFAULT_NEGATIVE_PROMPT, make_request
 
 FLOAT32 = [name for name, case in CASES.items() if case.get("dtype") is None]

@@ -16,11 +16,11 @@ from examples.shapes.layer import Layer, Layout
 from examples.shapes.optimizer import Optimizer
 from examples.shapes.pool import Pool, collate, make_families
 from omnigen_fast import OmniGenPipeline
-from omnigen_fast.checkpoint import resolve
 from omnigen_fast.errors import CheckpointError
 from omnigen_fast.images import InputImage
 from omnigen_fast.processor import Processor
 from omnigen_fast.request import DEFAULT_NEGATIVE_PROMPT
+from omnigen_fast.weights.files import resolve
 
 SHIPPED = Path(__file__).parents[1] / "omnigen_fast" / "models" / "shapes"
 LIMIT_BYTES = 20 << 20

@@ -26,7 +26,8 @@ from omnigen_fast.denoise import Loop, denoise, schedule
 from omnigen_fast.memory.plan import MemoryPlan
 from omnigen_fast.model import Transformer
 from omnigen_fast.pipeline import OmniGenPipeline
-from omnigen_fast.processor import EncodedBranch, Processor
+from omnigen_fast.processor import Processor
+from omnigen_fast.sequence import EncodedBranch
 
 from ..cases import COLUMNS, PROMPTS
 from ..common import TOKENIZER, random_weights

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from omnigen_fast.config import PATCH, ModelConfig
 from omnigen_fast.denoise import schedule
-from omnigen_fast.processor import EncodedBranch
+from omnigen_fast.sequence import EncodedBranch
 
 from ..contenders import Start, Taken, peak_memory, weight_bytes
 from ..gpu.measure import Clock

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from omnigen_fast.checkpoint import _DIFFUSERS, _ORIGINAL, _sources
 from omnigen_fast.config import ModelConfig
+from omnigen_fast.weights.names import _DIFFUSERS, _ORIGINAL, _sources
 
 Weights = Mapping[str, Tensor]  # by the names of `parameter_shapes`
 

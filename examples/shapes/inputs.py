@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from PIL import Image
 
-from omnigen_fast.demo import INPUTS
+from omnigen_fast.page.demo import INPUTS
 
 from .scenes import PLACES, Scene, Thing, render
 from .tasks import mask_of

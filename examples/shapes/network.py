@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from omnigen_fast.config import LATENT_CHANNELS, PATCH, TIME_FREQUENCIES, ModelConfig
-from omnigen_fast.model import parameter_shapes
+from omnigen_fast.parameters import parameter_shapes
 
 from .layer import Layer, Layout
 

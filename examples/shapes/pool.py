@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from omnigen_fast.guidance import Branch
 from omnigen_fast.images import InputImage
-from omnigen_fast.processor import Branch, Processor
+from omnigen_fast.processor import Processor
 
 from .network import Conditions
 from .scenes import BACKGROUNDS, SIDE, Scene, random_scene

@@ -19,12 +19,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from omnigen_fast.checkpoint import _ORIGINAL
 from omnigen_fast.config import ModelConfig
 from omnigen_fast.processor import Processor
 from omnigen_fast.request import DEFAULT_NEGATIVE_PROMPT
+from omnigen_fast.weights.names import _ORIGINAL
 
-from .autoencoder import encode_scenes, save_autoencoder, train_autoencoder, train_decoder
+from .autoencoder import (
+    encode_scenes,
+    save_autoencoder,
+    train_autoencoder,
+    train_decoder,
+)
 from .network import Conditions, Network
 from .optimizer import Optimizer
 from .pool import Pool, collate, make_families

@@ -7,14 +7,43 @@ from dataclasses import dataclass
 
 from ..config import ModelConfig, released_sizes
 from ..errors import MemoryBudgetError
+from ..precision import Precision
 from ..profiles import DocumentedCell, Profile
-from ..vae_cost import VaeShape
-from .original import Sizes
-from .plan import SHARED_TOKENS, Condition, Switches, Workload
-from .planner import Candidate, Decision, describe, plan
+from .autoencoder import VaeShape
+from .cost import Cost
+from .plan import MemoryPlan, Switches, Workload
+from .planner import Candidate, Decision, describe, gigabytes, plan
+
+
+@dataclass(frozen=True)
+class Report:
+    """The plan by which a call ran."""
+
+    plan: MemoryPlan
+    predicted: Cost | None  # None for a plan that the caller gave
+    cached_share: float  # of the rows of a run without a cache, those that were kept
+    measured_bytes: int | None = None  # peak that the allocator reserved; None where it can't tell
+
+    def text(self, config: ModelConfig) -> str:
+        """A few lines for people."""
+        lines = [describe(self.plan, config)]
+        lines.append(
+            f"kept between steps: {self.cached_share:.0%} of the rows of a run without cache"
+        )
+        if self.predicted is not None:
+            cost = self.predicted
+            lines.append(
+                f"predicted: peak {gigabytes(cost.peak_bytes)} ({cost.peak_phase}, the device's "
+                f"context included), {cost.seconds:.1f} s"
+            )
+        if self.measured_bytes is None:
+            lines.append("measured peak: not measured on this device")
+        else:
+            lines.append(f"measured peak: {gigabytes(self.measured_bytes)}, without the context")
+        return "\n".join(lines)
+
 
 _SHOWN = 12  # plans of a table
-_BEFORE_IMAGES = 15  # tokens of the prompt's wrapping and the first image's tag (about)
 # The settings of the original's second table.
 _SETTINGS = {
     "kv": Switches(True, False, False, False),
@@ -23,55 +52,6 @@ _SETTINGS = {
     "kv, offload_kv, offload_model": Switches(True, True, True, False),
     "all four": Switches(True, True, True, True),
 }
-
-
-def typical_workload(
-    height: int,
-    width: int,
-    *,
-    images: int = 0,
-    max_input_image_size: int = 1024,
-    steps: int = 50,
-    pictures: int = 1,
-    prompt_tokens: int = 60,
-    image_first: bool = False,
-    config: ModelConfig | None = None,
-) -> Workload:
-    """A request of different prompts of one length, each with square input images.
-
-    Args:
-        height, width: of the output, multiples of 16.
-        images: how many input images each prompt has.
-        max_input_image_size: their side.
-        steps: Euler steps.
-        pictures: how many prompts there are, with a picture each.
-        prompt_tokens: of a wrapped prompt, without its images' own.
-        image_first: whether the images stand in front of the instruction, so that the branches of
-            prompt and images begin alike.
-        config: decides which branches take the same rotary factor; the released model's.
-    """
-    config = config or released_sizes()
-    side = max_input_image_size // 16 * 16
-    sizes = Sizes(height, width, ((side, side),) * images, steps, prompt_tokens)
-    cond, uncond, *rest = sizes.branches
-    conditions = [(Condition((cond,)), *(Condition((one,)) for one in rest))] * pictures
-    if images and image_first:
-        image = rest[0]
-        same_factor = config.uses_long_factor(cond + 1 + sizes.noise_tokens) == (
-            config.uses_long_factor(image + 1 + sizes.noise_tokens)
-        )
-        shared = min(_BEFORE_IMAGES + sizes.image_tokens + 3 * (images - 1), cond, image)
-        if same_factor and shared >= SHARED_TOKENS:
-            conditions = [(Condition((cond, image), shared),)] * pictures
-    return Workload(
-        height=height,
-        width=width,
-        steps=steps,
-        branches=(sizes.branches,) * pictures,
-        # the negative prompt is one for all
-        conditions=(Condition((uncond,)), *(one for picture in conditions for one in picture)),
-        images=sizes.images * pictures,
-    )
 
 
 @dataclass(frozen=True)
@@ -87,7 +67,7 @@ def settings(
     profile: Profile,
     workload: Workload,
     budget_bytes: int,
-    dtype_bytes: int = 2,
+    precision: Precision,
     config: ModelConfig | None = None,
 ) -> Iterator[Setting]:
     """Our plans under the original's settings, in no more memory than it is documented to need."""
@@ -102,7 +82,7 @@ def settings(
             decision = plan(
                 config,
                 VaeShape(),
-                dtype_bytes,
+                precision,
                 workload,
                 profile,
                 most,
@@ -115,7 +95,7 @@ def settings(
 
 
 def report(
-    profile: Profile, workload: Workload, decision: Decision, dtype_bytes: int, explain: bool
+    profile: Profile, workload: Workload, decision: Decision, precision: Precision, explain: bool
 ) -> str:
     """The table that `omnigen-fast plan` prints."""
     config = decision.estimate.config
@@ -134,7 +114,7 @@ def report(
         "",
     ]
     lines.append("      GB        s   documented       settings")
-    for setting in settings(profile, workload, decision.budget_bytes, dtype_bytes, config):
+    for setting in settings(profile, workload, decision.budget_bytes, precision, config):
         ours = "  does not fit "
         if isinstance(setting.decision, Decision):
             cost = setting.decision.cost

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from ..config import ModelConfig, released_sizes, tokens
+
 RING = 2  # layers of streamed weights, or of streamed keys and values, that are on the device
 MLP_ROWS = 4096  # large enough that a product loses nothing, small enough to bound its memory
 SHARED_TOKENS = 128  # branches that begin with so many equal tokens share their keys and values
@@ -39,7 +41,7 @@ class Workload:
     @property
     def noise_tokens(self) -> int:
         """Of one picture: patches of 2 x 2 latents of 8 x 8 pixels."""
-        return (self.height // 16) * (self.width // 16)
+        return tokens(self.height, self.width)
 
     def cache_rows(self) -> int:
         """Rows of keys and values that all conditions need."""
@@ -111,3 +113,92 @@ class Switches:
         if self.separate_cfg_infer is not None:
             changes["branches_per_pass"] = 1 if self.separate_cfg_infer else None
         return replace(plan, **changes)
+
+
+# Wrapped around a prompt of input images alone, and around each image, in tokens (about).
+_WRAPPING, _IMAGE_TAGS = 27, 3
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """All that the original's cost depends on, beside its switches.
+
+    `text_tokens` are those of the wrapped prompt without its images' own; `negative_tokens` about
+    those of the built-in negative prompt.
+    """
+
+    height: int  # pixels
+    width: int
+    images: tuple[tuple[int, int], ...] = ()  # (height, width) of each input image, preprocessed
+    steps: int = 50
+    text_tokens: int = 60
+    negative_tokens: int = 121
+
+    @property
+    def noise_tokens(self) -> int:
+        return tokens(self.height, self.width)
+
+    @property
+    def image_tokens(self) -> int:
+        return sum(tokens(*image) for image in self.images)
+
+    @property
+    def branches(self) -> tuple[int, ...]:
+        """Condition tokens of cond, uncond and, with images, img-cond."""
+        cond = self.text_tokens + self.image_tokens
+        if not self.images:
+            return cond, self.negative_tokens
+        tags = _WRAPPING + _IMAGE_TAGS * len(self.images)
+        return cond, self.negative_tokens, tags + self.image_tokens
+
+
+_BEFORE_IMAGES = 15  # tokens of the prompt's wrapping and the first image's tag (about)
+
+
+def typical_workload(
+    height: int,
+    width: int,
+    *,
+    images: int = 0,
+    max_input_image_size: int = 1024,
+    steps: int = 50,
+    pictures: int = 1,
+    prompt_tokens: int = 60,
+    image_first: bool = False,
+    config: ModelConfig | None = None,
+) -> Workload:
+    """A request of different prompts of one length, each with square input images.
+
+    Args:
+        height, width: of the output, multiples of 16.
+        images: how many input images each prompt has.
+        max_input_image_size: their side.
+        steps: Euler steps.
+        pictures: how many prompts there are, with a picture each.
+        prompt_tokens: of a wrapped prompt, without its images' own.
+        image_first: whether the images stand in front of the instruction, so that the branches of
+            prompt and images begin alike.
+        config: decides which branches take the same rotary factor; the released model's.
+    """
+    config = config or released_sizes()
+    side = max_input_image_size // 16 * 16
+    sizes = Sizes(height, width, ((side, side),) * images, steps, prompt_tokens)
+    cond, uncond, *rest = sizes.branches
+    conditions = [(Condition((cond,)), *(Condition((one,)) for one in rest))] * pictures
+    if images and image_first:
+        image = rest[0]
+        same_factor = config.uses_long_factor(cond + 1 + sizes.noise_tokens) == (
+            config.uses_long_factor(image + 1 + sizes.noise_tokens)
+        )
+        shared = min(_BEFORE_IMAGES + sizes.image_tokens + 3 * (images - 1), cond, image)
+        if same_factor and shared >= SHARED_TOKENS:
+            conditions = [(Condition((cond, image), shared),)] * pictures
+    return Workload(
+        height=height,
+        width=width,
+        steps=steps,
+        branches=(sizes.branches,) * pictures,
+        # the negative prompt is one for all
+        conditions=(Condition((uncond,)), *(one for picture in conditions for one in picture)),
+        images=sizes.images * pictures,
+    )

@@ -7,21 +7,17 @@ one that fits, and what is tried after an out-of-memory stands further down.
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from itertools import product
-from pathlib import Path, PurePosixPath
-from typing import Any
 
-from .. import profiles
 from ..config import ModelConfig
-from ..errors import MemoryBudgetError, RequestError
+from ..errors import MemoryBudgetError
+from ..precision import Precision
 from ..profiles import Profile
-from ..vae_cost import VaeShape
-from .estimate import Cost, Estimate
+from .autoencoder import VaeShape
+from .cost import Cost, Estimate
 from .plan import MLP_ROWS, RING, MemoryPlan, Switches, Workload
 from .terms import table, total_bytes
 
@@ -33,10 +29,6 @@ _MLP_CHOICES = (MLP_ROWS, 1024)
 _STRIP_CHOICES = ((None, False), (16, False), (16, True), (4, True))
 _CACHES = ("device", "ring", "none")
 _LESS = 0.95  # of what failed: the next attempt must need clearly less
-_MARGIN_SHARE, _MARGIN_BYTES = 0.03, 256 << 20  # of a device, left to others
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
-_UNITS |= {"ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
-_AMOUNT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -107,7 +99,7 @@ class Decision:
 def plan(
     config: ModelConfig,
     vae: VaeShape,
-    dtype_bytes: int,
+    precision: Precision,
     workload: Workload,
     profile: Profile,
     budget_bytes: int,
@@ -121,7 +113,7 @@ def plan(
     Args:
         config: sizes of the transformer.
         vae: of the autoencoder.
-        dtype_bytes: of a value of the transformer.
+        precision: of weights, arithmetic and cache.
         workload: sizes of the request.
         profile: of the device.
         budget_bytes: what may be used at most, the device's context included.
@@ -133,7 +125,7 @@ def plan(
     Raises:
         MemoryBudgetError: nothing fits; says what would, and what to change.
     """
-    estimate = _estimate(config, vae, dtype_bytes, workload, profile)
+    estimate = _estimate(config, vae, precision, workload, profile)
     if current is not None:
         current = replace(current, kept_bytes=0)  # moves no weights
     candidates = front(estimate, switches, current, capture)
@@ -198,71 +190,6 @@ def gigabytes(size: float) -> str:
     return f"{size / 1e9:.2f} GB"
 
 
-def parse_memory(amount: str | int) -> int | None:
-    """Bytes of an amount of memory, such as "8GiB", "7.5 GB" or a number; None for "auto".
-
-    Raises RequestError for anything else.
-    """
-    if isinstance(amount, int) and not isinstance(amount, bool) and amount > 0:
-        return amount
-    if isinstance(amount, str):
-        if amount.strip().lower() == "auto":
-            return None
-        found = _AMOUNT.fullmatch(amount)
-        if found and found[2].lower() in _UNITS:
-            size = float(found[1]) * _UNITS[found[2].lower()]
-            if 0.5 < size < math.inf:
-                return round(size)
-    raise RequestError(
-        f'memory must be "auto", or an amount such as "8GiB" or a number of bytes, got {amount!r}'
-    )
-
-
-def free_bytes(device: Any, profile: Profile) -> int:
-    """What a plan may use of a device: what is free or held by this process, less a margin.
-
-    Args:
-        device: a `torch.device`.
-        profile: whose `context_bytes` count as held, since a plan's bytes include them.
-    """
-    if device.type == "cuda":
-        import torch
-
-        free, total = torch.cuda.mem_get_info(device)
-        ours = torch.cuda.memory_reserved(device) + round(profile.context_bytes)
-    else:
-        free, total, ours = free_host_bytes(), _host_bytes(), _own_bytes()
-    return max(free + ours - total + less_margin(total), 0)
-
-
-def less_margin(memory_bytes: float) -> int:
-    """What plans may use of a device of which nothing else is used."""
-    return round(memory_bytes - max(_MARGIN_BYTES, _MARGIN_SHARE * memory_bytes))
-
-
-def free_host_bytes(root: Path = Path("/")) -> int:
-    """What can still be allocated on the host: what is available, within its groups' limits."""
-    available = _meminfo(root).get("MemAvailable")
-    if available is None:
-        available = _pages("SC_AVPHYS_PAGES")
-    return max(0, min([available, *(most - used for most, used in _cgroups(root))]))
-
-
-def profile_of(device: Any) -> Profile:
-    """The profile that ships for a `torch.device`, or the nearest stand-in, with its own memory."""
-    if device.type != "cuda":
-        return replace(profiles.load("cpu"), memory_bytes=float(_host_bytes()))
-    import torch
-
-    properties = torch.cuda.get_device_properties(device)
-    found = profiles.by_device_name(properties.name)
-    if found is None:
-        # Choices depend on how rates compare with the link's more than on the rates themselves.
-        found = profiles.load("a100-40gb" if properties.total_memory > 33e9 else "rtx3090")
-        found = replace(found, name=f"{properties.name} (rates of {found.name})", documented=())
-    return replace(found, memory_bytes=float(properties.total_memory))
-
-
 # Requests of the same sizes follow one another.
 _estimate = lru_cache(maxsize=16)(Estimate)
 
@@ -292,9 +219,9 @@ def _candidates(
         for resident in layers:
             if transformer.capture and resident < estimate.config.num_layers:
                 continue  # copies on another stream, ahead of the step, can't be recorded with it
-            weights = resident * estimate.layer_bytes
-            ring = min(RING, estimate.config.num_layers - resident) * estimate.slot_bytes
-            seconds = estimate.transformer_seconds(
+            weights = resident * estimate.bytes.layer_bytes
+            ring = min(RING, estimate.config.num_layers - resident) * estimate.bytes.slot_bytes
+            seconds = estimate.seconds.of_transformer(
                 replace(transformer, resident_layers=resident), current
             )
             for vae in autoencoders:
@@ -313,13 +240,15 @@ class _TransformerParts:
     def __init__(self, estimate: Estimate, plan: MemoryPlan) -> None:
         # with all layers resident there is no ring; their own bytes are added by the caller
         plan = replace(plan, resident_layers=estimate.config.num_layers, vae_resident=False)
-        layers = estimate.config.num_layers * estimate.layer_bytes
-        held = total_bytes(estimate.held(plan)) - layers
-        rings = total_bytes(estimate.rings(plan))
-        captured = total_bytes(estimate.captured(plan))
-        self.encode = held + rings + captured + estimate.times().bytes
-        self.prefill = total_bytes(estimate.prefill(plan)) - layers if plan.cache != "none" else 0
-        self.denoise = total_bytes(estimate.denoise(plan)) - layers
+        layers = estimate.config.num_layers * estimate.bytes.layer_bytes
+        held = total_bytes(estimate.bytes.held(plan)) - layers
+        rings = total_bytes(estimate.bytes.rings(plan))
+        captured = total_bytes(estimate.bytes.captured(plan))
+        self.encode = held + rings + captured + estimate.bytes.times().bytes
+        self.prefill = (
+            total_bytes(estimate.bytes.prefill(plan)) - layers if plan.cache != "none" else 0
+        )
+        self.denoise = total_bytes(estimate.bytes.denoise(plan)) - layers
         self.decode = held + captured
 
 
@@ -328,11 +257,11 @@ class _VaeParts:
 
     def __init__(self, estimate: Estimate, plan: MemoryPlan, current: MemoryPlan | None) -> None:
         self.plan = plan
-        self.resident = estimate.vae_bytes * plan.vae_resident
-        maps = sum(estimate.encode_maps(plan))
-        self.encode = estimate.vae_bytes + maps if maps else 0
-        self.decode = estimate.vae_bytes + sum(estimate.decode_maps(plan))
-        self.seconds = estimate.vae_seconds(plan, current)
+        self.resident = estimate.bytes.vae_bytes * plan.vae_resident
+        maps = sum(estimate.bytes.encode_maps(plan))
+        self.encode = estimate.bytes.vae_bytes + maps if maps else 0
+        self.decode = estimate.bytes.vae_bytes + sum(estimate.bytes.decode_maps(plan))
+        self.seconds = estimate.seconds.of_vae(plan, current)
 
 
 # What candidates are made of, by replacing.
@@ -397,7 +326,7 @@ def _kept(estimate: Estimate, plan: MemoryPlan, budget_bytes: int, kept_bytes: i
         return 0
     if plan.cache == "ring":  # on the host
         return 0 if estimate.on_host else kept_bytes
-    room = budget_bytes - estimate.cost(plan).peak_bytes + estimate.arena_bytes(plan)
+    room = budget_bytes - estimate.cost(plan).peak_bytes + estimate.bytes.arena_bytes(plan)
     return min(kept_bytes, room // _KEPT_UNIT * _KEPT_UNIT)
 
 
@@ -426,67 +355,3 @@ def _nothing_fits(
         ways.append("ask for fewer pictures per call")
     ways.append("give more memory")
     return MemoryBudgetError(f"{message}; {', or '.join(ways)}", least, budget_bytes)
-
-
-def _meminfo(root: Path) -> dict[str, int]:
-    """Bytes of each line of /proc/meminfo; nothing where there is no such file."""
-    try:
-        text = (root / "proc/meminfo").read_text()
-    except OSError:
-        return {}
-    return {name: int(kb) << 10 for name, kb in re.findall(r"(\w+):\s+(\d+) kB", text)}
-
-
-def _cgroups(root: Path) -> Iterator[tuple[int, int]]:
-    """Limit and use in bytes of each control group that this process is in; version 2, then 1."""
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        lines = []
-    for mount, controller, limit, used in (
-        ("sys/fs/cgroup", "", "memory.max", "memory.current"),
-        ("sys/fs/cgroup/memory", "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
-    ):
-        groups = {PurePosixPath("/")}  # a container's own group is where its mount begins
-        for line in lines:
-            _, controllers, name = line.split(":", 2)
-            group = PurePosixPath("/", name)
-            if controller in controllers.split(",") and ".." not in group.parts:
-                groups |= {group, *group.parents}  # the limit of each counts
-        for group in groups:
-            place = root / mount / group.relative_to("/")
-            try:
-                most, now = (int((place / name).read_text()) for name in (limit, used))
-                stat = dict(
-                    line.split() for line in (place / "memory.stat").read_text().splitlines()
-                )
-            except (OSError, ValueError):  # "max" where there is none
-                continue
-            # pages that can be dropped; version 1 counts those of groups below apart
-            pages = stat.get("total_inactive_file", stat.get("inactive_file", 0))
-            yield most, now - int(pages)
-
-
-def _host_bytes(root: Path = Path("/")) -> int:
-    """The host's memory, or what the process's control groups allow of it."""
-    total = _meminfo(root).get("MemTotal") or _pages("SC_PHYS_PAGES")
-    return min([total, *(most for most, _ in _cgroups(root))])
-
-
-def _own_bytes() -> int:
-    """What this process holds beside mapped files."""
-    try:
-        text = Path("/proc/self/status").read_text()
-    except OSError:
-        return 0
-    found = re.search(r"RssAnon:\s+(\d+) kB", text)
-    return int(found[1]) << 10 if found else 0
-
-
-def _pages(name: str) -> int:
-    import os
-
-    try:
-        return os.sysconf(name) * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):  # Windows has none of it
-        return 8 << 30

@@ -19,8 +19,8 @@ import pytest
 from PIL import Image
 from playwright.sync_api import BrowserContext, Page, expect, sync_playwright
 
-from omnigen_fast import metadata
-from omnigen_fast.demo import INPUTS, SIDE, STEPS
+from omnigen_fast.page import record as metadata
+from omnigen_fast.page.demo import INPUTS, SIDE, STEPS
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CAT = GOLDEN / "images/cat.png"

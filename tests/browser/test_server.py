@@ -17,7 +17,7 @@ from gradio import processing_utils
 from gradio.data_classes import ImageData
 from PIL import Image
 
-from omnigen_fast import page
+from omnigen_fast.page import ui as page
 from omnigen_fast.request import DEFAULT_NEGATIVE_PROMPT
 
 

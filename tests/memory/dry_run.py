@@ -11,12 +11,14 @@ import torch
 
 from bench.common import full_config
 from bench.tracker import MemoryTracker
-from omnigen_fast import pipeline, weights
-from omnigen_fast.cache import StreamedCache
+from omnigen_fast import pipeline
 from omnigen_fast.denoise import schedule
 from omnigen_fast.memory.plan import MemoryPlan, Switches
-from omnigen_fast.model import Transformer, parameter_shapes
-from omnigen_fast.processor import EncodedBranch
+from omnigen_fast.model import Transformer
+from omnigen_fast.parameters import parameter_shapes
+from omnigen_fast.sequence import EncodedBranch
+from omnigen_fast.streamed_cache import StreamedCache
+from omnigen_fast.weights import store as weights
 
 CONFIG = full_config()
 META = torch.device("meta")

@@ -11,19 +11,23 @@ from dry_run import CONFIG, peaks, random_case
 from omnigen_fast import profiles
 from omnigen_fast.config import released_sizes
 from omnigen_fast.memory import planner
-from omnigen_fast.memory.estimate import Estimate, cost, step_flops
-from omnigen_fast.memory.overview import typical_workload
+from omnigen_fast.memory.autoencoder import VaeShape, decode_bytes, encode_bytes
+from omnigen_fast.memory.cost import Estimate, cost
+from omnigen_fast.memory.plan import typical_workload
+from omnigen_fast.memory.seconds import step_flops
 from omnigen_fast.memory.terms import total_bytes, total_seconds
-from omnigen_fast.vae_cost import VaeShape, decode_bytes, encode_bytes
+from omnigen_fast.precision import Precision
 
 A800, RTX3090 = profiles.load("a800"), profiles.load("rtx3090")
 PLAIN = replace(planner.PLAIN, resident_layers=32)
 # Bytes that both sides count alike, whatever is done with them.
 FIXED = ("layers", "other weights", "cache", "ring of layers")
 
+BFLOAT16 = Precision.of("bfloat16")
+
 
 def estimate_of(workload, profile=A800):
-    return Estimate(released_sizes(), VaeShape(), 2, workload, profile)
+    return Estimate(released_sizes(), VaeShape(), BFLOAT16, workload, profile)
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -34,10 +38,10 @@ def test_bytes_are_those_of_the_pipeline(seed):
         run, plan = random_case(rng)
         found = peaks(run, plan)
         assert set(found) == ({"denoise"} if plan.cache == "none" else {"prefill", "denoise"})
-        estimate = Estimate(CONFIG, VaeShape(), 2, run.workload(), A800)
+        estimate = Estimate(CONFIG, VaeShape(), BFLOAT16, run.workload(), A800)
         for phase, counted in found.items():
-            terms = list(getattr(estimate, phase)(plan))
-            predicted = total_bytes(terms) - estimate.context_bytes
+            terms = list(getattr(estimate.bytes, phase)(plan))
+            predicted = total_bytes(terms) - estimate.bytes.context_bytes
             fixed = total_bytes(term for term in terms if term.name in FIXED)
             assert predicted - fixed == pytest.approx(counted - fixed, rel=0.02), (phase, plan)
 
@@ -54,7 +58,7 @@ def test_autoencoder_phases():
     estimate, shape = estimate_of(workload), VaeShape()
     for plan in (PLAIN, replace(PLAIN, vae_resident=False, strip_rows=16, strips_on_host=True)):
         host = plan.strips_on_host
-        phases = cost(released_sizes(), shape, 2, workload, plan, A800).phases
+        phases = cost(released_sizes(), shape, BFLOAT16, workload, plan, A800).phases
         found = {term.name: term.bytes for term in phases["decode"]}
         assert found["decode"] == decode_bytes(
             shape, 1024, 768, plan.strip_rows, host_store=host, pictures=2
@@ -63,7 +67,7 @@ def test_autoencoder_phases():
             shape, 512, 512, plan.strip_rows, host_store=host
         )
         # moved or resident, its weights are there once
-        assert found["VAE"] == estimate.vae_bytes
+        assert found["VAE"] == estimate.bytes.vae_bytes
         assert [term.name for term in phases["decode"]].count("VAE") == 1
         denoising = {term.name for term in phases["denoise"]}
         assert ("VAE" in denoising) == plan.vae_resident
@@ -102,7 +106,8 @@ def test_streaming_does_not_hide_where_a_step_is_short():
     streamed = estimate.cost(plan)
     waiting = {one.name: one.seconds for one in streamed.durations}["waiting"]
     assert waiting > 0.5 * streamed.seconds
-    least = workload.steps * 32 * estimate.layer_bytes / estimate.profile.link_bytes_per_second
+    link = estimate.bytes.profile.link_bytes_per_second
+    least = workload.steps * 32 * estimate.bytes.layer_bytes / link
     assert streamed.seconds > least
 
 
@@ -111,11 +116,11 @@ def test_seconds_are_the_sum_of_the_durations():
     for _ in range(50):
         run, plan = random_case(rng)
         for current in (None, PLAIN, replace(PLAIN, resident_layers=3, vae_resident=False)):
-            estimate = Estimate(CONFIG, VaeShape(), 2, run.workload(), RTX3090)
+            estimate = Estimate(CONFIG, VaeShape(), BFLOAT16, run.workload(), RTX3090)
             found = estimate.cost(plan, current)
             assert min(one.seconds for one in found.durations) > -1e-9
             assert total_seconds(found.durations) == pytest.approx(
-                estimate.seconds(plan, current), rel=1e-9
+                estimate.seconds.of(plan, current), rel=1e-9
             )
 
 
@@ -126,7 +131,7 @@ def test_recomputing_costs_time_and_saves_the_cache():
     )
     assert recomputed.seconds > 1.5 * kept.seconds
     saved = total_bytes(kept.denoise) - total_bytes(recomputed.denoise)
-    assert saved > 0.8 * estimate_of(workload).arena_bytes(PLAIN)
+    assert saved > 0.8 * estimate_of(workload).bytes.arena_bytes(PLAIN)
 
 
 def test_a_shared_prefix_is_kept_and_computed_once():

@@ -15,28 +15,30 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from omnigen_fast import profiles
-from omnigen_fast.cli import main
+from omnigen_fast.cli.main import main
 from omnigen_fast.config import released_sizes
 from omnigen_fast.errors import MemoryBudgetError, RequestError
-from omnigen_fast.memory import overview, planner
-from omnigen_fast.memory.estimate import Estimate
-from omnigen_fast.memory.overview import typical_workload
-from omnigen_fast.memory.plan import MemoryPlan, Switches
-from omnigen_fast.memory.planner import free_host_bytes, parse_memory
-from omnigen_fast.vae_cost import VaeShape
+from omnigen_fast.memory import device, overview, planner
+from omnigen_fast.memory.autoencoder import VaeShape
+from omnigen_fast.memory.cost import Estimate
+from omnigen_fast.memory.device import free_host_bytes, parse_memory
+from omnigen_fast.memory.plan import MemoryPlan, Switches, typical_workload
+from omnigen_fast.precision import Precision
 
-CONFIG, VAE = released_sizes(), VaeShape()
+CONFIG, VAE, BFLOAT16 = released_sizes(), VaeShape(), Precision.of("bfloat16")
 A800, RTX3090 = profiles.load("a800"), profiles.load("rtx3090")
 CELLS = [(one, cell) for one in (A800, RTX3090) for cell in one.documented]
 SIDES = st.sampled_from((256, 512, 768, 1024, 1536))
 
 
 def decide(workload, profile, budget, switches=planner.ANY, **others):
-    return planner.plan(CONFIG, VAE, 2, workload, profile, budget, switches, **others)
+    return planner.plan(CONFIG, VAE, BFLOAT16, workload, profile, budget, switches, **others)
 
 
 def front_of(workload, profile, switches=planner.ANY, current=None):
-    return planner.front(planner._estimate(CONFIG, VAE, 2, workload, profile), switches, current)
+    return planner.front(
+        planner._estimate(CONFIG, VAE, BFLOAT16, workload, profile), switches, current
+    )
 
 
 workloads = st.builds(
@@ -99,7 +101,7 @@ def test_the_least_that_would_do(workload, profile, switches):
 @settings(many, max_examples=60)
 @given(workloads, devices, some_switches, st.sampled_from((None, 0, 5, 32)))
 def test_candidates_have_the_costs_of_their_plans(workload, profile, switches, resident):
-    estimate = Estimate(CONFIG, VAE, 2, workload, profile)
+    estimate = Estimate(CONFIG, VAE, BFLOAT16, workload, profile)
     smallest = planner.front(estimate, switches)[-1].plan
     current = (
         resident
@@ -134,10 +136,10 @@ def all_plans(layers: range):
 def test_nothing_faster_fits(budget):
     """Against every plan there is, each with its full estimate."""
     workload = typical_workload(768, 512, images=1, max_input_image_size=768, steps=4)
-    estimate = Estimate(CONFIG, VAE, 2, workload, RTX3090)
+    estimate = Estimate(CONFIG, VAE, BFLOAT16, workload, RTX3090)
     decision = decide(workload, RTX3090, int(budget))
     for one in all_plans(range(0, 33, 4)):
-        if estimate.seconds(one) < decision.cost.seconds * (1 - 1e-9):
+        if estimate.seconds.of(one) < decision.cost.seconds * (1 - 1e-9):
             assert estimate.cost(one).peak_bytes > budget, one
 
 
@@ -178,7 +180,9 @@ def test_room_is_kept_for_earlier_conditions():
     scarce = decide(
         workload, A800, planner.front(plenty.estimate)[0].peak_bytes, kept_bytes=4 << 30
     )
-    assert scarce.plan.kept_bytes <= scarce.estimate.arena_bytes(replace(scarce.plan, kept_bytes=0))
+    assert scarce.plan.kept_bytes <= scarce.estimate.bytes.arena_bytes(
+        replace(scarce.plan, kept_bytes=0)
+    )
     assert scarce.cost.seconds == plenty.cost.seconds
 
 
@@ -206,7 +210,7 @@ def of_cell(cell):
 def test_documented_cells(profile, cell):
     """The same switches need no more memory than documented, and what ran out of it fits."""
     workload, switches = of_cell(cell)
-    budget = cell.gigabytes * 10**9 if cell.gigabytes else planner.less_margin(profile.memory_bytes)
+    budget = cell.gigabytes * 10**9 if cell.gigabytes else device.less_margin(profile.memory_bytes)
     decision = decide(workload, profile, budget, switches)
     assert decision.cost.peak_bytes <= budget and keeps(decision.plan, switches)
     if cell.seconds:
@@ -215,7 +219,7 @@ def test_documented_cells(profile, cell):
 
 def test_two_images_on_a_24_gb_card_need_no_offloading():
     workload = typical_workload(1024, 1024, images=2)
-    chosen = decide(workload, RTX3090, planner.less_margin(24e9)).plan
+    chosen = decide(workload, RTX3090, device.less_margin(24e9)).plan
     assert (chosen.resident_layers, chosen.cache) == (32, "device")
 
 
@@ -320,23 +324,23 @@ def test_limits_of_control_groups(tmp_path, line, place):
         "inactive_file 10\ntotal_inactive_file 50000\n" if old else "inactive_file 50000\n"
     )
     assert free_host_bytes(tmp_path) == 150_000
-    assert planner._host_bytes(tmp_path) == 700_000
+    assert device._host_bytes(tmp_path) == 700_000
 
 
 def test_a_small_container_on_a_large_host(monkeypatch):
     def meminfo(root):
         return {"MemTotal": 512 << 30, "MemAvailable": 500 << 30}
 
-    monkeypatch.setattr(planner, "_meminfo", meminfo)
-    monkeypatch.setattr(planner, "_cgroups", lambda root: iter([(8 << 30, 1 << 30)]))
-    monkeypatch.setattr(planner, "_own_bytes", lambda: 1 << 30)
-    found = planner.free_bytes(SimpleNamespace(type="cpu"), profiles.load("cpu"))
+    monkeypatch.setattr(device, "_meminfo", meminfo)
+    monkeypatch.setattr(device, "_cgroups", lambda root: iter([(8 << 30, 1 << 30)]))
+    monkeypatch.setattr(device, "_own_bytes", lambda: 1 << 30)
+    found = device.free_bytes(SimpleNamespace(type="cpu"), profiles.load("cpu"))
     assert (7 << 30) < found < (8 << 30)
 
 
 def test_free_memory_of_this_machine():
-    found = planner.free_bytes(SimpleNamespace(type="cpu"), profiles.load("cpu"))
-    assert (256 << 20) < found < planner._host_bytes()
+    found = device.free_bytes(SimpleNamespace(type="cpu"), profiles.load("cpu"))
+    assert (256 << 20) < found < device._host_bytes()
 
 
 @pytest.fixture(scope="module")
@@ -395,6 +399,6 @@ class TestCommand:
 
 def test_settings_are_the_documented_ones():
     workload = typical_workload(1024, 1024, images=1)
-    found = list(overview.settings(A800, workload, int(80e9)))
+    found = list(overview.settings(A800, workload, int(80e9), BFLOAT16))
     texts = [one.documented.text for one in found if one.documented]
     assert texts == ["36G, 1m", "14G, 1m10s", "12G, 1m6s", "7G, 1m30s", "5G, 2m19s"]

@@ -1,0 +1,5 @@
+"""The command line; `main` is `omnigen-fast`."""
+
+from .main import main
+
+__all__ = ["main"]

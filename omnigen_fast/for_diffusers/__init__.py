@@ -1,0 +1,1 @@
+"""diffusers' own OmniGenPipeline on this runtime."""

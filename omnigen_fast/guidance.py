@@ -1,0 +1,37 @@
+"""The guidance branches of a prompt and their coefficients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .images import InputImage
+from .request import Guidance, Prompt
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A guidance branch: the condition of one velocity that guidance combines."""
+
+    text: str
+    images: tuple[InputImage, ...] = ()
+
+
+def guidance_branches(prompt: Prompt, guidance: Guidance) -> list[tuple[Branch, float]]:
+    """The branches of one prompt and what the velocity of each counts.
+
+    `v = uncond + w_img (img - uncond) + w (cond - img)` with image guidance, else
+    `v = uncond + w (cond - uncond)`, collected by branch; a branch that counts 0 is left out, which
+    changes no value.
+    """
+    text, image = guidance.text, guidance.image
+    cond, uncond = Branch(prompt.text, prompt.images), Branch(prompt.negative)
+    if guidance.use_image and prompt.images:
+        tags = " ".join(f"<img><|image_{i + 1}|></img>" for i in range(len(prompt.images)))
+        branches = [(cond, text), (uncond, 1 - image), (Branch(tags, prompt.images), image - text)]
+    else:
+        branches = [(cond, text), (uncond, 1 - text)]
+    return [(branch, coefficient) for branch, coefficient in branches if coefficient]

@@ -1,0 +1,284 @@
+"""What a plan costs in seconds, by roofline: predictions from the rates that a profile attains."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+from ..config import VAE_SCALE, ModelConfig
+from ..parameters import PATCH_VALUES
+from .autoencoder import Layer, decode_flops, decoder_layers, encode_flops, encoder_layers
+from .estimate import ByteEstimate
+from .plan import MemoryPlan, Workload
+from .terms import Duration
+
+_FLOAT = 4  # bytes
+# Typical of CUDA, not measured: between two kernels of a graph, between two launched one by one,
+# and what the host needs to launch one.
+_GAP_CAPTURED, _GAP_EAGER, _LAUNCH = 1e-6, 2e-6, 15e-6
+# Reads and writes of each value that a VAE layer makes: two norms, activations, the sum.
+_VAE_MOVES = 10
+_decode_flops, _encode_flops = lru_cache(256)(decode_flops), lru_cache(256)(encode_flops)
+
+
+def step_flops(config: ModelConfig, workload: Workload) -> int:
+    """Operations of one step with the condition's keys and values kept: products and attention."""
+    groups = [tokens for picture in workload.branches for tokens in picture]
+    products = product_flops(config, len(groups) * workload.noise_tokens)
+    return config.num_layers * (products + attention_flops(config, groups, workload.noise_tokens))
+
+
+def product_flops(config: ModelConfig, rows: int) -> int:
+    """Of a layer's matrix products; a multiplication and an addition are two operations."""
+    hidden = config.hidden_size
+    return 2 * rows * hidden * (config.qkv_width + hidden + 3 * config.intermediate_size)
+
+
+def attention_flops(config: ModelConfig, tokens: Sequence[int], noise_tokens: int) -> int:
+    """Of a layer's attention in groups whose conditions have so many tokens."""
+    keys = sum(one + 1 + noise_tokens for one in tokens)
+    return 4 * noise_tokens * keys * config.num_heads * config.head_dim
+
+
+@dataclass(frozen=True)
+class Work:
+    """Seconds of a pass through all layers, by what limits them."""
+
+    products: float = 0.0
+    attention: float = 0.0
+    elementwise: float = 0.0
+    launches: float = 0.0  # gaps between kernels, or what the host needs more than the device
+
+    @property
+    def seconds(self) -> float:
+        return self.products + self.attention + self.elementwise + self.launches
+
+
+class SecondsEstimate:
+    """Seconds of one request on one device under any plan; what plans share is computed once.
+
+    Args:
+        sizes: the bytes of the same request on the same device.
+    """
+
+    def __init__(self, sizes: ByteEstimate) -> None:
+        self._sizes = sizes
+        self._config, self._workload = sizes.config, sizes.workload
+        profile = self._profile = sizes.profile
+        half = sizes.precision.arithmetic == "bfloat16"
+        self._product_rate = (
+            profile.attained_product_flops_per_second if half else profile.fp32_flops_per_second
+        )
+        self._attention_rate = (
+            profile.attained_attention_flops_per_second if half else profile.fp32_flops_per_second
+        )
+        self._bandwidth = profile.bandwidth_bytes_per_second * profile.attained_bandwidth_share
+        self._work: dict[object, Work] = {}
+
+    def durations(self, plan: MemoryPlan, current: MemoryPlan | None) -> Iterator[Duration]:
+        steps, step = self._workload.steps, self.step_work(plan)
+        if current is not None:
+            moved = self.layers_moving(plan, current) + self.vae_moving(plan, current)
+            yield Duration("arranging", moved, "weights to their places")
+        if self._workload.images:
+            yield Duration("encode", self.encode_seconds(plan), "input images, in float32")
+        if plan.cache != "none":
+            why = "the condition and all time tokens, once"
+            yield Duration("prefill", self.prefill_seconds(plan), why)
+        yield Duration("products", steps * step.products, "matrix products of all steps")
+        yield Duration("attention", steps * step.attention, "of all steps")
+        yield Duration("elementwise", steps * step.elementwise, "norms, rotary, SwiGLU, guidance")
+        why = "between the kernels of a recording" if plan.capture else "kernel by kernel"
+        yield Duration("launches", steps * step.launches, why)
+        if self.copied_bytes(plan):
+            share = steps * self.contention(plan)
+            yield Duration("contention", share, "copies take a part of the memory's bandwidth")
+        if plan.cache == "none":
+            again = steps * self.condition_work(plan).seconds
+            yield Duration("recomputing", again, "the condition in every step")
+        waits = self.loop_seconds(plan) - steps * self.compute_seconds(plan)
+        if self.copied_bytes(plan):
+            yield Duration("waiting", waits, "for copies that outlast the computation")
+        yield Duration("decode", self.decode_seconds(plan), "in float32")
+
+    def of(self, plan: MemoryPlan, current: MemoryPlan | None = None) -> float:
+        """Of all; the sum of `durations` up to rounding."""
+        return self.of_transformer(plan, current) + self.of_vae(plan, current)
+
+    def of_transformer(self, plan: MemoryPlan, current: MemoryPlan | None) -> float:
+        prefill = self.prefill_seconds(plan) if plan.cache != "none" else 0.0
+        return self.layers_moving(plan, current) + prefill + self.loop_seconds(plan)
+
+    def of_vae(self, plan: MemoryPlan, current: MemoryPlan | None) -> float:
+        encode = self.encode_seconds(plan) if self._workload.images else 0.0
+        return self.vae_moving(plan, current) + encode + self.decode_seconds(plan)
+
+    def layers_moving(self, plan: MemoryPlan, current: MemoryPlan | None) -> float:
+        """Layers to the device, or their copies to the host."""
+        moved = abs(plan.resident_layers - current.resident_layers) if current else 0
+        return moved * self._sizes.layer_bytes / self._profile.link_bytes_per_second
+
+    def vae_moving(self, plan: MemoryPlan, current: MemoryPlan | None) -> float:
+        """The VAE to the device, to stay there."""
+        comes = current is not None and plan.vae_resident and not current.vae_resident
+        return self._sizes.vae_bytes * comes / self._profile.link_bytes_per_second
+
+    def loop_seconds(self, plan: MemoryPlan) -> float:
+        """All steps: computation, or the copies beside it where those take longer."""
+        step = max(self.compute_seconds(plan), self.copy_seconds(plan))
+        first = self._sizes.slot_bytes if plan.resident_layers < self._config.num_layers else 0
+        return self._workload.steps * step + first / self._profile.link_bytes_per_second
+
+    def compute_seconds(self, plan: MemoryPlan) -> float:
+        """Of one step on the device."""
+        seconds = self.step_work(plan).seconds
+        if plan.cache == "none":
+            seconds += self.condition_work(plan).seconds
+        return seconds + self.contention(plan)
+
+    def copied_bytes(self, plan: MemoryPlan) -> int:
+        """What is streamed in one step."""
+        size = (self._config.num_layers - plan.resident_layers) * self._sizes.layer_bytes
+        if plan.cache == "ring":
+            size += self._sizes.cache_rows(plan) * self._sizes.row_bytes(plan)
+        return size
+
+    def copy_seconds(self, plan: MemoryPlan) -> float:
+        """Of one step's copies. Evenly spread over the layers, they run beside all of it."""
+        return self.copied_bytes(plan) / self._profile.link_bytes_per_second
+
+    def contention(self, plan: MemoryPlan) -> float:
+        """What a step loses to its copies, which write to the memory that it reads."""
+        return self.copied_bytes(plan) / self._bandwidth
+
+    def prefill_seconds(self, plan: MemoryPlan) -> float:
+        computing = self.condition_work(plan).seconds + self.contention(plan)
+        return max(computing, self.copy_seconds(plan))
+
+    def step_work(self, plan: MemoryPlan) -> Work:
+        """Of the noise tokens."""
+        key = (plan.branches_per_pass, plan.mlp_rows, plan.capture)
+        if key not in self._work:
+            self._work[key] = self._step_work(plan)
+        return self._work[key]
+
+    def condition_work(self, plan: MemoryPlan) -> Work:
+        """Of the condition: once for all steps, or of one step where it is not kept."""
+        kept = plan.cache != "none"
+        key = (kept, plan.mlp_rows)
+        if key not in self._work:
+            self._work[key] = self._condition_work(kept, plan.mlp_rows)
+        return self._work[key]
+
+    def _step_work(self, plan: MemoryPlan) -> Work:
+        config, noise = self._config, self._workload.noise_tokens
+        layers, value = config.num_layers, self._sizes.precision.arithmetic_bytes
+        products = attention = moved = kernels = 0.0
+        for tokens in self._sizes.passes(plan.branches_per_pass):
+            rows = len(tokens) * noise
+            products += layers * self._product_seconds(rows, plan.mlp_rows)
+            width = config.num_heads * config.head_dim
+            size = rows * (2 * width * value + self._sizes.pair) + sum(tokens) * self._sizes.pair
+            attention += layers * max(
+                attention_flops(config, tokens, noise) / self._attention_rate,
+                size / self._bandwidth,
+            )
+            moved += layers * rows * self._row_moves
+            # noise in: product, positions, choice of pictures; out: two norms, product, guidance
+            moved += rows * (13 * self._sizes.unit + 4 * PATCH_VALUES * value)
+            kernels += layers * self._kernels(rows, plan.mlp_rows) + 9
+        return self._launched(products, attention, moved / self._bandwidth, kernels, plan.capture)
+
+    def _condition_work(self, kept: bool, mlp_rows: int) -> Work:
+        """Attention as if every row saw the whole condition: text sees about half."""
+        config = self._config
+        layers, steps = config.num_layers, self._workload.steps if kept else 1
+        products = attention = moved = kernels = 0.0
+        for own, tokens in self._sizes.branch_rows:
+            rows = (own if kept else tokens) + steps
+            products += layers * self._product_seconds(rows, mlp_rows)
+            flops = 4 * rows * tokens * config.num_heads * config.head_dim
+            attention += layers * flops / self._attention_rate
+            moved += layers * rows * self._row_moves
+            kernels += layers * self._kernels(rows, mlp_rows)
+        return self._launched(products, attention, moved / self._bandwidth, kernels, False)
+
+    @cached_property
+    def _row_moves(self) -> int:
+        """Bytes that the elementwise kernels of a layer read and write for a row."""
+        config = self._config
+        value = self._sizes.precision.arithmetic_bytes
+        norms = 8 * self._sizes.unit  # read residual and sum, write residual and normed; twice
+        rotary = 2 * (config.num_heads + config.num_kv_heads) * config.head_dim * value
+        return norms + rotary + 3 * config.intermediate_size * value
+
+    def _product_seconds(self, rows: int, mlp_rows: int) -> float:
+        """Of a layer's products: weights are read for each chunk of the MLP's rows."""
+        hidden, inner = self._config.hidden_size, self._config.intermediate_size
+        precision, width = self._sizes.precision, self._config.qkv_width
+        weights = hidden * (width + hidden)
+        weights += 3 * hidden * inner * math.ceil(rows / mlp_rows)
+        activations = rows * (3 * hidden + width + 3 * inner + hidden)
+        moved = weights * precision.storage_bytes + activations * precision.arithmetic_bytes
+        return max(product_flops(self._config, rows) / self._product_rate, moved / self._bandwidth)
+
+    def _kernels(self, rows: int, mlp_rows: int) -> int:
+        """Of a layer: two norms, two products, rotary, attention; three for each chunk."""
+        return 6 + 3 * math.ceil(rows / mlp_rows)
+
+    def _launched(
+        self, products: float, attention: float, elementwise: float, kernels: float, captured: bool
+    ) -> Work:
+        busy = products + attention + elementwise
+        if captured:
+            return Work(products, attention, elementwise, kernels * _GAP_CAPTURED)
+        gaps = kernels * _GAP_EAGER
+        return Work(products, attention, elementwise, max(gaps, kernels * _LAUNCH - busy))
+
+    def encode_seconds(self, plan: MemoryPlan) -> float:
+        layers = encoder_layers(self._sizes.vae)
+        seconds = sum(
+            self._vae_seconds(_encode_flops, layers, plan, *one) for one in self._workload.images
+        )
+        return seconds + self._bringing(plan)
+
+    def decode_seconds(self, plan: MemoryPlan) -> float:
+        work = self._workload
+        one = self._vae_seconds(
+            _decode_flops, decoder_layers(self._sizes.vae), plan, work.height, work.width
+        )
+        return len(work.branches) * one + self._bringing(plan)
+
+    def _bringing(self, plan: MemoryPlan) -> float:
+        return (
+            0.0
+            if plan.vae_resident
+            else self._sizes.vae_bytes / self._profile.link_bytes_per_second
+        )
+
+    def _vae_seconds(
+        self,
+        flops_of: Callable[..., int],
+        layers: Sequence[Layer],
+        plan: MemoryPlan,
+        height: int,
+        width: int,
+    ) -> float:
+        latents = height * width // VAE_SCALE**2
+        made = sum(layer.size for layer in layers) * latents * _FLOAT
+        moved = _VAE_MOVES * made
+        seconds = 0.0
+        if plan.strip_rows is not None:
+            moved = moved * (1 + 4 / (VAE_SCALE * plan.strip_rows))  # rows that two strips read
+            rows = height // VAE_SCALE
+            strips = sum(math.ceil(rows * one.scale / (8 * plan.strip_rows)) for one in layers)
+            seconds += strips * 10 * _GAP_EAGER
+            if (
+                plan.strips_on_host and not self._sizes.on_host
+            ):  # out once, in for moments and for use
+                seconds += 3 * made / self._profile.link_bytes_per_second
+        flops = flops_of(self._sizes.vae, height, width, plan.strip_rows)
+        rate = self._profile.fp32_flops_per_second
+        return seconds + flops / rate + moved / self._bandwidth

@@ -1,0 +1,1 @@
+"""The page: its jobs, its looks, its examples, and the record that a picture carries."""

@@ -1,0 +1,318 @@
+"""What the page does, apart from how it looks: from its fields to a call, and the call's course."""
+
+from __future__ import annotations
+
+import inspect
+import queue
+import secrets
+import shutil
+import statistics
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import OmniGenError, RequestError
+from ..request import DEFAULT_NEGATIVE_PROMPT
+from . import record as metadata
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from ..memory.planner import Decision
+    from ..pipeline import OmniGenPipeline
+    from ..vae.preview import Preview
+
+_PREVIEW_SECONDS = 0.3  # between previews: the page and the network get no more of them
+_RECENT_STEPS = 8  # whose median says how long the others will take
+_MAX_SEED = (1 << 32) - 1
+_SHOWN_PLANS = 8
+
+
+@dataclass(frozen=True)
+class Fields:
+    """The page's fields, as they come: anything may be empty or of a wrong kind."""
+
+    prompt: Any
+    image_1: Any  # path of an upload, or None
+    image_2: Any
+    image_3: Any
+    height: Any
+    width: Any
+    guidance_scale: Any
+    img_guidance_scale: Any
+    steps: Any
+    seed: Any
+    randomize: Any
+    max_input_image_size: Any
+    use_input_image_size: Any
+    negative_prompt: Any
+    memory: Any
+
+    def call(self) -> dict[str, Any]:
+        """Arguments of the pipeline, which checks their values.
+
+        Raises RequestError for what only the page can get wrong.
+        """
+        images = [self.image_1, self.image_2, self.image_3]
+        given = [image is not None for image in images]
+        if given != sorted(given, reverse=True):
+            raise RequestError(
+                f"image {len(given) - given[::-1].index(True)} is given but image "
+                f"{given.index(False) + 1} is not; fill them from the first"
+            )
+        seed = secrets.randbelow(_MAX_SEED + 1) if self.randomize else _whole(self.seed)
+        if seed is None:
+            raise RequestError("seed must be an integer, got None; or choose a random one")
+        return {
+            "prompt": self.prompt,
+            "input_images": [image for image in images if image is not None],
+            "height": _whole(self.height),
+            "width": _whole(self.width),
+            "num_inference_steps": _whole(self.steps),
+            "guidance_scale": self.guidance_scale,
+            "img_guidance_scale": self.img_guidance_scale,
+            "max_input_image_size": _whole(self.max_input_image_size),
+            "use_input_image_size_as_output": self.use_input_image_size,
+            "negative_prompt": (
+                None if self.negative_prompt == DEFAULT_NEGATIVE_PROMPT else self.negative_prompt
+            ),
+            "seed": seed,
+            "memory": self.memory or "auto",
+        }
+
+
+@dataclass(frozen=True)
+class Progress:
+    """After a step."""
+
+    done: int
+    steps: int
+    seconds_per_step: float | None  # None until one has been timed
+    preview: Image | None  # None where it would come too soon after the last
+
+    def __str__(self) -> str:
+        text = f"Step {self.done} of {self.steps}"
+        if self.seconds_per_step is None:
+            return text
+        left = self.seconds_per_step * (self.steps - self.done)
+        return f"{text}, {self.seconds_per_step:.2f} s each, {clock(left)} left"
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The end of a call."""
+
+    image: Image
+    done: int
+    steps: int
+    seconds: float
+
+    @property
+    def stopped(self) -> bool:
+        return self.done < self.steps
+
+
+class Job:
+    """One call in a thread of its own, which can be watched and stopped."""
+
+    def __init__(
+        self, pipe: OmniGenPipeline, arguments: Mapping[str, Any], preview: Preview | None = None
+    ) -> None:
+        self._pipe, self._arguments, self._preview = pipe, arguments, preview
+        self._stop = threading.Event()
+        self._events: queue.SimpleQueue[Progress | Finished | BaseException] = queue.SimpleQueue()
+        self._last: tuple[float, Any] = (0.0, None)  # time and latents of the last step
+        self._shown = 0.0
+        self._done = 0
+        self._seconds: deque[float] = deque(maxlen=_RECENT_STEPS)
+
+    def stop(self) -> None:
+        """Ends the call after the step that is running."""
+        self._stop.set()
+
+    @property
+    def stopping(self) -> bool:
+        return self._stop.is_set()
+
+    def run(self) -> Iterator[Progress | Finished]:
+        """The call's course; raises what the call raises. Left early, it stops the call."""
+        threading.Thread(target=self._work, daemon=True).start()
+        try:
+            while True:
+                event = self._events.get()
+                while isinstance(event, Progress) and not self._events.empty():
+                    event = self._events.get()  # the watcher is slower than the steps
+                if isinstance(event, BaseException):
+                    raise event
+                yield event
+                if isinstance(event, Finished):
+                    return
+        finally:
+            self.stop()
+
+    def _work(self) -> None:
+        start = time.monotonic()
+        steps = self._arguments["num_inference_steps"]
+        try:
+            memory = _at_most_free(self._pipe, self._arguments["memory"])
+            (image,) = self._pipe(
+                **{**self._arguments, "memory": memory},
+                progress=False,
+                callback_on_step_end=self._after_step,
+            )
+            self._events.put(Finished(image, self._done, steps, time.monotonic() - start))
+        except BaseException as error:  # raised again where the job is watched
+            self._events.put(error)
+
+    def _after_step(self, pipe: Any, step: int, time_: float, tensors: dict[str, Any]) -> None:
+        now, latents = time.monotonic(), tensors["latents"]
+        steps = self._arguments["num_inference_steps"]
+        (before, earlier), self._last = self._last, (now, latents)
+        self._done = step + 1
+        if earlier is not None:
+            self._seconds.append(now - before)
+        image = None
+        due = now - self._shown > _PREVIEW_SECONDS
+        if self._preview is not None and earlier is not None and due:
+            from ..vae.preview import expected
+
+            image = self._preview.image(expected(earlier, latents, step, steps)[0])
+            self._shown = time.monotonic()
+        median = statistics.median(self._seconds) if self._seconds else None
+        self._events.put(Progress(step + 1, steps, median, image))
+        if self._stop.is_set():
+            pipe._interrupt = True
+
+
+def save(image: Image, arguments: Mapping[str, Any], model: str, dtype: str, folder: Path) -> Path:
+    """Writes a picture with its request, and its input images beside it; returns its path.
+
+    Nothing that is there is overwritten. If it fails, nothing is left behind.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = _new_file(folder, f"{datetime.now():%Y%m%d-%H%M%S}-{arguments['seed']}")
+    inputs: list[Path] = []
+    try:
+        for i, source in enumerate(arguments["input_images"], 1):
+            inputs.append(path.with_name(f"{path.stem}-input-{i}{Path(source).suffix}"))
+            shutil.copyfile(source, inputs[-1])
+        negative = arguments["negative_prompt"]
+        recorded = {
+            "use_img_guidance": True,
+            "num_images_per_prompt": 1,
+            "dtype": dtype,
+            **arguments,
+        }
+        record = metadata.Record(
+            model=model,
+            prompts=(arguments["prompt"],),
+            input_images=metadata.sources([inputs], folder),
+            negative_prompts=None if negative is None else (negative,),
+            arguments={name: recorded[name] for name in metadata.ARGUMENTS},
+        )
+        image.save(path, pnginfo=metadata.png_info(record))
+    except BaseException:
+        for written in (path, *inputs):
+            written.unlink(missing_ok=True)
+        raise
+    return path
+
+
+def memory_table(pipe: OmniGenPipeline, arguments: Mapping[str, Any]) -> list[list[str]]:
+    """The planner's plans for a request: mark, peak, seconds, what it does; see TABLE_HEADERS.
+
+    Raises:
+        RequestError: a request that can't be made.
+        MemoryBudgetError: one for which no plan fits.
+    """
+    from ..memory.planner import describe
+
+    decision = _decision(pipe, arguments)
+    every = decision.candidates
+    fitting = every.index(decision.chosen)
+    shown = sorted({round(i * (len(every) - 1) / (_SHOWN_PLANS - 1)) for i in range(_SHOWN_PLANS)})
+    if fitting not in shown:
+        shown = sorted([*shown, fitting])
+    return [
+        [
+            "chosen" if i == fitting else "fits" if decision.fits(every[i]) else "too large",
+            f"{every[i].peak_bytes / 1e9:.2f}",
+            f"{every[i].seconds:.1f}",
+            describe(every[i].plan, pipe.config),
+        ]
+        for i in shown
+    ]
+
+
+TABLE_HEADERS = ["", "GB (predicted)", "s (predicted)", "plan"]
+
+
+def sentence(error: BaseException) -> str:
+    """What the page says about an error: for one of ours what Python and the command line say."""
+    if isinstance(error, OmniGenError | OSError):
+        return str(error)
+    return f"it failed ({type(error).__name__}: {error}); the terminal has the details"
+
+
+def clock(seconds: float) -> str:
+    """3.5 s, 12 s, 3 min 20 s, 1 h 5 min."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def _decision(pipe: OmniGenPipeline, arguments: Mapping[str, Any]) -> Decision:
+    """What the pipeline would decide about a call, which it does not make."""
+    import torch
+
+    from ..pipeline import RunningCall
+    from ..request import make_request
+
+    defaults = {
+        name: parameter.default
+        for name, parameter in inspect.signature(type(pipe).__call__).parameters.items()
+    }
+    names = inspect.signature(make_request).parameters.keys() - {"config"}
+    request = make_request(pipe.config, **{name: (defaults | arguments)[name] for name in names})
+    nothing = torch.empty(0)
+    run = RunningCall(request, pipe._encode(request), latents=nothing, times=nothing)
+    return pipe._decide(run, _at_most_free(pipe, arguments["memory"]))
+
+
+def _at_most_free(pipe: OmniGenPipeline, memory: Any) -> str | int:
+    """The amount that is asked for, but no more than there is: a page is not its machine's owner.
+
+    Raises RequestError for what is no amount.
+    """
+    from ..memory.device import free_bytes, parse_memory, profile_of
+
+    asked = parse_memory(memory)
+    if asked is None:
+        return "auto"
+    return max(1, min(asked, free_bytes(pipe.device, profile_of(pipe.device))))
+
+
+def _new_file(folder: Path, name: str) -> Path:
+    """An empty PNG file of that name, or with a number behind it where one is there."""
+    number = 1
+    while True:
+        path = folder / f"{name}{f'-{number}' if number > 1 else ''}.png"
+        with suppress(FileExistsError), open(path, "xb"):
+            return path
+        number += 1
+
+
+def _whole(value: Any) -> Any:
+    """A browser's numbers are floats; what is no whole number stays, for the pipeline to refuse."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value

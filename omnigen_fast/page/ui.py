@@ -1,0 +1,391 @@
+"""The Gradio page: fields and buttons, and what each does through `app`."""
+
+from __future__ import annotations
+
+import html
+import io
+import os
+import threading
+import traceback
+from abc import ABCMeta
+from base64 import b64encode
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+# Gradio reads them: it would report each start and ask for newer versions, and the browser would
+# keep every request with its pictures.
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+os.environ["GRADIO_RUN_HISTORY"] = "False"
+
+import gradio as gr
+from gradio.data_classes import ImageData
+from gradio.processing_utils import save_file_to_cache
+from gradio.utils import get_upload_folder, is_in_or_equal
+from PIL.Image import Image
+
+from ..errors import OmniGenError
+from ..pipeline import OmniGenPipeline
+from ..request import DEFAULT_NEGATIVE_PROMPT
+from ..vae.preview import Preview
+from .gallery import TIPS, gallery
+from .job import TABLE_HEADERS, Fields, Finished, Job, clock, memory_table, save, sentence
+
+_MEMORY = ["auto", "4GiB", "6GiB", "8GiB", "12GiB", "16GiB", "24GiB"]
+_MAX_UPLOAD = "64mb"
+_MAX_WAITING = 16  # calls that know their place in the line; of Gradio's 40 threads
+_MAX_QUEUE = 64  # calls that are taken at all
+_NOT_UPLOADED = "an input image must be uploaded"
+_CSS = """
+.gradio-container {max-width: 1240px !important; margin: 0 auto !important}
+#status {min-height: 4.2em}
+#status p {margin: 0; overflow-wrap: anywhere}
+#status progress {width: 100%; height: .7em; accent-color: var(--primary-500)}
+#status [role=alert] {color: #b91c1c; font-weight: 600}
+.dark #status [role=alert] {color: #fca5a5}
+#plans table {font-variant-numeric: tabular-nums}
+#examples td:first-child {min-width: 26em; text-align: left}
+footer {display: none !important}
+"""
+# Its own default asks Google for the font.
+_FONTS = {
+    "font": ["system-ui", "sans-serif"],
+    "font_mono": ["ui-monospace", "monospace"],
+}
+
+
+class Page:
+    """A model, where its pictures go, and the calls that run or wait."""
+
+    def __init__(self, pipe: OmniGenPipeline, model: str, folder: Path) -> None:
+        self._pipe, self._model, self._folder = pipe, model, folder
+        self._preview = Preview.fit(pipe.vae)
+        # Calls in the order in which they came, each with its session; the first one runs.
+        self._line: list[tuple[str | None, Job]] = []
+        self._moved = threading.Condition()
+
+    def generate(self, request: gr.Request, *values: Any) -> Iterator[tuple[Any, ...]]:
+        """Status, picture, seed, file, and whether to generate and to stop is possible."""
+        same = gr.skip()
+        running = gr.Button(interactive=False), gr.Button(interactive=True)
+        idle = gr.Button(interactive=True), gr.Button(interactive=False)
+        try:
+            arguments = Fields(*values).call()
+            job = Job(self._pipe, arguments, self._preview)
+            with self._in_line(request.session_hash, job):
+                for others in self._wait(job):
+                    text = f"Waiting: {others} before this one"
+                    yield _status(text), same, arguments["seed"], "", *running
+                if job.stopping:
+                    yield _status("Stopped before it began"), same, same, "", *idle
+                    return
+                yield _status("Starting"), same, arguments["seed"], "", *running
+                for event in job.run():
+                    if isinstance(event, Finished):
+                        yield *self._finish(event, arguments), *idle
+                    else:
+                        picture = same if event.preview is None else event.preview
+                        status = _status(str(event), event.done / event.steps)
+                        yield status, picture, same, same, same, same
+        except Exception as error:  # any: it is shown, and the page goes on
+            yield _failure(error), same, same, same, *idle
+
+    def stop(self, request: gr.Request) -> None:
+        """Stops the session's own calls, which then say so."""
+        with self._moved:
+            for session, job in self._line:
+                if session == request.session_hash:
+                    job.stop()
+            self._moved.notify_all()
+
+    def plans(self, *values: Any) -> tuple[Any, Any]:
+        """The planner's table for the fields, and the status."""
+        try:
+            return memory_table(self._pipe, Fields(*values).call()), ""
+        except Exception as error:  # any: as above
+            return [], _failure(error)
+
+    @contextmanager
+    def _in_line(self, session: str | None, job: Job) -> Iterator[None]:
+        with self._moved:
+            self._line.append((session, job))
+        try:
+            yield
+        finally:
+            with self._moved:
+                self._line.remove((session, job))
+                self._moved.notify_all()
+
+    def _wait(self, job: Job) -> Iterator[int]:
+        """How many are before a call, whenever that changes, until none is or it is stopped."""
+        before = None
+        while True:
+            with self._moved:
+                self._moved.wait_for(lambda known=before: job.stopping or self._place(job) != known)
+                before = self._place(job)
+            if job.stopping or before == 0:
+                return
+            yield before
+
+    def _place(self, job: Job) -> int:
+        return next(i for i, (_, other) in enumerate(self._line) if other is job)
+
+    def _finish(self, event: Finished, arguments: dict[str, Any]) -> tuple[Any, ...]:
+        if event.stopped:
+            text = f"Stopped after step {event.done} of {event.steps}; nothing was saved"
+            return _status(text, event.done / event.steps), event.image, gr.skip(), ""
+        dtype = str(self._pipe.dtype).removeprefix("torch.")
+        try:
+            path = save(event.image, arguments, self._model, dtype, self._folder)
+        except (OmniGenError, OSError) as error:  # the picture is there all the same
+            return _failure(error, "The picture was not saved: "), event.image, gr.skip(), ""
+        text = f"Done: {event.steps} steps in {clock(event.seconds)}"
+        # the file itself, so that what is downloaded carries the request
+        return _status(text, 1), path, gr.skip(), str(path)
+
+    def build(self) -> gr.Blocks:
+        """The page."""
+        start = gallery(self._model)
+
+        def fill(index: int) -> list[Any]:
+            one = start.examples[index]
+            images = one.three_images()
+            return [one.prompt, *images, one.guidance_scale, one.use_input_image_size]
+
+        side = min(start.side, self._pipe.config.max_image_side)
+        with _Blocks(title="OmniGen", analytics_enabled=False) as blocks:
+            gr.Markdown(f"# OmniGen\n`{self._model}` on {self._pipe.device}")
+            with gr.Row():
+                with gr.Column(scale=6):
+                    prompt = gr.Textbox(
+                        label="Prompt",
+                        lines=3,
+                        placeholder="A cat on a sofa, or: <img><|image_1|></img> Remove the cup.",
+                        elem_id="prompt",
+                    )
+                    with gr.Row():
+                        images = [
+                            _Image(
+                                label=f"Image {i}",
+                                sources=["upload", "clipboard"],
+                                height=210,
+                                elem_id=f"image-{i}",
+                            )
+                            for i in (1, 2, 3)
+                        ]
+                    gr.Markdown(
+                        "The prompt names them where they belong: "
+                        + ", ".join(f"`<img><|image_{i}|></img>`" for i in (1, 2, 3))
+                    )
+                    with gr.Row():
+                        width = _number("Width", side, "width")
+                        height = _number("Height", side, "height")
+                        steps = _number("Steps", start.steps, "steps")
+                    use_size = gr.Checkbox(
+                        label="Use the input image's size", elem_id="use-input-size"
+                    )
+                    with gr.Row():
+                        guidance = _number("Guidance scale", start.guidance_scale, "guidance", 0.1)
+                        image_guidance = _number(
+                            "Image guidance scale", start.img_guidance_scale, "img-guidance", 0.1
+                        )
+                        largest = _number("Max input image size", side, "max-input-size")
+                    with gr.Row():
+                        seed = _number("Seed", 0, "seed")
+                        randomize = gr.Checkbox(
+                            label="Random seed", value=True, elem_id="randomize", scale=2
+                        )
+                    with gr.Accordion("Negative prompt", open=False):
+                        negative = gr.Textbox(
+                            value=DEFAULT_NEGATIVE_PROMPT,
+                            show_label=False,
+                            container=False,
+                            lines=3,
+                            elem_id="negative",
+                        )
+                with gr.Column(scale=5):
+                    with gr.Row():
+                        generate = gr.Button("Generate", variant="primary", elem_id="generate")
+                        stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="stop")
+                    status = gr.HTML(_status(""), elem_id="status")
+                    result = _Image(
+                        label="Picture",
+                        interactive=False,
+                        height=520,
+                        buttons=["download", "fullscreen"],
+                        elem_id="result",
+                    )
+                    saved = gr.Textbox(label="Saved as", interactive=False, elem_id="saved")
+            with gr.Accordion("Memory", open=False, elem_id="memory-section"):
+                with gr.Row():
+                    memory = gr.Dropdown(
+                        _MEMORY,
+                        value="auto",
+                        allow_custom_value=True,
+                        label="How much to use",
+                        info="auto: what is free; or an amount such as 8GiB",
+                        elem_id="memory",
+                        scale=3,
+                    )
+                    plan = gr.Button("What would this request take?", elem_id="plan", scale=2)
+                table = gr.Dataframe(
+                    headers=TABLE_HEADERS,
+                    column_widths=["10%", "15%", "15%", "60%"],
+                    interactive=False,
+                    elem_id="plans",
+                )
+            fields = [
+                *(prompt, *images, height, width, guidance, image_guidance, steps, seed),
+                *(randomize, largest, use_size, negative, memory),
+            ]
+            shown = max(1, *(len(one.images) for one in start.examples))
+            examples = gr.Dataset(
+                components=[prompt, *images[:shown]],
+                samples=[[one.prompt, *one.three_images()[:shown]] for one in start.examples],
+                type="index",
+                label="Examples: a click fills the fields and runs",
+                elem_id="examples",
+            )
+            with gr.Accordion("Tips", open=False):
+                gr.Markdown(TIPS)
+            outputs = [status, result, seed, saved, generate, stop]
+            # each call that waits holds a thread; the others are for stopping and for files
+            same_queue = {"concurrency_id": "pipeline", "concurrency_limit": _MAX_WAITING}
+            hidden = {"show_progress": "hidden", "api_visibility": "private"}
+            generate.click(self.generate, fields, outputs, **same_queue, **hidden)
+            filled = [prompt, *images, guidance, use_size]
+            examples.click(fill, examples, filled, queue=False, **hidden).then(
+                self.generate, fields, outputs, **same_queue, **hidden
+            )
+            stop.click(self.stop, queue=False, **hidden)
+            # it reads the images, which may be large
+            plan.click(self.plans, fields, [table, status], concurrency_limit=2, **hidden)
+            blocks.unload(self.stop)  # nobody waits for it any more
+        return blocks
+
+
+def _uploaded(self: gr.Image, file: ImageData | None) -> str | None:
+    """An image as its file, whatever that holds.
+
+    Whether it can be read is decided where every input image is, in the same words. Gradio's own
+    check of the path is left out for a caller who leaves out the field that marks files.
+
+    Raises gr.Error for a file that was not uploaded.
+    """
+    if file is None:
+        return None
+    folders = (get_upload_folder(), self.GRADIO_CACHE)
+    if not file.path or not any(is_in_or_equal(file.path, folder) for folder in folders):
+        raise gr.Error(_NOT_UPLOADED)
+    return file.path
+
+
+class _Blocks(gr.Blocks):
+    """Fetches nothing: Gradio would download what any field names as a file on the web."""
+
+    async def preprocess_data(
+        self, block_fn: Any, inputs: list[Any], *arguments: Any, **options: Any
+    ) -> Any:
+        if _names_address(inputs):
+            raise gr.Error(_NOT_UPLOADED)
+        return await super().preprocess_data(block_fn, inputs, *arguments, **options)
+
+
+def _names_address(value: Any) -> bool:
+    """Whether a file on the web is named anywhere in what a browser sent."""
+    if isinstance(value, list):
+        return any(map(_names_address, value))
+    if not isinstance(value, dict):
+        return False
+    path = str(value.get("path")).lower()
+    return path.startswith(("http:", "https:")) or any(map(_names_address, value.values()))
+
+
+def _shown(self: gr.Image, value: Path | Image | None) -> ImageData | None:
+    """A file, wherever it is, or an image that is nowhere but on the page.
+
+    Gradio refuses files that are not below the working directory, and would keep each preview.
+    """
+    if value is None:
+        return None
+    if isinstance(value, Path):
+        with suppress(OSError):  # the disk of Gradio's folder is full
+            copy = save_file_to_cache(value, self.GRADIO_CACHE)
+            return ImageData(path=copy, orig_name=value.name)
+        return _inline("png", value.read_bytes())
+    written = io.BytesIO()
+    value.save(written, "jpeg", quality=85)
+    return _inline("jpeg", written.getvalue())
+
+
+def _inline(kind: str, data: bytes) -> ImageData:
+    return ImageData(url=f"data:image/{kind};base64,{b64encode(data).decode()}")
+
+
+# A subclass of gr.Image. Made by a class statement, Gradio would write a .pyi file beside this one.
+_Image = ABCMeta.__new__(
+    type(gr.Image),
+    "_Image",
+    (gr.Image,),
+    {
+        "__module__": __name__,
+        "is_template": True,  # the page shows it as Gradio's own
+        "preprocess": _uploaded,
+        "postprocess": _shown,
+    },
+)
+
+
+def serve(
+    model: str,
+    device: str | None,
+    dtype: str,
+    local_files_only: bool,
+    port: int | None,
+    share: bool,
+    out_dir: Path,
+) -> None:
+    """Loads the model, opens the page and waits until it is interrupted."""
+    if out_dir.exists() and not out_dir.is_dir():
+        raise OmniGenError(f"--out-dir {out_dir} is a file; give a folder")
+    pipe = OmniGenPipeline.from_pretrained(
+        model, device=device, dtype=dtype, local_files_only=local_files_only
+    )
+    blocks = Page(pipe, model, out_dir).build().queue(max_size=_MAX_QUEUE)
+    _, local, public = blocks.launch(
+        server_name="127.0.0.1",
+        server_port=port,
+        share=share,
+        quiet=True,
+        prevent_thread_lock=True,
+        max_file_size=_MAX_UPLOAD,
+        footer_links=[],
+        ssr_mode=False,
+        pwa=False,
+        mcp_server=False,
+        theme=gr.themes.Default(**_FONTS),
+        css=_CSS,
+    )
+    print(f"The page is at {local}", flush=True)
+    if public:
+        print(f"and for anyone who knows the address at {public}", flush=True)
+    elif share:
+        print("There is no public address: Gradio's server gave none", flush=True)
+    blocks.block_thread()
+
+
+def _number(label: str, value: float, name: str, step: float = 1) -> gr.Number:
+    # without limits of its own: what is wrong is said by what checks every request
+    return gr.Number(value, label=label, step=step, elem_id=name, min_width=110)
+
+
+def _status(text: str, share: float | None = None) -> str:
+    bar = "" if share is None else f'<progress value="{share:.4f}" max="1"></progress>'
+    return f'<p role="status">{html.escape(text)}</p>{bar}'
+
+
+def _failure(error: Exception, before: str = "") -> str:
+    if not isinstance(error, OmniGenError):
+        traceback.print_exception(error)
+    return f'<p role="alert">{html.escape(before + sentence(error))}</p>'

@@ -1,0 +1,193 @@
+"""StreamedCache: keys and values on the host, a ring of layers on the device."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from .cache import Entry, Span
+from .config import ModelConfig
+from .memory.plan import RING
+from .streaming import HostMemory, Lane, Ring
+
+
+class StreamedCache:
+    """As `ConditionCache`, with the keys and values on the host and a ring of layers on the device.
+
+    The ring's buffers hold the rows of the running request only. Prefill writes a layer there, and
+    it is copied to the host once; a step finds each layer copied in ahead of its use.
+
+    Args:
+        config: sizes of the model.
+        budget_bytes: how much of the host's memory to keep for later requests.
+        host: gives that memory.
+        lane: runs the copies.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+        budget_bytes: int,
+        host: HostMemory,
+        lane: Lane,
+    ) -> None:
+        self.layers = config.num_layers
+        self.budget_bytes = budget_bytes
+        self._row_shape = (config.num_kv_heads, config.head_dim)
+        self._host = host
+        self._lane = lane
+        # of each layer [2, rows, kv_heads, head_dim]: keys and values on the host
+        self._kept: OrderedDict[Entry, list[Tensor]] = OrderedDict()
+        self._places: dict[Entry, int] = {}  # of the running request's entries, in the buffers
+        self._buffers = torch.empty(RING, 2, 0, *self._row_shape, dtype=dtype, device=device)
+        self._ring = self._new_ring()
+        self._filled: Sequence[Entry] | None = None
+        self._step: tuple[Tensor, Tensor, Tensor] | None = None
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one token's keys and values in all layers."""
+        heads, head_dim = self._row_shape
+        return 2 * self.layers * heads * head_dim * self._buffers.element_size()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the device."""
+        return self._buffers.nbytes
+
+    @property
+    def used_rows(self) -> int:
+        """Rows that are kept on the host."""
+        return sum(entry.rows for entry in self._kept)
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __contains__(self, entry: Entry) -> bool:
+        return entry in self._kept
+
+    def __getitem__(self, entry: Entry) -> tuple[Span, ...]:
+        """The spans of a running request's entry's branches."""
+        return entry.spans(self._places[entry])
+
+    def clear(self) -> None:
+        """See `ConditionCache.clear`."""
+        self.free()
+        self._kept.clear()
+        self._places.clear()
+
+    def reserve(self, entries: Sequence[Entry]) -> list[Entry]:
+        """See `ConditionCache.reserve`."""
+        self.reset()  # the ring holds another request's rows
+        wanted = dict.fromkeys(entries)
+        missing = [entry for entry in wanted if entry not in self._kept]
+        for entry in wanted:
+            if entry in self._kept:
+                self._kept.move_to_end(entry)
+        needed = sum(entry.rows for entry in wanted)
+        new = sum(entry.rows for entry in missing)
+        limit = max(self.budget_bytes // self.row_bytes, needed)
+        for entry in [entry for entry in self._kept if entry not in wanted]:
+            if self.used_rows + new <= limit:
+                break
+            del self._kept[entry]
+        self._places, place = {}, 0
+        for entry in wanted:
+            self._places[entry] = place
+            place += entry.rows
+        if self._buffers.shape[2] != needed:
+            self._buffers = self._buffers.new_empty(RING, 2, 0, *self._row_shape)  # frees it first
+            self._buffers = self._buffers.new_empty(RING, 2, needed, *self._row_shape)
+            self._ring.reset()  # the buffers are others
+        try:
+            for entry in missing:
+                shape = (2, entry.rows, *self._row_shape)
+                dtype = self._buffers.dtype
+                self._kept[entry] = [self._host.empty(shape, dtype) for _ in range(self.layers)]
+        except BaseException:
+            self.discard(missing)
+            raise
+        return missing
+
+    def staging(self, branches: int) -> tuple[Tensor, Tensor]:
+        """See `ConditionCache.staging`; of one layer."""
+        rows = torch.empty(branches, dtype=torch.int64, device=self._buffers.device)
+        return rows, self._buffers.new_empty(branches, *self._row_shape)
+
+    def select_step(
+        self,
+        slots: Tensor,
+        times: Tensor,
+        step: Tensor | int,
+        staging: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        """See `ConditionCache.select_step`; done in each layer when it is taken."""
+        rows, moved = self.staging(len(slots)) if staging is None else staging
+        torch.add(times, step, out=rows)
+        self._step = (slots, rows, moved)
+
+    def take(self, layer: int) -> tuple[Tensor, Tensor]:
+        """See `ConditionCache.take`."""
+        if self._filled is not None:
+            keys, values = self._buffers[self._ring.lend(layer)]
+            return keys, values
+        keys, values = self._buffers[self._ring.take(layer)]
+        assert self._step is not None
+        slots, rows, moved = self._step
+        for storage in (keys, values):
+            torch.index_select(storage, 0, rows, out=moved)
+            storage.index_copy_(0, slots, moved)
+        return keys, values
+
+    def release(self, layer: int) -> None:
+        """See `ConditionCache.release`."""
+        if self._filled is None:
+            self._ring.release(layer)
+        else:
+            filled = self._filled
+            self._ring.release(layer, lambda slot: self._copy_out(slot, layer, filled))
+
+    @contextmanager
+    def filling(self, entries: Sequence[Entry]) -> Iterator[None]:
+        """See `ConditionCache.filling`."""
+        self._filled = entries
+        try:
+            yield
+        finally:
+            self._filled = None
+
+    def free(self) -> None:
+        """Frees the device's memory; what is kept on the host stays."""
+        self.reset()
+        self._buffers = self._buffers.new_empty(RING, 2, 0, *self._row_shape)
+
+    def discard(self, entries: Sequence[Entry]) -> None:
+        """See `ConditionCache.discard`."""
+        self.reset()  # a copy may be on its way there
+        for entry in entries:
+            self._kept.pop(entry, None)
+
+    def reset(self) -> None:
+        """See `ConditionCache.reset`."""
+        self._ring.reset()
+
+    def _new_ring(self) -> Ring:
+        return Ring(self._lane, RING, range(self.layers), self._copy_in)
+
+    def _copy_in(self, slot: int, layer: int) -> None:
+        for entry, place in self._places.items():
+            rows = slice(place, place + entry.rows)
+            for mine, kept in zip(self._buffers[slot], self._kept[entry][layer]):
+                mine[rows].copy_(kept, non_blocking=True)
+
+    def _copy_out(self, slot: int, layer: int, entries: Sequence[Entry]) -> None:
+        for entry in entries:
+            rows = slice(self._places[entry], self._places[entry] + entry.rows)
+            for mine, kept in zip(self._buffers[slot], self._kept[entry][layer]):
+                kept.copy_(mine[rows], non_blocking=True)

@@ -1,0 +1,283 @@
+"""Layers that do not fit: they pass through a ring of buffers, copied in ahead of their use.
+
+Copies run on a lane of their own beside the computation, and events order the two: a buffer is read
+only after its copy, and overwritten only after its last reader. Nothing is copied back but what was
+computed for the first time: the host's copy is the master.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+_log = logging.getLogger("omnigen_fast")
+
+T = TypeVar("T")
+Mark = Any  # a place in the computation's or the lane's order of work
+
+
+class Lane(Protocol):
+    """Copies beside the computation, in the order they are submitted."""
+
+    def submit(self, copy: Callable[[], None], after: Mark) -> Mark:
+        """Runs `copy` after the computation has passed `after`; returns the copy's own mark."""
+
+    def mark(self) -> Mark:
+        """The place that the computation has reached in its order of work."""
+
+    def wait(self, mark: Mark) -> None:
+        """Makes the computation wait for a copy; raises what the copy raised."""
+
+    def drain(self) -> None:
+        """Returns when nothing that was submitted is still to run."""
+
+
+class StreamLane:
+    """A CUDA stream, ordered with the current one by events: the host waits for neither."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+
+    def submit(self, copy: Callable[[], None], after: Mark) -> Mark:
+        with torch.cuda.stream(self._stream):
+            if after is not None:
+                self._stream.wait_event(after)
+            copy()
+            return self._stream.record_event()
+
+    def mark(self) -> Mark:
+        return torch.cuda.current_stream(self._device).record_event()
+
+    def wait(self, mark: Mark) -> None:
+        torch.cuda.current_stream(self._device).wait_event(mark)
+
+    def drain(self) -> None:
+        self._stream.synchronize()
+
+
+class ThreadLane:
+    """A thread that copies while the CPU computes; on a CPU a computation is done when it returns.
+
+    Copies and file reads release Python's lock.
+    """
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="omnigen-copies")
+        self._last: Future | None = None
+
+    def submit(self, copy: Callable[[], None], after: Mark) -> Mark:
+        self._last = self._thread.submit(_without_gradients, copy)
+        return self._last
+
+    def mark(self) -> Mark:
+        return None
+
+    def wait(self, mark: Mark) -> None:
+        mark.result()
+
+    def drain(self) -> None:
+        if self._last is not None:
+            self._last.exception()  # waits
+
+
+def _without_gradients(work: Callable[[], None]) -> None:
+    with torch.no_grad():  # a setting of each thread
+        work()
+
+
+def lane_for(device: torch.device) -> Lane:
+    """The lane that a device's copies take."""
+    return StreamLane(device) if device.type == "cuda" else ThreadLane()
+
+
+class Ring:
+    """Buffers through which items pass in a cycle, always in the same order.
+
+    Args:
+        lane: runs the copies.
+        slots: number of buffers, at least 1; one more than the copies that run ahead.
+        order: the items, without repetition; after the last comes the first again.
+        fill: copies an item into a buffer, `fill(slot, item)`.
+    """
+
+    def __init__(
+        self, lane: Lane, slots: int, order: Sequence[int], fill: Callable[[int, int], None]
+    ) -> None:
+        assert slots > 0 and order
+        self._lane = lane
+        self._order = tuple(order)
+        self._fill = fill
+        self._place = {item: place for place, item in enumerate(order)}
+        # the computation may not be done yet with what the buffers' memory held before
+        now = lane.mark()
+        self._free: deque[tuple[int, Mark]] = deque((slot, now) for slot in range(slots))
+        self._coming: deque[tuple[int, int, Mark]] = deque()  # item, slot, when it is there
+        self._taken: dict[int, int] = {}
+        self._next = 0
+
+    def take(self, item: int) -> int:
+        """The slot in which the computation finds an item from here on."""
+        if not self._coming or self._coming[0][0] != item:
+            self._give_up()
+            self._next = self._place[item]
+        self._load()
+        _, slot, there = self._coming.popleft()
+        self._taken[item] = slot  # from here on `reset` frees it, whatever the copy has raised
+        self._lane.wait(there)
+        return slot
+
+    def lend(self, item: int) -> int:
+        """A slot for the computation to write an item into."""
+        self._give_up()
+        slot, free = self._free.popleft()
+        if free is not None:
+            self._lane.wait(free)
+        self._taken[item] = slot
+        return slot
+
+    def release(self, item: int, store: Callable[[int], None] | None = None) -> None:
+        """The computation is done with an item.
+
+        Args:
+            item: that was taken or lent.
+            store: copies it from its slot before another one comes there.
+        """
+        slot, done = self._taken.pop(item), self._lane.mark()
+        if store is None:
+            self._free.append((slot, done))
+            self._load()
+        else:
+            self._free.append((slot, self._lane.submit(lambda: store(slot), done)))
+
+    def reset(self) -> None:
+        """Forgets what the buffers hold and who had them: items have changed, or a step failed."""
+        self._lane.drain()
+        slots = [slot for slot, _ in self._free]
+        slots += [slot for _, slot, _ in self._coming]
+        slots += self._taken.values()
+        now = self._lane.mark()
+        self._free = deque((slot, now) for slot in slots)
+        self._coming.clear()
+        self._taken.clear()
+
+    def _load(self) -> None:
+        while self._free:
+            slot, free = self._free[0]
+            item = self._order[self._next]
+            there = self._lane.submit(lambda slot=slot, item=item: self._fill(slot, item), free)
+            self._free.popleft()  # only now: a copy that can't be submitted leaves all as it was
+            self._coming.append((item, slot, there))
+            self._next = (self._next + 1) % len(self._order)
+
+    def _give_up(self) -> None:
+        """Frees the slots of items that come but are not wanted next; a lane keeps its order."""
+        while self._coming:
+            _, slot, there = self._coming.popleft()
+            self._free.append((slot, there))
+
+
+class Streamed(Generic[T]):
+    """Layers of which some are on the device and the others come through a ring.
+
+    Args:
+        ring: of the layers that are not resident.
+        slots: what the computation uses of each of the ring's buffers.
+        resident: the other layers.
+    """
+
+    def __init__(self, ring: Ring, slots: Sequence[T], resident: Mapping[int, T]) -> None:
+        self._ring = ring
+        self._slots = slots
+        self._resident = resident
+
+    def take(self, layer: int) -> T:
+        found = self._resident.get(layer)
+        return self._slots[self._ring.take(layer)] if found is None else found
+
+    def release(self, layer: int) -> None:
+        if layer not in self._resident:
+            self._ring.release(layer)
+
+    def reset(self) -> None:
+        """See `Ring.reset`."""
+        self._ring.reset()
+
+
+def spread(resident: int, layers: int) -> frozenset[int]:
+    """Which layers stay on the device: so many, evenly between those that are streamed."""
+    return frozenset(
+        layer
+        for layer in range(layers)
+        if (layer + 1) * resident // layers > layer * resident // layers
+    )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a failure is one of memory, on the device or on the host."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    signs = (
+        "out of memory",  # CUDA, in libraries that raise plain errors
+        "can't allocate memory",  # PyTorch on a CPU
+        "not enough memory",  # likewise, on Windows
+        "ALLOC_FAILED",  # cuBLAS, cuDNN
+    )
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+
+
+class HostMemory:
+    """Buffers on the host, page-locked while that leaves enough for the rest of the system.
+
+    Copies from page-locked memory run beside the computation. Memory is locked where it was
+    allocated, in its exact size: the allocator for locked memory would round up to a power of two.
+
+    Args:
+        device: that copies go to; only memory for CUDA is locked.
+        most_locked_bytes: how much may be locked; half of what is free unless given.
+    """
+
+    def __init__(self, device: torch.device, most_locked_bytes: int | None = None) -> None:
+        self._cuda = device.type == "cuda"
+        self._most = most_locked_bytes
+        self._locked = 0
+        self._noticed = False
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """An uninitialised tensor on the host."""
+        tensor = torch.empty(*shape, dtype=dtype)
+        if self._cuda and tensor.nbytes:
+            if self._most is None:
+                from .memory.device import free_host_bytes
+
+                self._most = free_host_bytes() // 2
+            self._lock(tensor)
+        return tensor
+
+    def _lock(self, tensor: Tensor) -> None:
+        size, address = tensor.nbytes, tensor.data_ptr()
+        locked = self._locked + size <= self._most and self._register(address, size)
+        if locked:
+            self._locked += size
+            weakref.finalize(tensor.untyped_storage(), self._unlock, address, size)
+        elif not self._noticed:
+            self._noticed = True
+            _log.warning(
+                "%.1f GB of host memory are page-locked and no more can be; what is streamed from "
+                "the rest does not overlap with the computation",
+                self._locked / 1e9,
+            )
+
+    def _register(self, address: int, size: int) -> bool:
+        return int(torch.cuda.cudart().cudaHostRegister(address, size, 0)) == 0
+
+    def _unlock(self, address: int, size: int) -> None:
+        torch.cuda.cudart().cudaHostUnregister(address)
+        self._locked -= size

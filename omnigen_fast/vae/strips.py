@@ -1,0 +1,544 @@
+"""The autoencoder in strips of rows: the image of the whole run, without its memory.
+
+Tiles change an image: each has its own mean and variance in every norm, and its own attention. Here
+every activation is worked off in strips, and what a strip can't know is found out first:
+
+- The mean and variance of a group norm are gathered, in float64, while the strips that it will
+  normalise are made, so a norm is a scale and a shift by the time it is applied.
+- A 3 x 3 convolution reads one row more on either side; at the image's edge these are zeros, as
+  its padding would be. Norm, activation, convolution and upsampling of a strip follow each other,
+  and only what a later norm must wait for is kept.
+- The middle attention has keys and values of the whole image and takes queries by portions.
+
+What is kept of an activation goes as soon as no later strip needs it. So at the image's resolution
+two activations are alive where the whole run has six. With a store on the host only strips are on
+the device, and with `recompute` the inside of the largest blocks is computed twice and not kept.
+
+Convolutions give the same bits in strips as whole where the backend's kernel sums in the same order
+(oneDNN's does); norm and attention sum in another order, which differs in the last bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import VAE_SCALE
+from ..errors import RequestError
+from ..memory.autoencoder import (
+    Layer,
+    VaeShape,
+    decoder_layers,
+    encoder_layers,
+    keeps,
+    query_count,
+    spans,
+)
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+
+class Moments:
+    """Mean and variance of each group of channels, over strips that come one by one.
+
+    Merged as Chan, Golub and LeVeque do (1979): nothing cancels, whatever the mean.
+    """
+
+    def __init__(self, groups: int) -> None:
+        self._groups = groups
+        self._count = 0
+        self._mean: Any = 0.0  # [groups], float64
+        self._squares: Any = 0.0  # [groups], float64: of the distances from the mean
+
+    def add(self, strip: Tensor) -> None:
+        """Counts a strip [1, channels, rows, width]."""
+        values = strip.reshape(self._groups, -1)
+        count = values.shape[1]
+        mean = values.mean(1, keepdim=True)
+        distances = values - mean
+        rest = distances.mean(1).double()  # what float32 left of the mean
+        squares = torch.linalg.vector_norm(distances, dim=1).double().square() - count * rest**2
+        step = mean[:, 0].double() + rest - self._mean
+        total = self._count + count
+        self._squares = self._squares + squares + step**2 * (self._count * count / total)
+        self._mean = self._mean + step * (count / total)
+        self._count = total
+
+    def scale_and_shift(self, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
+        """What the norm multiplies and adds: float32 [1, channels, 1, 1] each."""
+        assert norm.num_groups == self._groups
+        deviation = (self._squares / self._count + norm.eps).sqrt()
+        repeat = norm.num_channels // self._groups
+        scale = norm.weight.double() / deviation.repeat_interleave(repeat)
+        shift = norm.bias.double() - self._mean.repeat_interleave(repeat) * scale
+        return scale.float().view(1, -1, 1, 1), shift.float().view(1, -1, 1, 1)
+
+
+class Rows(Protocol):
+    """An activation whose rows can be had."""
+
+    channels: int
+    height: int
+    width: int
+    moments: Moments | None  # None where no norm follows
+
+    def rows(self, first: int, last: int, right: int = 0) -> Tensor:
+        """Rows first to last - 1, with zeros where there are none and in `right` more columns.
+
+        The tensor is the caller's to change.
+        """
+
+    def release(self, before: int) -> None:
+        """The rows before won't be read again."""
+
+
+class Stored:
+    """An activation that is kept, strip by strip, on the device of `store`."""
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],  # channels, height, width
+        strip: int,
+        device: torch.device,
+        store: torch.device,
+        moments: Moments | None = None,
+    ) -> None:
+        self.channels, self.height, self.width = shape
+        self.moments = moments
+        self._strip, self._device, self._store = strip, device, store
+        self._strips: list[Tensor | None] = []
+
+    def put(self, strip: Tensor) -> None:
+        """Adds the next strip below."""
+        if self.moments is not None:
+            self.moments.add(strip)
+        self._strips.append(strip.to(self._store))
+
+    def take(self, first: int) -> Tensor:
+        """The strip that begins there, which won't be read again."""
+        index = first // self._strip
+        strip = self._strips[index]
+        assert strip is not None
+        self._strips[index] = None
+        return strip.to(self._device)
+
+    def rows(self, first: int, last: int, right: int = 0) -> Tensor:
+        outside = first < 0 or last > self.height or right
+        make = torch.zeros if outside else torch.empty
+        result = make(1, self.channels, last - first, self.width + right, device=self._device)
+        low, high = max(first, 0), min(last, self.height)
+        for index in range(low // self._strip, (high - 1) // self._strip + 1):
+            strip, start = self._strips[index], index * self._strip
+            assert strip is not None
+            top, bottom = max(low, start), min(high, start + self._strip)
+            piece = strip[:, :, top - start : bottom - start]
+            if self._store != self._device:
+                piece = piece.to(self._device, memory_format=torch.contiguous_format)
+            result[:, :, top - first : bottom - first, : self.width] = piece
+        return result
+
+    def release(self, before: int) -> None:
+        for index in range(min(max(before, 0) // self._strip, len(self._strips))):
+            self._strips[index] = None
+
+
+class Pixels:
+    """An image on the host, as the encoder wants it: in [-1, 1], channels first."""
+
+    moments = None
+
+    def __init__(self, pixels: np.ndarray, device: torch.device) -> None:
+        self._pixels, self._device = pixels, device  # [height, width, 3], uint8
+        self.height, self.width, self.channels = pixels.shape
+
+    def rows(self, first: int, last: int, right: int = 0) -> Tensor:
+        result = torch.zeros(
+            1, self.channels, last - first, self.width + right, device=self._device
+        )
+        low, high = max(first, 0), min(last, self.height)
+        pixels = torch.from_numpy(self._pixels[low:high]).to(self._device, torch.float32)
+        result[0, :, low - first : high - first, : self.width] = (
+            pixels.permute(2, 0, 1) / 255 * 2 - 1
+        )
+        return result
+
+    def release(self, before: int) -> None:
+        pass
+
+
+class Upsampled:
+    """Twice the rows and columns of a source, convolved: computed whenever it is read."""
+
+    def __init__(self, source: Rows, conv: nn.Conv2d, moments: Moments | None = None) -> None:
+        self.channels, self.moments = conv.out_channels, moments
+        self.height, self.width = 2 * source.height, 2 * source.width
+        self._source, self._conv = source, conv
+
+    def rows(self, first: int, last: int, right: int = 0) -> Tensor:
+        assert not right
+        low, high = max(first, 0), min(last, self.height)
+        result = _convolve(self._conv, self._doubled(low - 1, high + 1))
+        if low > first or high < last:
+            result = F.pad(result, (0, 0, low - first, last - high))
+        return result
+
+    def release(self, before: int) -> None:
+        self._source.release((before - 1) // 2)
+
+    def _doubled(self, first: int, last: int) -> Tensor:
+        top = first // 2
+        narrow = self._source.rows(top, (last - 1) // 2 + 1)
+        wanted = torch.arange(first, last, device=narrow.device) // 2 - top
+        narrow = narrow.index_select(2, wanted)
+        return narrow.repeat_interleave(2, dim=3)
+
+
+class _Runner:
+    """Runs layers over strips of `strip` rows."""
+
+    def __init__(
+        self,
+        layers: tuple[Layer, ...],
+        groups: int,
+        strip: int,
+        device: torch.device,
+        store: torch.device,
+        recompute: bool,
+    ) -> None:
+        self._layers, self._groups, self._strip = layers, groups, strip
+        self._device, self._store, self._recompute = device, store, recompute
+
+    def run(
+        self, modules: list[nn.Module], source: Rows, write: Callable[[int, int, Tensor], None]
+    ) -> None:
+        """Gives `write` the rows of the last layer's output: first, last + 1, [1, channels, ...].
+
+        Args:
+            modules: the layers' modules; of the last the norm and the convolution.
+            source: what the first layer reads.
+        """
+        for index, (layer, module) in enumerate(zip(self._layers, modules, strict=True)):
+            if layer.kind == "out":
+                self._out(module, source, write)
+                return
+            measured = self._layers[index + 1].kind not in ("up", "down")
+            moments = Moments(self._groups) if measured else None
+            source = self._apply(layer, module, source, moments)
+
+    def _apply(self, layer: Layer, module: Any, source: Rows, moments: Moments | None) -> Rows:
+        keep = keeps(layer, self._layers, self._recompute)
+        if layer.kind == "conv":
+            return self._convolution(module, source, moments)
+        if layer.kind == "resnet":
+            return (self._resnet if keep else self._resnet_again)(module, source, moments)
+        if layer.kind == "attention":
+            return self._attention(module, source, moments)
+        if layer.kind == "down":
+            return self._downsampling(module.conv, source, moments)
+        upsampled = Upsampled(source, module.conv, moments)
+        return self._kept(upsampled) if keep else self._measured(upsampled)
+
+    def _stored(
+        self, channels: int, height: int, width: int, moments: Moments | None = None
+    ) -> Stored:
+        shape = channels, height, width
+        return Stored(shape, self._strip, self._device, self._store, moments)
+
+    def _convolution(self, conv: nn.Conv2d, source: Rows, moments: Moments | None) -> Rows:
+        out = self._stored(conv.out_channels, source.height, source.width, moments)
+        for first, last in spans(out.height, self._strip):
+            out.put(_convolve(conv, source.rows(first - 1, last + 1)))
+            source.release(last - 1)
+        return out
+
+    def _downsampling(self, conv: nn.Conv2d, source: Rows, moments: Moments | None) -> Rows:
+        out = self._stored(conv.out_channels, source.height // 2, source.width // 2, moments)
+        for first, last in spans(out.height, self._strip):
+            # its only padding is a row below and a column at the right
+            rows = source.rows(2 * first, 2 * last + 1, right=1)
+            out.put(F.conv2d(rows, conv.weight, conv.bias, stride=2))
+            del rows
+            source.release(2 * last - 1)
+        return out
+
+    def _kept(self, source: Upsampled) -> Rows:
+        out = self._stored(source.channels, source.height, source.width, source.moments)
+        for first, last in spans(out.height, self._strip):
+            out.put(source.rows(first, last))
+            source.release(last)
+        return out
+
+    def _measured(self, source: Upsampled) -> Rows:
+        if source.moments is not None:
+            for first, last in spans(source.height, self._strip):
+                source.moments.add(source.rows(first, last))
+        return source
+
+    def _resnet(self, block: Any, source: Rows, moments: Moments | None) -> Rows:
+        """Keeps what is between the convolutions."""
+        size = block.conv1.out_channels, source.height, source.width
+        before, hidden = _Norm(block.norm1, source), self._stored(*size, Moments(self._groups))
+        skip = source if block.conv_shortcut is None else self._stored(*size)
+        assert isinstance(skip, Stored)
+
+        def first_half(first: int, last: int) -> Tensor:
+            rows = source.rows(first - 1, last + 1)
+            if skip is not source:
+                skip.put(_pointwise(block.conv_shortcut, rows[:, :, 1:-1]))
+            return _convolve(block.conv1, before.activate(rows, first - 1))
+
+        def second_half(first: int, last: int) -> Tensor:
+            rows = after.activate(hidden.rows(first - 1, last + 1), first - 1)
+            rows = _convolve(block.conv2, rows)
+            return rows.add_(skip.take(first))
+
+        for first, last in spans(source.height, self._strip):
+            hidden.put(first_half(first, last))
+            if skip is not source:
+                source.release(last - 1)
+        after, out = _Norm(block.norm2, hidden), self._stored(*size, moments)
+        for first, last in spans(source.height, self._strip):
+            out.put(second_half(first, last))
+            hidden.release(last - 1)
+        return out
+
+    def _resnet_again(self, block: Any, source: Rows, moments: Moments | None) -> Rows:
+        """Computes the first convolution twice: for its moments, and for the second."""
+        size = block.conv1.out_channels, source.height, source.width
+        before, hidden = _Norm(block.norm1, source), Moments(self._groups)
+        for first, last in spans(source.height, self._strip):
+            hidden.add(
+                _convolve(
+                    block.conv1,
+                    before.activate(source.rows(first - 1, last + 1), first - 1),
+                )
+            )
+        after = _Norm(block.norm2, source, hidden)
+
+        def both_halves(first: int, last: int) -> Tensor:
+            rows = source.rows(first - 2, last + 2)
+            inner = rows[:, :, 2:-2]
+            if block.conv_shortcut is None:
+                skip = inner.clone(memory_format=torch.contiguous_format)
+            else:
+                skip = _pointwise(block.conv_shortcut, inner)
+            del inner
+            rows = _convolve(block.conv1, before.activate(rows, first - 2))
+            rows = _convolve(block.conv2, after.activate(rows, first - 1, clear=True))
+            return rows.add_(skip)
+
+        out = self._stored(*size, moments)
+        for first, last in spans(source.height, self._strip):
+            out.put(both_halves(first, last))
+            source.release(last - 2)
+        return out
+
+    def _attention(self, block: Any, source: Rows, moments: Moments | None) -> Rows:
+        """One head over all pixels. Channels stand first in every matrix: [channels, tokens]."""
+        channels, width = source.channels, source.width
+        tokens = source.height * width
+        norm = _Norm(block.group_norm, source)
+        keys = torch.empty(channels, tokens, device=self._device)
+        values = torch.empty_like(keys)
+
+        def normed(first: int, last: int) -> Tensor:
+            return norm.apply(source.rows(first, last), first).view(channels, -1)
+
+        def attended(first: int, last: int) -> Tensor:
+            queries = _linear(block.to_q, normed(first, last)).mul_(channels**-0.5)
+            result = torch.empty_like(queries)
+            count = query_count(channels, source.height, self._strip)
+            for part in range(0, queries.shape[1], count):
+                some = slice(part, part + count)
+                scores = queries[:, some].t() @ keys
+                scores.sub_(scores.amax(1, keepdim=True)).exp_()
+                torch.div(values @ scores.t(), scores.sum(1), out=result[:, some])
+                del scores
+            del queries
+            rows = _linear(block.to_out[0], result).view(1, channels, -1, width)
+            del result
+            return rows.add_(source.rows(first, last))
+
+        for first, last in spans(source.height, self._strip):
+            columns = slice(first * width, last * width)
+            rows = normed(first, last)
+            keys[:, columns] = _linear(block.to_k, rows)
+            values[:, columns] = _linear(block.to_v, rows)
+            del rows
+        out = self._stored(channels, source.height, width, moments)
+        for first, last in spans(source.height, self._strip):
+            out.put(attended(first, last))
+            source.release(last)
+        return out
+
+    def _out(self, module: Any, source: Rows, write: Callable[[int, int, Tensor], None]) -> None:
+        group_norm, conv = module
+        norm = _Norm(group_norm, source)
+        for first, last in spans(source.height, self._strip):
+            rows = norm.activate(source.rows(first - 1, last + 1), first - 1)
+            write(first, last, _convolve(conv, rows))
+            del rows
+            source.release(last - 1)
+
+
+class _Norm:
+    """A group norm whose moments are known."""
+
+    def __init__(self, norm: nn.GroupNorm, source: Rows, moments: Moments | None = None) -> None:
+        moments = moments or source.moments
+        assert moments is not None
+        self._scale, self._shift = moments.scale_and_shift(norm)
+        self._height = source.height
+
+    def apply(self, rows: Tensor, first: int) -> Tensor:
+        """Normalises rows in place, but for those outside the image."""
+        inside = self._inside(rows, first)
+        torch.addcmul(self._shift, inside, self._scale, out=inside)
+        return rows
+
+    def activate(self, rows: Tensor, first: int, clear: bool = False) -> Tensor:
+        """`apply`, and SiLU; with `clear`, rows outside the image become zeros."""
+        F.silu(self._inside(self.apply(rows, first), first), inplace=True)
+        if clear:
+            rows[:, :, : max(-first, 0)] = 0
+            rows[:, :, self._height - first :] = 0
+        return rows
+
+    def _inside(self, rows: Tensor, first: int) -> Tensor:
+        return rows[:, :, max(-first, 0) : self._height - first]
+
+
+def _convolve(conv: nn.Conv2d, rows: Tensor) -> Tensor:
+    """A 3 x 3 convolution of rows that have one more on either side."""
+    return F.conv2d(rows, conv.weight, conv.bias, padding=(0, 1))
+
+
+def _pointwise(conv: nn.Conv2d, rows: Tensor) -> Tensor:
+    return F.conv2d(rows, conv.weight, conv.bias)
+
+
+def _linear(linear: nn.Linear, columns: Tensor) -> Tensor:
+    return torch.addmm(linear.bias[:, None], linear.weight, columns)
+
+
+def check_strip_rows(strip_rows: Any) -> int:
+    """Refuses what is no number of rows."""
+    if isinstance(strip_rows, bool) or not isinstance(strip_rows, int) or strip_rows < 1:
+        raise RequestError(
+            f"strip_rows must be at least 1 row of latents (or None to run the autoencoder "
+            f"whole), got {strip_rows!r}"
+        )
+    return strip_rows
+
+
+def decode(
+    autoencoder: AutoencoderKL,
+    latents: Tensor,
+    image: Tensor,
+    strip_rows: int,
+    store: torch.device | None = None,
+    recompute: bool = False,
+) -> None:
+    """Decodes into `image`.
+
+    Args:
+        latents: [1, 4, height, width], as the autoencoder wants them.
+        image: [3, 8 height, 8 width] on the same device; gets values of about -1 to 1.
+        strip_rows: rows of latents of which a strip at the image's resolution is made; every layer
+            has strips of as many rows.
+        store: where activations are kept; by default with the weights.
+        recompute: compute the inside of the largest blocks twice instead of keeping it.
+
+    Raises:
+        RequestError: not a number of rows, or an autoencoder of another structure.
+    """
+    layers = decoder_layers(VaeShape.from_config(autoencoder.config))
+    runner = _runner(autoencoder, layers, latents.device, strip_rows, store, recompute)
+    if autoencoder.post_quant_conv is not None:
+        latents = autoencoder.post_quant_conv(latents)
+    source = Stored(tuple(latents.shape[1:]), latents.shape[2], latents.device, latents.device)
+    source.put(latents)
+
+    def write(first: int, last: int, rows: Tensor) -> None:
+        image[:, first:last] = rows[0]
+
+    runner.run(_decoder_modules(autoencoder), source, write)
+
+
+def encode(
+    autoencoder: AutoencoderKL,
+    pixels: np.ndarray,
+    strip_rows: int,
+    store: torch.device | None = None,
+    recompute: bool = False,
+) -> Tensor:
+    """Mean and logarithm of the variance of an image's latents, [1, 8, height / 8, width / 8].
+
+    Args:
+        pixels: [height, width, 3], uint8.
+        strip_rows, store, recompute: as for `decode`.
+
+    Raises:
+        RequestError: not a number of rows, or an autoencoder of another structure.
+    """
+    device = autoencoder.encoder.conv_in.weight.device
+    layers = encoder_layers(VaeShape.from_config(autoencoder.config))
+    runner = _runner(autoencoder, layers, device, strip_rows, store, recompute)
+    height, width = (side // VAE_SCALE for side in pixels.shape[:2])
+    moments = torch.empty(1, layers[-1].outputs, height, width, device=device)
+
+    def write(first: int, last: int, rows: Tensor) -> None:
+        moments[:, :, first:last] = rows
+
+    runner.run(_encoder_modules(autoencoder), Pixels(pixels, device), write)
+    return moments if autoencoder.quant_conv is None else autoencoder.quant_conv(moments)
+
+
+def _runner(
+    autoencoder: AutoencoderKL,
+    layers: tuple[Layer, ...],
+    device: torch.device,
+    strip_rows: int,
+    store: torch.device | None,
+    recompute: bool,
+) -> _Runner:
+    strip = VAE_SCALE * check_strip_rows(strip_rows)
+    config = autoencoder.config
+    kinds = {*config.down_block_types, *config.up_block_types}
+    if kinds != {"DownEncoderBlock2D", "UpDecoderBlock2D"} or config.act_fn not in (
+        "silu",
+        "swish",
+    ):
+        raise RequestError(
+            f"an autoencoder of {', '.join(sorted(kinds))} with {config.act_fn} can't run in "
+            "strips; run it whole with strip_rows=None"
+        )
+    return _Runner(layers, config.norm_num_groups, strip, device, store or device, recompute)
+
+
+def _decoder_modules(autoencoder: AutoencoderKL) -> list[Any]:
+    decoder = autoencoder.decoder
+    modules = [decoder.conv_in, *_middle_modules(decoder.mid_block)]
+    for block in decoder.up_blocks:
+        modules += [*block.resnets, *(block.upsamplers or [])]
+    return [*modules, (decoder.conv_norm_out, decoder.conv_out)]
+
+
+def _encoder_modules(autoencoder: AutoencoderKL) -> list[Any]:
+    encoder = autoencoder.encoder
+    modules = [encoder.conv_in]
+    for block in encoder.down_blocks:
+        modules += [*block.resnets, *(block.downsamplers or [])]
+    modules += _middle_modules(encoder.mid_block)
+    return [*modules, (encoder.conv_norm_out, encoder.conv_out)]
+
+
+def _middle_modules(block: Any) -> list[Any]:
+    attentions = [attention for attention in block.attentions if attention is not None]
+    return [block.resnets[0], *attentions, *block.resnets[1:]]

@@ -1,0 +1,5 @@
+"""Weights: files, names in both layouts, adapters, and where each layer lies."""
+
+from .store import LayerStore
+
+__all__ = ["LayerStore"]

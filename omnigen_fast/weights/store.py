@@ -1,0 +1,155 @@
+"""LayerStore: which layers' weights are on the device, and how the others come there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..memory.device import on_host
+from ..memory.plan import RING
+from ..model import Block, Transformer
+from ..parameters import ALIGNED_BYTES, layer_elements, layer_shapes
+from ..streaming import HostMemory, Lane, Ring, Streamed, lane_for, spread
+
+# Values of parameters by name, on a device.
+Read = Callable[[Iterable[str], torch.device], Iterable[tuple[str, Tensor]]]
+
+
+class LayerStore:
+    """Moves the layers of a model between device and host as plans want it.
+
+    For a GPU the streamed layers have copies on the host, one buffer each, page-locked where there
+    is room. On a CPU they are read from the checkpoint's mapped file each time, so that memory
+    holds no more than the ring.
+
+    Args:
+        model: whose streamed layers have no storage (meta tensors).
+        read: gives parameters as they are to be now, adapters included.
+        host: gives memory for the host's copies.
+        lane: for the ring's copies; the device's own unless given.
+    """
+
+    def __init__(
+        self, model: Transformer, read: Read, host: HostMemory, lane: Lane | None = None
+    ) -> None:
+        self._model = model
+        self._read = read
+        self._host = host
+        self._lane = lane
+        self._copies: dict[int, Tensor] = {}  # [elements] of a layer, on the host
+        self._resident = frozenset(
+            layer for layer, block in enumerate(model.layers) if not block.qkv_proj.is_meta
+        )
+        self._slots: list[Tensor] = []  # [elements] each, on the device
+
+    @property
+    def resident(self) -> int:
+        """How many layers are on the device."""
+        return len(self._resident)
+
+    def arrange(self, resident: int) -> None:
+        """Makes so many layers resident and streams the others."""
+        model, layers = self._model, len(self._model.layers)
+        wanted = spread(resident, layers)
+        if wanted == self._resident and (model.stream is not None or resident == layers):
+            return
+        self.stop()
+        for layer in self._resident - wanted:
+            self._drop(layer)
+        for layer in sorted(wanted - self._resident):
+            self._bring(layer)
+        if resident < layers:
+            self._start([layer for layer in range(layers) if layer not in wanted])
+
+    def refresh(self, names: Iterable[str]) -> None:
+        """Reads parameters anew that are to have other values from now on."""
+        if self._model.stream is not None:
+            self._model.stream.reset()  # what is in the ring may be old
+        here, layers = [], set()
+        for name in names:
+            layer = int(name.split(".")[1]) if name.startswith("layers.") else None
+            if layer is None or layer in self._resident:
+                here.append(name)
+            if layer in self._copies:
+                layers.add(layer)
+        for name, value in self._read(here, self._model.device):
+            self._model.parameter(name).data = value
+        for layer in layers:
+            self._fill(layer, self._copies[layer])
+
+    def stop(self) -> None:
+        """Frees the ring; its layers can't be computed with until the next `arrange`."""
+        if self._model.stream is not None:
+            self._model.stream.reset()
+            self._model.stream = None
+        self._slots = []
+
+    def to(self, device: torch.device, host: HostMemory) -> None:
+        """Moves what is resident; the next `arrange` brings the rest."""
+        self.stop()
+        self._copies.clear()
+        self._lane = None
+        self._host = host
+        self._model.to(device)
+
+    def _drop(self, layer: int) -> None:
+        model = self._model
+        empty = {
+            name: torch.empty(shape, dtype=model.dtype, device="meta")
+            for name, shape in layer_shapes(model.config).items()
+        }
+        model.layers[layer] = Block(empty, model.config)
+        self._resident -= {layer}
+
+    def _bring(self, layer: int) -> None:
+        model = self._model
+        if layer in self._copies:
+            values = self._views(self._copies[layer].to(model.device))
+        else:
+            names = {f"layers.{layer}.{name}": name for name in layer_shapes(model.config)}
+            values = {names[name]: value for name, value in self._read(names, model.device)}
+        model.layers[layer] = Block(values, model.config)
+        self._resident |= {layer}
+
+    def _start(self, streamed: Sequence[int]) -> None:
+        model = self._model
+        device, config = model.device, model.config
+        elements = layer_elements(config, model.dtype.itemsize)
+        if not on_host(device):
+            for layer in streamed:
+                if layer not in self._copies:
+                    copy = self._host.empty((elements,), model.dtype)
+                    self._fill(layer, copy)
+                    self._copies[layer] = copy
+        self._slots = [model.norm.new_empty(elements) for _ in range(min(RING, len(streamed)))]
+        blocks = [Block(self._views(slot), config) for slot in self._slots]
+        if self._lane is None:
+            self._lane = lane_for(device)
+        ring = Ring(self._lane, len(self._slots), streamed, self._copy_in)
+        resident = {layer: model.layers[layer] for layer in self._resident}
+        model.stream = Streamed(ring, blocks, resident)
+
+    def _copy_in(self, slot: int, layer: int) -> None:
+        if layer in self._copies:
+            self._slots[slot].copy_(self._copies[layer], non_blocking=True)
+        else:
+            self._fill(layer, self._slots[slot])
+
+    def _fill(self, layer: int, buffer: Tensor) -> None:
+        """Reads a layer into a buffer on the host."""
+        views = self._views(buffer)
+        names = {f"layers.{layer}.{name}": name for name in views}
+        for name, value in self._read(names, torch.device("cpu")):
+            views[names[name]].copy_(value)
+
+    def _views(self, buffer: Tensor) -> dict[str, Tensor]:
+        """A layer's parameters in a buffer of `layer_elements`."""
+        unit, views, start = ALIGNED_BYTES // buffer.element_size(), {}, 0
+        for name, shape in layer_shapes(self._model.config).items():
+            size = math.prod(shape)
+            views[name] = buffer[start : start + size].view(shape)
+            start += -(-size // unit) * unit
+        return views
