@@ -264,12 +264,14 @@ class Engine:
         if self._store is not None:
             self._store.stop()
         self._model = self._store = None
-        changed = precision != self.precision
+        if precision != self.precision:
+            self.cache.clear()
+            self.streamed = None
         model = _load(self.checkpoint, precision, self.device, resident)
-        self.precision = precision
+        if precision != self.precision:
+            self.precision = precision
+            self.cache = self._new_cache()
         self._model, self._store = model, LayerStore(model, self._read, self.host)
-        if changed:
-            self.forget()
         self.refresh(*self.adapters.values())
 
     def refresh(self, *adapters: Adapter) -> None:
