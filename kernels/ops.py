@@ -446,7 +446,7 @@ def modulate(
 def guidance_step_(
     latents: Tensor,  # [images, channels, height, width], float32, updated in place
     prediction: Tensor,  # [groups, tokens, patch * patch * channels], (row, column, channel)
-    coefficient: Tensor,  # [groups], float32: what each branch's velocity counts
+    coefficient: Tensor,  # [groups], float32: the weight of each branch's velocity
     cu_groups: Tensor,  # [images + 1], int32: image i has groups cu_groups[i] to cu_groups[i + 1]
     lengths: Tensor,  # [steps], float32: of the Euler steps
     step: Tensor,  # [images], int64: the one that each image takes

@@ -49,7 +49,7 @@ class Running:
 
     @property
     def latents(self) -> Tensor:
-        """[pictures, 4, height / 8, width / 8], float32; the next step reads what stands there."""
+        """[pictures, 4, height / 8, width / 8], float32; the next step starts from it."""
         return self.call.latents if self.loop is None else self.loop.values.latents
 
     @property
@@ -120,13 +120,13 @@ class Engine:
 
     @property
     def arrangement(self) -> MemoryPlan:
-        """The plan by which weights lie now."""
+        """Where the weights are now, as a plan."""
         resident = 0 if self._store is None else self._store.resident
         plan = MemoryPlan.plain(resident)
         return replace(plan, vae_resident=self.vae.resident)
 
     def held_bytes(self) -> int:
-        """Of everything on the device that this engine holds and a plan counts again."""
+        """Bytes on the device that this engine holds and that a plan's estimate includes."""
         return held_bytes(self._tensors(), self.device)
 
     def _tensors(self) -> Iterator[Tensor]:
@@ -469,7 +469,7 @@ def _strip_store(plan: MemoryPlan) -> torch.device | None:
 def _load(
     checkpoint: Checkpoint, precision: Precision, device: torch.device, resident: int
 ) -> Transformer:
-    """The model with so many layers on a device, and no memory for the others."""
+    """The model with `resident` layers on the device; the others have no storage."""
     dtype, layers = precision.storage_dtype, checkpoint.config.num_layers
     here = spread(resident, layers)
     weights = {

@@ -81,10 +81,10 @@ class Workspace:
 
 
 class Block(nn.Module):
-    """One layer. The residual stream and what is still to be added to it travel apart.
+    """One layer. The residual stream and the update still to be added to it are kept apart.
 
-    So that adding and the next RMSNorm are one operation; `residual` is updated in place. What a
-    method returns lies in the workspace until the next call.
+    That makes the addition and the next RMSNorm one operation; `residual` is updated in place. What
+    a method returns is a view of the workspace, valid until the next call.
     """
 
     input_norm: Tensor  # [hidden]
@@ -105,7 +105,7 @@ class Block(nn.Module):
     ) -> Tensor:
         """Fused QKV product of the normed stream, [rows, (heads + 2 kv_heads) * head_dim].
 
-        It lies in the workspace from row `first` on; the rows before stay as they are.
+        Written to the workspace from row `first` on; earlier rows are untouched.
         """
         rows, eps = len(residual), self.config.rms_norm_eps
         normed = space.normed[:rows]
@@ -296,7 +296,7 @@ class Transformer(nn.Module):
         """Memory and rotary tables for some branches; their residuals are still to be embedded.
 
         Args:
-            sequences: the branches; one with shared tokens right behind the one that has them.
+            sequences: the branches; one with shared tokens directly follows the one that has them.
             mlp_rows: see `Workspace`.
         """
         space = self.workspace(max(len(one.kv_end) for one in sequences), mlp_rows)
@@ -320,7 +320,7 @@ class Transformer(nn.Module):
         Layer by layer, so that the weights are passed over once.
 
         Args:
-            sequences: the branches; one with shared tokens right behind the one that has them.
+            sequences: the branches; one with shared tokens directly follows the one that has them.
             image_latents: see `embed_condition`.
             time_tokens: likewise.
             cache: rows for the branches reserved.
@@ -411,7 +411,7 @@ class Transformer(nn.Module):
         config = self.config
         for state in states:
             one, space = state.sequence, state.space
-            # behind the rows that the branch before has computed for this one too
+            # after the rows that the branch before has computed for this one too
             qkv = block.project(state.residual, state.delta if layer else None, space, one.shared)
             ops.rope_cache_(
                 qkv,
@@ -424,7 +424,7 @@ class Transformer(nn.Module):
                 one.cache_rows,
             )
             if layer == len(self.layers) - 1:
-                continue  # nothing reads the condition behind its last keys and values
+                continue  # nothing reads the condition after its last keys and values
             rows = len(one.kv_end)
             attended = ops.attention_prefill(
                 *self._split(space.qkv[:rows]),
