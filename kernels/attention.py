@@ -111,7 +111,7 @@ def _tails(
 ):
     """What the whole blocks leave of either segment: the only blocks whose columns are masked.
 
-    The segment without a remainder gives no turn, so every block has a visible key and the maximum
+    A segment without a remainder adds no iteration, so every block has a visible key and the maximum
     stays finite.
     """
     o_n = tl.arange(0, BLOCK_N)

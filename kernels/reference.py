@@ -26,7 +26,7 @@ _CPU_BLOCK_VALUES = 1 << 18
 
 
 def _block_rows(x: Tensor) -> int:
-    """Rows of `x` to work off at once: all of them but on a CPU."""
+    """Rows of `x` to process at once: all of them, except on a CPU."""
     if x.device.type == "cpu":
         return min(max(1, _CPU_BLOCK_VALUES * len(x) // max(1, x.numel())), len(x))
     return len(x)
@@ -42,7 +42,7 @@ def _scratch(x: Tensor, count: int) -> list[Tensor]:
 
 
 def _blocks(x: Tensor, scratch: Sequence[Tensor] = ()) -> Iterator[tuple[slice, list[Tensor]]]:
-    """Slices of the rows of `x` to work off one after the other, and as many rows of `scratch`."""
+    """Slices of the rows of `x` to process one after the other, and as many rows of `scratch`."""
     rows = len(scratch[0]) if scratch else _block_rows(x)
     for start in range(0, len(x), max(1, rows)):
         stop = min(start + rows, len(x))
