@@ -2,7 +2,7 @@
 
 from omnigen_fast import OmniGenPipeline
 
-# The small model that ships. For photographs: "Shitao/OmniGen-v1", and 1024 for both sides.
+# The bundled model. For photographs: "Shitao/OmniGen-v1", and 1024 for both sides.
 pipe = OmniGenPipeline.from_pretrained("shapes")
 (image,) = pipe(
     prompt="A large blue triangle at the top left and a small red star at the bottom right "

@@ -9,7 +9,7 @@ matrix work would be spent on zeros. `reference.attention_step` and `reference.a
 are the specifications.
 
 Groups of different lengths share a launch: the grid is (tiles of the longest group, heads, groups),
-and tiles behind a group's end return at once.
+and tiles past a group's end return at once.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def _fold(b_s, v_a, v_b, acc_a, acc_b, b_max, b_sum, scale, HEAD_B: tl.constexpr
 
 @triton.jit
 def _load(ptr, o_row, stride_row, HEAD_A: tl.constexpr, HEAD_B: tl.constexpr):
-    """Rows of one head, in its two parts; the second stands for nothing where HEAD_B is 0."""
+    """Rows of one head, in its two parts; the second is unused where HEAD_B is 0."""
     p_row = ptr + o_row[:, None] * stride_row
     b_a = tl.load(p_row + tl.arange(0, HEAD_A)[None, :])
     b_b = b_a
@@ -111,8 +111,8 @@ def _tails(
 ):
     """What the whole blocks leave of either segment: the only blocks whose columns are masked.
 
-    The segment without a remainder gives no turn, so every block has a visible key and the maximum
-    stays finite.
+    A segment without a remainder adds no iteration, so every block has a visible key and the
+    maximum stays finite.
     """
     o_n = tl.arange(0, BLOCK_N)
     cache_tail = cached % BLOCK_N
@@ -354,7 +354,7 @@ def attention_prefill_kernel(
     m_m = o_m < rows
     q_a, q_b = _load_some(q_ptr, o_m, m_m, stride_q_row, HEAD_A, HEAD_B)
     b_end = tl.minimum(tl.load(kv_end_ptr + first + o_m, mask=m_m, other=0), rows)
-    # rows behind the end of the group must not shorten what the others see without a mask
+    # rows past the end of the group must not shorten what the others see without a mask
     end_of_all = tl.min(tl.where(m_m, b_end, rows), 0)
     end_of_any = tl.max(b_end, 0)
 
@@ -474,8 +474,8 @@ def attention_prefill(
 ) -> Tensor:  # [rows, heads, head_dim]
     """Launches the prefill's attention; see `reference.attention_prefill`.
 
-    Key blocks behind a tile's largest `kv_end` are not visited, those before its smallest take no
-    mask. A `kv_end` behind the group's end reads as the group's end.
+    Key blocks past a tile's largest `kv_end` are not visited, those before its smallest take no
+    mask. A `kv_end` past the group's end means the group's end.
 
     Args:
         out: written and returned where given, else allocated.

@@ -319,8 +319,8 @@ def swiglu(gate_up: Tensor, fused: bool = False) -> None:
 def modulate(
     x: Tensor, shift: Tensor, scale: Tensor, step: Tensor, eps: float, fused: bool = False
 ) -> None:
-    """x [rows, hidden], shift and scale [steps, hidden], of one dtype; step [groups] int64, where
-    groups divides rows.
+    """x [rows, hidden], shift and scale [steps, hidden], of one dtype; step [groups] int64, rows a
+    multiple of groups.
 
     Raises:
         TypeError: wrong dtype.
@@ -335,8 +335,7 @@ def modulate(
     rows, groups = x.shape[0], step.shape[0]
     if not groups or rows % groups:
         raise ValueError(
-            f"step must have an element for each of the equal groups that x's {rows} rows are, "
-            f"got {groups}"
+            f"step must divide x's rows into equal groups, got {groups} steps for {rows} rows"
         )
 
 

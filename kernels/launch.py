@@ -26,7 +26,7 @@ class Launch:
         block: columns (swiglu), pairs (rope_) or tokens (guidance_step_) of a block. The norms
             take a whole row.
         tensor_maps: whether whole blocks of keys come through Hopper's copy engine
-            (attention_step on 9.0 and later); rows that it can't describe come as ever.
+            (attention_step on 9.0 and later); other rows use plain loads.
     """
 
     num_warps: int

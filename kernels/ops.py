@@ -7,8 +7,8 @@ tensors, which have no values, an operation only allocates what its kernel would
 operation is a plain call. Under `torch.compile` it is a custom operator of the namespace
 `omnigen_fast`, so graphs do not break. Forward only: no operation has a derivative.
 
-A new operation takes its reference, its contract, a launcher of the same name in a kernel file, and
-a function here, decorated with `_operation`.
+To add an operation, write its reference, its contract, a launcher of the same name in a kernel
+file, and a function here that is decorated with `_operation`.
 """
 
 from __future__ import annotations
@@ -105,13 +105,13 @@ def _itself(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Operation:
-    """What the door knows of an operation beside its reference and its contract.
+    """What is known here about an operation, besides its reference and its contract.
 
     Attributes:
-        module: the kernel file, which has a launcher of the operation's name.
+        module: the kernel file, with a launcher of the operation's name.
         inputs: number of arguments, not counting `out`.
         has_out: whether the result goes to `out` or to new memory; if not, nothing is returned.
-        like: makes of the first argument a tensor of the result's shape and dtype.
+        like: turns the first argument into a tensor of the result's shape and dtype.
     """
 
     module: str
@@ -136,9 +136,9 @@ _LIBRARY = torch.library.Library("omnigen_fast", "DEF")
 def _operation(
     module: str, *, writes: tuple[str, ...] = (), like: Callable[[Tensor], Tensor] = _itself
 ) -> Callable[[_Public], _Public]:
-    """Registers a public function and returns it as it is, so that a call costs nothing more.
+    """Registers a public function and returns it unwrapped, so calls cost nothing extra.
 
-    Only its docstring grows, by those of its reference and its contract.
+    Its docstring is extended by those of its reference and its contract.
 
     Args:
         module: see `Operation`.
@@ -180,7 +180,7 @@ def _bound(name: str) -> Callable[..., Any]:
 def _checked(
     operation: Operation, run: Callable[..., Any], check: Callable[..., None]
 ) -> Callable[..., Any]:
-    """The reference, which checks nothing by itself."""
+    """The reference with its arguments checked, as the kernels check theirs."""
 
     def checked(*args: Any) -> Any:
         check(*args[: operation.inputs])
@@ -446,7 +446,7 @@ def modulate(
 def guidance_step_(
     latents: Tensor,  # [images, channels, height, width], float32, updated in place
     prediction: Tensor,  # [groups, tokens, patch * patch * channels], (row, column, channel)
-    coefficient: Tensor,  # [groups], float32: what each branch's velocity counts
+    coefficient: Tensor,  # [groups], float32: the weight of each branch's velocity
     cu_groups: Tensor,  # [images + 1], int32: image i has groups cu_groups[i] to cu_groups[i + 1]
     lengths: Tensor,  # [steps], float32: of the Euler steps
     step: Tensor,  # [images], int64: the one that each image takes

@@ -1,6 +1,6 @@
 """Every operation in plain PyTorch: the specification, and what runs where no kernel can.
 
-Rows of several guidance branches lie one behind the other in one tensor ("packed"); a *group* is a
+The rows of several guidance branches are concatenated in one tensor ("packed"); a *group* is a
 run of rows that attend as one sequence. Sums, exponentials and rotations are done in float32 at
 least (float64 inputs stay float64), results are rounded once to the input's dtype. Where an
 operation takes `out`, that is where its result goes, so that a loop needs no new memory.
@@ -21,12 +21,12 @@ _PREFILL_BLOCK = 256
 _PLAIN_SCORES = 1 << 26
 
 
-# On a CPU, rows are worked off in blocks whose float32 copies stay in the cache.
+# On a CPU, rows are processed in blocks whose float32 copies stay in the cache.
 _CPU_BLOCK_VALUES = 1 << 18
 
 
 def _block_rows(x: Tensor) -> int:
-    """Rows of `x` to work off at once: all of them but on a CPU."""
+    """Rows of `x` to process at once: all of them, except on a CPU."""
     if x.device.type == "cpu":
         return min(max(1, _CPU_BLOCK_VALUES * len(x) // max(1, x.numel())), len(x))
     return len(x)
@@ -42,7 +42,7 @@ def _scratch(x: Tensor, count: int) -> list[Tensor]:
 
 
 def _blocks(x: Tensor, scratch: Sequence[Tensor] = ()) -> Iterator[tuple[slice, list[Tensor]]]:
-    """Slices of the rows of `x` to work off one after the other, and as many rows of `scratch`."""
+    """Slices of the rows of `x` to process one after the other, and as many rows of `scratch`."""
     rows = len(scratch[0]) if scratch else _block_rows(x)
     for start in range(0, len(x), max(1, rows)):
         stop = min(start + rows, len(x))
@@ -283,7 +283,7 @@ def modulate(
 def guidance_step_(
     latents: Tensor,  # [images, channels, height, width], float32, updated in place
     prediction: Tensor,  # [groups, tokens, patch * patch * channels], (row, column, channel)
-    coefficient: Tensor,  # [groups], float32: what each branch's velocity counts
+    coefficient: Tensor,  # [groups], float32: the weight of each branch's velocity
     cu_groups: Tensor,  # [images + 1], int32: image i has groups cu_groups[i] to cu_groups[i + 1]
     lengths: Tensor,  # [steps], float32: of the Euler steps
     step: Tensor,  # [images], int64: the one that each image takes

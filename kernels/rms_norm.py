@@ -1,4 +1,4 @@
-"""RMSNorm, alone and behind the residual update.
+"""RMSNorm, alone and after the residual update.
 
     out_i = x_i / sqrt(mean(x^2) + eps) * weight        (Zhang & Sennrich, 2019)
 

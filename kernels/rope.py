@@ -89,7 +89,7 @@ def rope_(
         TypeError, ValueError: see `contract.rope_`.
     """
     contract.rope_(qkv, cos, sin, heads, kv_heads, fused=True)
-    # without a cache its arguments stand for nothing: the kernel does not touch them
+    # without a cache its arguments are placeholders: the kernel does not touch them
     _launch("rope_", qkv, cos, sin, heads, kv_heads, qkv, qkv, qkv, 0, 0)
 
 

@@ -18,7 +18,7 @@ from .memory.plan import Condition
 
 @dataclass(frozen=True)
 class Span:
-    """Where a branch lies in the cache.
+    """The rows of a branch in the cache.
 
     A step reads one run of rows: the condition, and at one of its ends the slot of the step's time
     token. The order of rows is free, since keys carry their positions.
@@ -27,7 +27,7 @@ class Span:
     start: int  # first row that a step reads
     condition: int  # condition tokens
     slot: int  # row in which a step finds its time token
-    times: int  # row of the first step's time token; those of the others follow
+    times: int  # row of the first step's time token; the other steps' follow
     shared: int  # so many tokens, from the first on, another branch has in the same rows
     first: int  # row of the first token
     rest: int  # row of the first token that is not shared
@@ -57,7 +57,7 @@ class Entry:
         return self.condition.rows(self.steps)
 
     def spans(self, place: int) -> tuple[Span, ...]:
-        """Where the branches lie in an entry whose rows begin at `place`."""
+        """The branches' rows in an entry that starts at row `place`."""
         tokens, shared = self.condition.tokens, self.condition.shared
         if len(tokens) == 2:
             rest = place + self.steps + 1
@@ -172,7 +172,7 @@ class ConditionCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the storage as it stands."""
+        """Bytes of the storage."""
         return self.keys.shape[1] * self.row_bytes
 
     @property
@@ -287,7 +287,7 @@ class ConditionCache:
         return place if self.keys.shape[1] - place >= rows else None
 
     def _close_gaps(self) -> int:
-        """Moves all entries to the front, in the memory of one layer; the first row behind them."""
+        """Moves all entries to the front, one layer at a time; returns the first free row."""
         rows = [torch.empty(0, dtype=torch.int64)]
         place = 0
         for entry, start in self._places.items():

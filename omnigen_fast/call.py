@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -67,7 +67,7 @@ class Call:
             return cache_entries(branches, 1, share=False)
         return cache_entries(branches, len(self.schedule), form=lambda one: self._form(one, plan))
 
-    def _form(self, branches: tuple[EncodedBranch, ...], plan: MemoryPlan) -> tuple[Any, ...]:
+    def _form(self, branches: Sequence[EncodedBranch], plan: MemoryPlan) -> tuple[Any, ...]:
         """What of a plan decides the bits of some branches' keys and values.
 
         The rows that the MLP processes at once and the strips of the autoencoder change the order

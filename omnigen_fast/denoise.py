@@ -82,10 +82,10 @@ class Passes:
 
 @dataclass(frozen=True)
 class StepValues:
-    """What the steps of one call read and write, apart from memory to work in.
+    """The tensors that the steps of one call read and write, workspace excluded.
 
-    Everything that differs from step to step hangs on `counters`, which are on the device like the
-    rest: a step's work is the same each time, so it can be captured once and replayed.
+    Whatever differs from step to step depends on `counters` alone, which live on the device too:
+    every step does the same work, so it can be captured once and replayed.
     """
 
     latents: Tensor  # [pictures, 4, height / 8, width / 8], float32, updated by each step

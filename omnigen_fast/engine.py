@@ -49,7 +49,7 @@ class Running:
 
     @property
     def latents(self) -> Tensor:
-        """[pictures, 4, height / 8, width / 8], float32; the next step reads what stands there."""
+        """[pictures, 4, height / 8, width / 8], float32; the next step starts from it."""
         return self.call.latents if self.loop is None else self.loop.values.latents
 
     @property
@@ -120,13 +120,13 @@ class Engine:
 
     @property
     def arrangement(self) -> MemoryPlan:
-        """The plan by which weights lie now."""
+        """Where the weights are now, as a plan."""
         resident = 0 if self._store is None else self._store.resident
         plan = MemoryPlan.plain(resident)
         return replace(plan, vae_resident=self.vae.resident)
 
     def held_bytes(self) -> int:
-        """Of everything on the device that this engine holds and a plan counts again."""
+        """Bytes on the device that this engine holds and that a plan's estimate includes."""
         return held_bytes(self._tensors(), self.device)
 
     def _tensors(self) -> Iterator[Tensor]:
@@ -264,12 +264,14 @@ class Engine:
         if self._store is not None:
             self._store.stop()
         self._model = self._store = None
-        changed = precision != self.precision
+        if precision != self.precision:
+            self.cache.clear()
+            self.streamed = None
         model = _load(self.checkpoint, precision, self.device, resident)
-        self.precision = precision
+        if precision != self.precision:
+            self.precision = precision
+            self.cache = self._new_cache()
         self._model, self._store = model, LayerStore(model, self._read, self.host)
-        if changed:
-            self.forget()
         self.refresh(*self.adapters.values())
 
     def refresh(self, *adapters: Adapter) -> None:
@@ -380,8 +382,9 @@ class Engine:
         cache: Cache,
     ) -> tuple[Loop, Runner]:
         """What takes the steps: the loop of an earlier call of the same shapes, or a new one."""
-        captures = plan.capture and isinstance(cache, ConditionCache)
-        loop = self.graphs.loop_for(values, cache, plan.mlp_rows) if captures else None
+        # what a ring copies in can't be recorded with the step
+        fixed = cache if plan.capture and isinstance(cache, ConditionCache) else None
+        loop = None if fixed is None else self.graphs.loop_for(values, fixed, plan.mlp_rows)
         if loop is None:
             if plan.cache == "none":
                 placed = PlacedBranch.of(call.pictures, entries, cache)
@@ -391,9 +394,9 @@ class Engine:
             else:
                 velocity = CachedVelocity(self.model, cache, len(values.slots))
             loop = Loop(self.model, values, velocity, plan.mlp_rows)
-        if not captures:
+        if fixed is None:
             return loop, loop.step
-        return loop, self.graphs.runner(loop, cache, plan.mlp_rows, call.schedule.counts)
+        return loop, self.graphs.runner(loop, fixed, plan.mlp_rows, call.schedule.counts)
 
     def _prefill(
         self,
@@ -466,7 +469,7 @@ def _strip_store(plan: MemoryPlan) -> torch.device | None:
 def _load(
     checkpoint: Checkpoint, precision: Precision, device: torch.device, resident: int
 ) -> Transformer:
-    """The model with so many layers on a device, and no memory for the others."""
+    """The model with `resident` layers on the device; the others have no storage."""
     dtype, layers = precision.storage_dtype, checkpoint.config.num_layers
     here = spread(resident, layers)
     weights = {

@@ -81,10 +81,10 @@ class Workspace:
 
 
 class Block(nn.Module):
-    """One layer. The residual stream and what is still to be added to it travel apart.
+    """One layer. The residual stream and the update still to be added to it are kept apart.
 
-    So that adding and the next RMSNorm are one operation; `residual` is updated in place. What a
-    method returns lies in the workspace until the next call.
+    That makes the addition and the next RMSNorm one operation; `residual` is updated in place. What
+    a method returns is a view of the workspace, valid until the next call.
     """
 
     input_norm: Tensor  # [hidden]
@@ -105,7 +105,7 @@ class Block(nn.Module):
     ) -> Tensor:
         """Fused QKV product of the normed stream, [rows, (heads + 2 kv_heads) * head_dim].
 
-        It lies in the workspace from row `first` on; the rows before stay as they are.
+        Written to the workspace from row `first` on; earlier rows are untouched.
         """
         rows, eps = len(residual), self.config.rms_norm_eps
         normed = space.normed[:rows]
@@ -193,7 +193,7 @@ class Transformer(nn.Module):
     def device(self) -> torch.device:
         return self.norm.device
 
-    def to(self, device: torch.device | str) -> Transformer:
+    def move(self, device: torch.device | str) -> None:
         """Moves what has storage; layers that are streamed have none."""
         self.forget_crops()
         for module in self.modules():
@@ -201,7 +201,6 @@ class Transformer(nn.Module):
                 if not value.is_meta:
                     moved = nn.Parameter(value.data.to(device), requires_grad=False)
                     module.register_parameter(name, moved)
-        return self
 
     def crops(self) -> list[Tensor]:
         """The crops of the position table that are kept between calls."""
@@ -211,9 +210,15 @@ class Transformer(nn.Module):
         """Frees them."""
         self._pos_embed_crops.clear()
 
+    def block(self, layer: int) -> Block:
+        """A layer, wherever its weights are."""
+        block = self.layers[layer]
+        assert isinstance(block, Block)
+        return block
+
     def _take(self, layer: int) -> Block:
         """A layer to compute with until `_release`."""
-        return self.layers[layer] if self.stream is None else self.stream.take(layer)
+        return self.block(layer) if self.stream is None else self.stream.take(layer)
 
     def _release(self, layer: int) -> None:
         if self.stream is not None:
@@ -291,7 +296,7 @@ class Transformer(nn.Module):
         """Memory and rotary tables for some branches; their residuals are still to be embedded.
 
         Args:
-            sequences: the branches; one with shared tokens right behind the one that has them.
+            sequences: the branches; one with shared tokens directly follows the one that has them.
             mlp_rows: see `Workspace`.
         """
         space = self.workspace(max(len(one.kv_end) for one in sequences), mlp_rows)
@@ -315,7 +320,7 @@ class Transformer(nn.Module):
         Layer by layer, so that the weights are passed over once.
 
         Args:
-            sequences: the branches; one with shared tokens right behind the one that has them.
+            sequences: the branches; one with shared tokens directly follows the one that has them.
             image_latents: see `embed_condition`.
             time_tokens: likewise.
             cache: rows for the branches reserved.
@@ -406,7 +411,7 @@ class Transformer(nn.Module):
         config = self.config
         for state in states:
             one, space = state.sequence, state.space
-            # behind the rows that the branch before has computed for this one too
+            # after the rows that the branch before has computed for this one too
             qkv = block.project(state.residual, state.delta if layer else None, space, one.shared)
             ops.rope_cache_(
                 qkv,
@@ -419,7 +424,7 @@ class Transformer(nn.Module):
                 one.cache_rows,
             )
             if layer == len(self.layers) - 1:
-                continue  # nothing reads the condition behind its last keys and values
+                continue  # nothing reads the condition after its last keys and values
             rows = len(one.kv_end)
             attended = ops.attention_prefill(
                 *self._split(space.qkv[:rows]),

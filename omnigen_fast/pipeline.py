@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,15 @@ from .weights.files import SDXL_VAE, VAE_FILES, resolve
 from .weights.lora import read_adapter
 
 _DTYPES = (torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True)
+class _Given:
+    """A call's arguments, checked."""
+
+    request: Request
+    memory: Memory
+    precision: Precision
 
 
 class OmniGenPipeline:
@@ -87,8 +97,8 @@ class OmniGenPipeline:
                 memory of one step's intermediate results.
             memory: how much of the device's memory to use: "auto" for what is free, less a margin;
                 an amount, as "8GiB" or as a number of bytes; or a `MemoryPlan` (of
-                `omnigen_fast`) that is carried out as it stands, but for what a call's own switches
-                say.
+                `omnigen_fast`), which is used as given except where a call's own switches override
+                it.
 
         Raises:
             CheckpointError: files are missing, malformed, or not an OmniGen model.
@@ -183,9 +193,9 @@ class OmniGenPipeline:
             height: of the output in pixels, a multiple of 16.
             width: likewise.
             num_inference_steps: Euler steps, 1 to 1000.
-            guidance_scale: how strongly the prompt counts; 2 to 3 is usual.
-            use_img_guidance: whether input images are guided by apart from the text.
-            img_guidance_scale: how strongly they count.
+            guidance_scale: how strongly to follow the prompt; 2 to 3 is usual.
+            use_img_guidance: whether input images are guided separately from the text.
+            img_guidance_scale: how strongly to follow the input images.
             max_input_image_size: input images are shrunk to this many pixels a side.
             separate_cfg_infer: run guidance branches one after the other (less memory) rather than
                 at once. The image is the same. None leaves it to the memory planner.
@@ -201,17 +211,17 @@ class OmniGenPipeline:
             output_type: "pil" (list of images), "pt" (tensor [images, 3, height, width] in [0, 1]),
                 "np" (array [images, height, width, 3] in [0, 1]) or "latent" (tensor
                 [images, 4, height / 8, width / 8], before the VAE's scaling is undone).
-            negative_prompt: what to steer away from, one or one for each prompt; None for the
-                original's built-in one.
-            num_images_per_prompt: so many images of each prompt, prompt by prompt.
-            generator: instead of `seed`; one, or one for each image.
+            negative_prompt: what to steer away from, one or one per prompt; None for the original's
+                built-in one.
+            num_images_per_prompt: how many images of each prompt; they come prompt by prompt.
+            generator: instead of `seed`; one, or one per image.
             latents: initial noise [images, 4, height / 8, width / 8] instead of drawn noise.
             callback_on_step_end: called after each step as `callback(pipe, step, time, {"latents":
                 latents})`, time in [0, 1]; may return {"latents": ...} to replace them. Setting
                 `pipe._interrupt = True` in it ends the loop.
-            callback_on_step_end_tensor_inputs: what the callback is given; there are only latents.
+            callback_on_step_end_tensor_inputs: what the callback receives; only latents exist.
             progress: show a progress bar.
-            memory: for this call, see `from_pretrained`; None for what was said there.
+            memory: for this call, see `from_pretrained`; None for the pipeline's own.
 
         Returns:
             A list of PIL images, or what `output_type` says.
@@ -268,20 +278,26 @@ class OmniGenPipeline:
             RequestError: an argument can't be used; says which, and what can.
             MemoryBudgetError: no plan fits.
         """
-        signature = inspect.signature(type(self).__call__)
-        bound = signature.bind(self, prompt, input_images, **call)
-        bound.apply_defaults()
-        given = {name: value for name, value in bound.arguments.items() if name != "self"}
-        callback = given.pop("callback_on_step_end")
-        check_callback(callback, given.pop("callback_on_step_end_tensor_inputs"))
-        given.pop("progress")
-        dtype, memory = given.pop("dtype"), given.pop("memory")
-        memory = self._memory if memory is None else memory
-        precision = self._precision(dtype, memory)
-        request = self._request(**given)
-        pictures = encoded(request, self.processor)
-        workload = workload_of(request, StepSchedule.euler(request.steps), pictures)
-        return decide(self.engine, workload, request.switches, memory, precision)
+        given = self._bound(prompt, input_images, call)
+        pictures = encoded(given.request, self.processor)
+        schedule = StepSchedule.euler(given.request.steps)
+        workload = workload_of(given.request, schedule, pictures)
+        switches = given.request.switches
+        return decide(self.engine, workload, switches, given.memory, given.precision)
+
+    def make_call(self, prompt: str | Sequence[str], input_images: Any = None, **call: Any) -> Call:
+        """What a call would carry out, for those who drive `engine` themselves.
+
+        Args:
+            prompt: as for the call.
+            input_images: likewise.
+            call: every other argument that the call takes.
+
+        Raises:
+            RequestError: an argument can't be used; says which, and what can.
+        """
+        given = self._bound(prompt, input_images, call)
+        return self._start(given.request, given.precision)
 
     def load_lora_weights(
         self,
@@ -295,7 +311,7 @@ class OmniGenPipeline:
         Args:
             path: a PEFT folder (`adapter_config.json`, `adapter_model.safetensors`).
             adapter_name: to unload it by; the path unless given.
-            weight: how strongly it counts.
+            weight: its scale.
 
         Raises:
             CheckpointError: it can't be read or does not fit.
@@ -373,6 +389,19 @@ class OmniGenPipeline:
     def summary(self) -> str:
         """What the last call ran as: plan, share of cached work, peak, predicted seconds."""
         return "nothing has run yet" if self._report is None else self._report.text(self.config)
+
+    def _bound(self, prompt: Any, input_images: Any, call: Mapping[str, Any]) -> _Given:
+        """The arguments of a call that is not made."""
+        signature = inspect.signature(type(self).__call__)
+        bound = signature.bind(self, prompt, input_images, **call)
+        bound.apply_defaults()
+        given = dict(bound.arguments)
+        del given["self"], given["progress"]
+        callback = given.pop("callback_on_step_end")
+        check_callback(callback, given.pop("callback_on_step_end_tensor_inputs"))
+        dtype, memory = given.pop("dtype"), given.pop("memory")
+        memory = self._memory if memory is None else memory
+        return _Given(self._request(**given), memory, self._precision(dtype, memory))
 
     def _request(self, *, offload_model: bool | None, **arguments: Any) -> Request:
         switch = self._offload_model if offload_model is None else offload_model

@@ -17,6 +17,8 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from .memory.device import free_host_bytes
+
 _log = logging.getLogger("omnigen_fast")
 
 T = TypeVar("T")
@@ -255,8 +257,6 @@ class HostMemory:
         tensor = torch.empty(*shape, dtype=dtype)
         if self._cuda and tensor.nbytes:
             if self._most is None:
-                from .memory.device import free_host_bytes
-
                 self._most = free_host_bytes() // 2
             self._lock(tensor)
         return tensor

@@ -15,27 +15,34 @@ import pytest
 from click.testing import CliRunner
 from golden_cases import GOLDEN, TINY
 
+from bench import docs
 from omnigen_fast import OmniGenPipeline
 from omnigen_fast.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = ["diffusers", "inference", "moving"]
-TEXTS = [
-    ROOT / "README.md",
-    ROOT / "CONTRIBUTING.md",
-    ROOT / "examples/shapes/README.md",
-    *sorted(DOCS.glob("*.md")),
-]
+TEXTS = [*sorted(ROOT.glob("*.md")), ROOT / "examples/shapes/README.md", *sorted(DOCS.glob("*.md"))]
 SMALL = {"height": 64, "width": 64, "num_inference_steps": 1, "max_input_image_size": 64}
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```\n?", re.M | re.S)
+NEEDS_WEIGHTS = "Needs the published weights."
 
 
-def blocks(page: str) -> list[str]:
-    path = ROOT / "README.md" if page == "README" else DOCS / f"{page}.md"
-    return re.findall(r"^```python\n(.*?)^```", path.read_text(), re.M | re.S)
+def name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
 
 
-EXAMPLES = [(page, code) for page in (*PAGES, "README") for code in blocks(page)]
+def fenced(path: Path, language: str) -> list[str]:
+    return [code for kind, code in FENCED.findall(path.read_text()) if kind == language]
+
+
+EXAMPLES = [
+    # in front as many lines as in the page, so that errors name the right ones
+    pytest.param(path, "\n" * text.count("\n", 0, found.start(2)) + found[2], id=name(path))
+    for path in (ROOT / "README.md", *sorted(DOCS.glob("*.md")))
+    for text in [path.read_text()]
+    for found in FENCED.finditer(text)
+    if found[1] == "python"
+]
 
 
 def commands() -> list[str]:
@@ -44,8 +51,11 @@ def commands() -> list[str]:
     found = set()
     for path in TEXTS:
         text = path.read_text()
-        found |= set(re.findall(rf"^(?: {{4}}\$ )?({start}.*?)(?:\s+#.*)?$", text, re.M))
-        found |= set(re.findall(rf"`({start}[^`]*)`", text))
+        lines = "\n".join([*fenced(path, ""), *fenced(path, "bash")])
+        lines += "\n" + "\n".join(re.findall(r"^ {4}\$ (.*)$", text, re.M))
+        found |= set(re.findall(rf"^({start}.*?)(?:\s+#.*)?$", lines, re.M))
+        inline = re.findall(rf"`({start}[^`]*)`", FENCED.sub("", text))
+        found |= {" ".join(one.split()) for one in inline}
     return sorted(found)
 
 
@@ -59,33 +69,37 @@ def shrunk(call):
     return small
 
 
-@pytest.mark.parametrize(("page", "code"), EXAMPLES, ids=[page for page, _ in EXAMPLES])
+@pytest.mark.parametrize(("page", "code"), EXAMPLES)
 def test_examples_run(page, code, build, monkeypatch, tmp_path):
-    """On the golden checkpoint instead of the real weights, and small."""
+    """On the golden checkpoint instead of the published weights, and small."""
     import diffusers
 
     load = OmniGenPipeline.from_pretrained
     theirs = diffusers.OmniGenPipeline
-    monkeypatch.setattr(
-        OmniGenPipeline, "from_pretrained", lambda name: load(TINY) if "OmniGen-v1" in name else 0
-    )
+
+    def load_small(model_name, **options):
+        return load(TINY if "OmniGen-v1" in model_name else model_name, **options)
+
+    monkeypatch.setattr(OmniGenPipeline, "from_pretrained", load_small)
     monkeypatch.setattr(theirs, "from_pretrained", lambda name, torch_dtype: build(torch_dtype))
     monkeypatch.setattr(OmniGenPipeline, "__call__", shrunk(OmniGenPipeline.__call__))
     monkeypatch.setattr(theirs, "__call__", shrunk(theirs.__call__))
-    for name in ("street.jpg", "cat.png", "two_man.jpg"):
-        shutil.copy(GOLDEN / "images/cat.png", tmp_path / name)
+    for picture in ("street.jpg", "cat.png", "two_man.jpg"):
+        shutil.copy(GOLDEN / "images/cat.png", tmp_path / picture)
     shutil.copytree(GOLDEN / "lora", tmp_path / "lora")
     monkeypatch.chdir(tmp_path)
     found: dict = {}
-    exec(compile(code, f"docs/{page}.md", "exec"), found)
+    exec(compile(code, name(page), "exec"), found)
     picture = found["image"] if "image" in found else found["images"][0]
     assert min(picture.size) > 0 and max(picture.size) <= 64
 
 
-def test_examples_say_that_they_need_the_weights():
-    for page in PAGES:
-        text = (DOCS / f"{page}.md").read_text()
-        assert text.count("```python") == text.count("Needs the real weights.") >= 1
+@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=name)
+def test_examples_say_that_they_need_the_weights(page):
+    after = FENCED.split(page.read_text())[1:]
+    for kind, code, text in zip(after[::3], after[1::3], after[2::3]):
+        if kind == "python":
+            assert ("OmniGen-v1" in code) == text.lstrip().startswith(NEEDS_WEIGHTS), code
 
 
 @pytest.mark.parametrize("command", commands())
@@ -117,6 +131,10 @@ def test_commands_are_right(command, tmp_path, monkeypatch):
             main.commands[name].make_context(name, options)
     elif program.startswith("python"):
         module = arguments[arguments.index("-m") + 1]
+        spec = importlib.util.find_spec(module)
+        assert spec, command
+        if spec.submodule_search_locations:  # a package
+            module += ".__main__"
         assert importlib.util.find_spec(module), command
         source = Path(importlib.util.find_spec(module).origin).read_text()
         for option in (one for one in arguments if one.startswith("--")):
@@ -131,7 +149,7 @@ def test_commands_are_right(command, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("function", ["__call__", "from_pretrained"])
 def test_every_argument_stands_in_the_table_with_its_default(function):
-    call, load = (DOCS / "inference.md").read_text().split("And of `from_pretrained`:")
+    call, load = (DOCS / "inference.md").read_text().split("Arguments of `from_pretrained`:")
     table = {"__call__": call, "from_pretrained": load}[function]
     rows = re.findall(r"^\| (`[a-z_`, ]+`) \| (.*?) ?\| ", table, re.M)
     named = {
@@ -148,3 +166,73 @@ def test_every_argument_stands_in_the_table_with_its_default(function):
                 str(parameter.default),
                 repr(parameter.default),
             ), name
+
+
+@pytest.mark.parametrize("page", docs.paths(), ids=name)
+def test_generated_text_is_up_to_date(page):
+    assert page.read_text() == docs.refreshed(page), "run python -m bench.docs"
+
+
+def test_output_is_generated_from_the_command_alone():
+    shown = "text\n\n    $ omnigen-fast plan --help\n{}\n\nmore\n\n    not output\n"
+    assert docs._with_output(shown.format("    old\n\n    older")) == docs._with_output(
+        shown.format("    other")
+    )
+    typed = "    $ omnigen-fast app\n    $ omnigen-fast env\n\nmore\n\n    $ pip install .\n"
+    assert docs._with_output(typed) == typed
+
+
+def anchors(path: Path) -> set[str]:
+    """Names that GitHub gives the headings of a page."""
+    text = FENCED.sub("", path.read_text())
+    headings = re.findall(r"^#+ (.+)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=name)
+def test_links_lead_somewhere(page):
+    text = FENCED.sub("", page.read_text())
+    links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'src="([^"]+)"', text)
+    for link in links:
+        target, _, anchor = link.partition("#")
+        if "://" in target:
+            continue
+        path = (page.parent / target).resolve() if target else page
+        assert path.exists(), link
+        assert not anchor or anchor in anchors(path), link
+
+
+def file_map() -> list[Path]:
+    """Every path that docs/architecture.md lists."""
+    text = (DOCS / "architecture.md").read_text().split("## File map")[1]
+    found: list[Path] = []
+    above: list[Path] = []
+    for line in FENCED.search(text)[2].splitlines():
+        indent, entry = re.match(r"( *)(\S+)", line).groups()
+        depth = len(indent) // 2
+        path = (above[depth - 1] if depth else ROOT) / entry
+        above[depth:] = [path]
+        found.append(path)
+    return found
+
+
+def test_the_file_map_is_complete():
+    listed = file_map()
+    assert len(listed) == len(set(listed))
+    assert [name(path) for path in listed if not path.exists()] == []
+    modules = [*(ROOT / "omnigen_fast").rglob("*.py"), *(ROOT / "kernels").glob("*.py")]
+    modules = [path for path in modules if path.name != "__init__.py"]
+    assert [name(path) for path in modules if path not in listed] == []
+
+
+def test_the_readme_is_short_and_its_figures_are_of_their_sources():
+    text = (ROOT / "README.md").read_text()
+    assert text.count("\n") < 200
+    scores = (DOCS / "shapes.md").read_text()
+    right = dict(re.findall(r"^\| \*\*(.+?)\*\* \| \d+ \| ([\d.]+ %)", scores, re.M))
+    shown = re.search(
+        r"([\d.]+ %) of the requested.*?([\d.]+ %) in edits, ([\d.]+ %) in", text, re.S
+    )
+    assert shown.groups() == (right["text to image"], right["edits"], right["composition"])
+    (oldest,) = re.findall(r'"torch>=([\d.]+)', (ROOT / "pyproject.toml").read_text())
+    assert f"PyTorch {oldest} or later" in text

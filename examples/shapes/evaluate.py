@@ -131,8 +131,8 @@ def unchanged(results: Sequence[Result]) -> float:
 def table(guided: dict[str, list[Result]], plain: dict[str, list[Result]]) -> list[str]:
     """Rows of Markdown: groups of tasks, and the tasks of groups that have several."""
     rows = [
-        "| task | pictures | attributes right | in new pairs | whole pictures right "
-        "| attributes, input unchanged | attributes, no guidance |",
+        "| task | images | correct attributes | in new pairs | fully correct images "
+        "| input unchanged | no guidance |",
         "|---|---|---|---|---|---|---|",
     ]
 
@@ -226,24 +226,24 @@ def _report(
 
     command = " ".join(["python -m examples.shapes.evaluate", *sys.argv[1:]])
     parameters = sum(weight.numel() for weight in pipe.model.parameters())
-    return f"""# What the model that ships draws
+    return f"""# The bundled model
 
-`OmniGenPipeline.from_pretrained("shapes")` is a model of OmniGen's architecture with
-{parameters / 1e6:.1f} million parameters, trained from scratch (see `examples/shapes/README.md`).
-This is how much of what a prompt asks for it draws, as `examples/shapes/checker.py` reads it off
-the pictures. Half of the prompts show a pair of shape and colour that training never did ("in new
-pairs"). "Input unchanged" is what the last input picture itself would score: a task is done only as
-far as a score lies above it.
+`OmniGenPipeline.from_pretrained("shapes")` loads a model of OmniGen's architecture with
+{parameters / 1e6:.1f} million parameters, trained from scratch (see
+[examples/shapes](../examples/shapes/README.md)). The table shows how many of the requested
+attributes its images have, as read by `examples/shapes/checker.py`. Half of the prompts ask for a
+combination of shape and colour that training never showed ("in new pairs"). "Input unchanged" is
+the score of the last input image itself: only the margin above it counts.
 
 Written by `{command}`
 on {datetime.date.today().isoformat()} with Python {platform.python_version()}, torch
 {torch.__version__}, diffusers {diffusers.__version__}, {arguments.dtype} on {pipe.device.type},
 in {seconds:.0f} s: {arguments.steps} steps, guidance {arguments.guidance}, image guidance
-{arguments.image_guidance}. "No guidance" is guidance 1, image guidance off.
+{arguments.image_guidance}. "No guidance" means guidance scale 1 without image guidance.
 
 {chr(10).join(rows)}
 
-The tests demand at least {", ".join(f"{goal:.0%} in {name}" for name, goal in TARGETS.items())}.
+The tests require at least {", ".join(f"{goal:.0%} in {name}" for name, goal in TARGETS.items())}.
 
 ![Prompts, input images and outputs of the demo](demo.png)
 """

@@ -93,7 +93,7 @@ class LayerStore:
         self._copies.clear()
         self._lane = None
         self._host = host
-        self._model.to(device)
+        self._model.move(device)
 
     def _drop(self, layer: int) -> None:
         model = self._model

@@ -148,7 +148,7 @@ def test_every_operation_is_on_the_door():
 
 
 def test_an_operation_is_declared_in_three_places():
-    """Reference, contract and one function of the door; beside them there is its kernel alone."""
+    """Reference, contract and one decorated function in ops; only the kernel comes on top."""
     for module in (reference, contract, ops):
         functions, rest = [], []
         for node in ast.parse(Path(module.__file__).read_text()).body:
@@ -177,7 +177,7 @@ def test_help_says_formula_and_shapes(name):
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_a_call_is_one_plain_call(name, monkeypatch):
-    """Of the registered function itself, with all arguments by place."""
+    """The registered function is not wrapped, and passes every argument by position."""
     calls = []
     monkeypatch.setattr(ops, "_call", lambda *args: calls.append(args))
     public, given = getattr(ops, name), arguments(name)

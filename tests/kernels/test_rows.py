@@ -178,7 +178,7 @@ def test_guidance_step(cu_groups, channels, height, width, patch, dtype):
     wide[:, :, values:] = torch.nan
     prediction = wide[:, :, :values]
     coefficient = random(groups, seed=2)
-    # another step for each image, in turn; none takes the first or the last
+    # each image takes a different step; none takes the first or the last
     lengths = torch.tensor([torch.nan, 0.02, 8.0, 0.3, torch.nan], device=DEVICE)
     step = torch.tensor([3, 1, 2][:images], device=DEVICE)
     rest = (coefficient, integers(*cu_groups), lengths, step, patch)

@@ -1,0 +1,126 @@
+"""Writes into the documents what commands print and results say.
+
+    python -m bench.docs            # rewrites what is out of date
+    python -m bench.docs --check    # names it instead, and fails if there is any
+
+Three kinds of text are generated: the output below a command in a line of its own (`    $ ...`),
+the tables in docs/benchmarks.md, and the summary of them in README.md. Both are of the result file
+that docs/benchmarks.md links to.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from . import report
+from .common import ROOT
+
+README, BENCHMARKS = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
+RATIOS = "<!-- ratios: begin -->", "<!-- ratios: end -->"
+_SHOWN, _COMMAND = " " * 4, "    $ "  # how output is indented, and a command
+_RESULT = re.compile(r"\(\.\./(bench/results/bench-[\w.-]+\.json)\)")
+
+
+def paths() -> list[Path]:
+    """Every document in which something is generated."""
+    return [README, *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def refreshed(path: Path) -> str:
+    """What a document should say."""
+    text = _with_output(path.read_text(encoding="utf-8"))
+    if path == BENCHMARKS:
+        text = _between(text, (report.BEGIN, report.END), report.markdown(result()))
+    if path == README:
+        text = _between(text, RATIOS, ratios(result()))
+    return text
+
+
+def result() -> dict[str, Any]:
+    """The measurement that the documents show."""
+    found = _RESULT.search(BENCHMARKS.read_text(encoding="utf-8"))
+    assert found, f"{BENCHMARKS} links to no result"
+    return json.loads((ROOT / found[1]).read_text())
+
+
+def ratios(found: dict[str, Any]) -> str:
+    """How many times as long the peers take: a Markdown table with a row for each."""
+    cells = [cell["contenders"] for cell in found["cells"]]
+    lines = [
+        f"Time of each program divided by ours, over {len(cells)} combinations of sizes and images "
+        f"({found['device']}, {found['dtype']}, {found['steps']} steps, "
+        f"{found['machine']['date']}):",
+        "",
+        "| | whole image | single step |",
+        "| --- | --- | --- |",
+    ]
+    for name in found["peers"]:
+        rows = [cell[name] for cell in cells if cell.get(name, {}).get("status") == "ok"]
+        if rows:
+            spans = [_span([row[f"{what}_ratio"] for row in rows]) for what in ("picture", "step")]
+            lines.append(f"| {name} | {' | '.join(spans)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _span(values: list[float]) -> str:
+    return f"{min(values):.1f}x to {max(values):.1f}x"
+
+
+def _with_output(text: str) -> str:
+    """A text with the output below each command that has some run anew."""
+    blocks = text.split("\n\n")
+    made: list[str] = []
+    printing = False  # whether blocks are still the output of the last command
+    for block in blocks:
+        if not block.startswith(_SHOWN):
+            printing = False
+        elif block.startswith(_COMMAND):
+            command, _, output = block.partition("\n")
+            printing = bool(output.strip()) and not output.startswith(_COMMAND)
+            if printing:
+                block = f"{command}\n{_output(command.removeprefix(_COMMAND))}"
+        elif printing:
+            continue
+        made.append(block)
+    return "\n\n".join(made)
+
+
+def _output(command: str) -> str:
+    from click.testing import CliRunner
+
+    from omnigen_fast.cli.main import main
+
+    program, *arguments = shlex.split(command)
+    assert program == "omnigen-fast", f"there is no way to run {command}"
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    lines = result.output.rstrip().splitlines()
+    return "\n".join(f"{_SHOWN}{line}".rstrip() for line in lines)
+
+
+def _between(text: str, marks: tuple[str, str], new: str) -> str:
+    head, begin, rest = text.partition(marks[0])
+    _, end, tail = rest.partition(marks[1])
+    assert begin and end, f"there are no marks {marks}"
+    return f"{head}{begin}\n{new}{end}{tail}"
+
+
+def main() -> None:
+    old = [path for path in paths() if refreshed(path) != path.read_text(encoding="utf-8")]
+    check = sys.argv[1:] == ["--check"]
+    if sys.argv[1:] and not check:
+        sys.exit(str(__doc__).strip())
+    for path in old:
+        if not check:
+            path.write_text(refreshed(path), encoding="utf-8")
+        print(f"{path.relative_to(ROOT)} {'is out of date' if check else 'rewritten'}")
+    sys.exit(int(check and bool(old)))
+
+
+if __name__ == "__main__":
+    main()
