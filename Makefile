@@ -16,6 +16,10 @@ $(READY): setup.py pyproject.toml constraints.txt
 lint: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	# mypy sees the package as it is installed: kernels, profiles and bench are inside it
+	@rm -rf .mypy && mkdir -p .mypy/omnigen_fast
+	@cd .mypy/omnigen_fast && ln -s ../../omnigen_fast/* ../../kernels ../../profiles ../../bench .
+	cd .mypy && ../$(VENV)/bin/mypy --config-file ../pyproject.toml
 
 test: lint
 	$(VENV)/bin/python -m pytest
@@ -67,4 +71,4 @@ dist: $(READY)
 	$(VENV)/bin/python -m build
 
 clean:
-	rm -rf $(VENV) .peers build dist *.egg-info demo-output
+	rm -rf $(VENV) .mypy .peers build dist *.egg-info demo-output
