@@ -32,7 +32,7 @@ from .guidance import guidance_branches
 from .memory.cost import Cost, Estimate
 from .memory.device import free_bytes, on_host, parse_memory, profile_of
 from .memory.overview import Report
-from .memory.plan import Condition, MemoryPlan, Workload
+from .memory.plan import MemoryPlan, Workload, first_workload
 from .memory.planner import Decision, describe, front
 from .memory.planner import plan as decide
 from .model import TimeEmbeddings, Transformer
@@ -465,7 +465,10 @@ class OmniGenPipeline:
     def _plans(self, run: RunningCall, memory: Memory) -> Iterator[MemoryPlan]:
         """What to try, one after the other as memory runs out; ends with one line that says so."""
         if isinstance(memory, MemoryPlan):
-            yield run.request.switches.applied_to(memory, self.config.num_layers)
+            switches = run.request.switches.for_device(on_host(self.device))
+            given = switches.applied_to(memory, self.config.num_layers)
+            given.check(self.config.num_layers)
+            yield given
             raise OmniGenError(
                 f"out of memory with the plan that was given ({run.failures[-1]}); give "
                 'memory="auto" or a plan that needs less'
@@ -491,9 +494,6 @@ class OmniGenPipeline:
 
     def _decide(self, run: RunningCall, memory: str | int) -> Decision:
         profile = profile_of(self.device)
-        switches = run.request.switches
-        if on_host(self.device):  # the host is the device: what is offloaded is there already
-            switches = replace(switches, offload_kv_cache=None, offload_model=None)
         budget = parse_memory(memory)
         return decide(
             self.config,
@@ -502,7 +502,7 @@ class OmniGenPipeline:
             run.workload(),
             profile,
             free_bytes(self.device, profile) if budget is None else budget,
-            switches,
+            run.request.switches,
             current=self.last_plan,
             kept_bytes=self._cache_bytes,
             capture=self._graphs.possible(),
@@ -781,16 +781,9 @@ def _first_plan(
 ) -> MemoryPlan:
     """Where weights are loaded to, before there is a request: as for one picture of 1024 px."""
     if isinstance(memory, MemoryPlan):
+        memory.check(config.num_layers)
         return memory
-    side = min(1024, config.max_image_side)
-    text, negative = 60, 121  # tokens of a usual prompt and of the built-in negative one
-    workload = Workload(
-        height=side,
-        width=side,
-        steps=50,
-        branches=((text, negative),),
-        conditions=(Condition((text,)), Condition((negative,))),
-    )
+    workload = first_workload(config)
     profile = profile_of(device)
     budget = parse_memory(memory)
     budget = free_bytes(device, profile) if budget is None else budget
