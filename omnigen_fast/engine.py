@@ -98,6 +98,27 @@ class Engine:
         self._stale: set[str] = set()  # parameters that may not be what the adapters make of them
         self._running: list[Running] = []
 
+    @classmethod
+    def of(
+        cls,
+        model: Transformer,
+        checkpoint: Checkpoint,
+        vae: Vae,
+        condition_cache_bytes: int = 2 << 30,
+        capture_steps: bool = True,
+    ) -> Engine:
+        """An engine over a model that is on its device already.
+
+        Args:
+            model: whose weights `checkpoint` reads again where they move or adapters come.
+            checkpoint: see the class; so are the others.
+        """
+        precision = Precision.of(model.dtype)
+        engine = cls(checkpoint, vae, precision, model.device, condition_cache_bytes, capture_steps)
+        engine._model = model
+        engine._store = LayerStore(model, engine._read, engine.host)
+        return engine
+
     # What is there
 
     @property
