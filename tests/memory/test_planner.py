@@ -240,6 +240,26 @@ def test_a_cpu_neither_records_steps_nor_moves_within_itself():
         assert one.plan.cache != "ring"
 
 
+def test_offloading_is_ignored_on_a_cpu():
+    """Whoever plans: the same plan, and no word of the switches."""
+    workload, cpu = typical_workload(512, 512, images=1), profiles.load("cpu")
+    asked = decide(workload, cpu, int(24e9), Switches(True, True, True, False))
+    rest = decide(workload, cpu, int(24e9), Switches(use_kv_cache=True, separate_cfg_infer=False))
+    assert (asked.plan, asked.candidates, asked.fixed) == (rest.plan, rest.candidates, rest.fixed)
+    assert asked.plan.cache == "device" and asked.plan.resident_layers == 32
+    with pytest.raises(MemoryBudgetError) as caught:
+        decide(workload, cpu, int(1e9), Switches(offload_model=False))
+    assert "offload_model" not in str(caught.value)
+
+
+def test_the_position_table_is_on_the_host():
+    on_host, on_gpu = (
+        Estimate(CONFIG, VAE, BFLOAT16, typical_workload(512, 512), profile).bytes.other_bytes
+        for profile in (profiles.load("cpu"), A800)
+    )
+    assert on_host - on_gpu == 192**2 * 3072 * 2
+
+
 def test_the_error_says_what_to_change():
     workload = typical_workload(1024, 1024, images=2, pictures=2)
     with pytest.raises(MemoryBudgetError) as caught:
@@ -387,12 +407,27 @@ class TestCommand:
             (("--device", "a800", "--size", "1000"), "multiple of 16"),
             (("--device", "a800", "--memory", "1GB"), "at least"),
             (("--device", "a800", "--memory", "lots"), "8GiB"),
+            (("--device", "a800", "--memory", "12"), '"12GiB"'),
         ],
     )
     def test_errors_are_one_line(self, run, args, says):
         result = run(*args)
         assert result.exit_code in (1, 2) and says in result.output
         assert len(result.output.splitlines()) == 1
+
+    def test_a_processor(self, run, monkeypatch, tmp_path):
+        """Named by its own instructions; no row for what does nothing on it."""
+        named = device.host_profile
+        (tmp_path / "proc").mkdir()
+        monkeypatch.setattr(device, "host_profile", lambda: named(tmp_path))
+        for flags, name in (("fpu", "CPU ("), ("fpu amx_bf16", "CPU with AMX (")):
+            (tmp_path / "proc/cpuinfo").write_text(f"flags : {flags}\n")
+            result = run("--device", "cpu", "--size", "512", "--images", "1", "--offload-model")
+            assert result.exit_code == 0 and result.output.startswith(name)
+            assert "offload" not in result.output
+            assert ("AMX" in result.output) == ("amx_bf16" in flags)
+            chosen = next(line for line in result.output.splitlines() if line.startswith("*"))
+            assert "all layers on the device" in chosen
 
     def test_torch_is_not_needed(self):
         code = (
