@@ -16,6 +16,7 @@ ORDER = [
     "config",
     "precision",
     "parameters",
+    "schedule",
     "memory.plan",
     "memory.terms",
     "memory.autoencoder",
@@ -33,6 +34,8 @@ ORDER = [
     "streamed_cache",
     "sequence",
     "processor",
+    "call",
+    "linear",
     "model",
     "weights.files",
     "weights.names",
@@ -42,8 +45,11 @@ ORDER = [
     "vae.strips",
     "vae.vae",
     "vae.preview",
+    "placement",
     "denoise",
     "graph",
+    "engine",
+    "run",
     "for_diffusers.conditions",
     "for_diffusers.binding",
     "for_diffusers.processor",
@@ -60,7 +66,7 @@ ORDER = [
     "cli.main",
     "app",
 ]
-USE_KERNELS = {"for_diffusers.enable", "model", "denoise", "graph", "vae.vae"}
+USE_KERNELS = {"call", "model", "denoise", "graph", "vae.vae", "for_diffusers.enable"}
 USE_PROFILES = {
     "memory.estimate",
     "memory.seconds",
