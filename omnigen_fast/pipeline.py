@@ -5,16 +5,16 @@ from __future__ import annotations
 import inspect
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .call import Call, Memory, StepCallback, encoded, workload_of
+from .call import Call, Memory, encoded, workload_of
 from .config import ModelConfig
 from .engine import Engine
 from .errors import OmniGenError, RequestError, first_line
@@ -33,6 +33,11 @@ from .vae.vae import Vae
 from .weights.checkpoint import Checkpoint
 from .weights.files import SDXL_VAE, VAE_FILES, resolve
 from .weights.lora import read_adapter
+
+# Called after each step with (pipeline, step, time, {"latents": ...}); may return new latents.
+StepCallback: TypeAlias = Callable[
+    ["OmniGenPipeline", int, float, dict[str, Any]], Mapping[str, Any] | None
+]
 
 _DTYPES = (torch.bfloat16, torch.float32)
 

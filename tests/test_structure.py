@@ -48,6 +48,8 @@ ORDER = [
     "placement",
     "denoise",
     "graph",
+    "engine",
+    "run",
     "for_diffusers.conditions",
     "for_diffusers.binding",
     "for_diffusers.processor",

@@ -24,6 +24,7 @@ from omnigen_fast.memory.cost import Estimate
 from omnigen_fast.memory.device import free_host_bytes, parse_memory
 from omnigen_fast.memory.plan import MemoryPlan, Switches, typical_workload
 from omnigen_fast.precision import Precision
+from omnigen_fast.schedule import StepSchedule
 
 CONFIG, VAE, BFLOAT16 = released_sizes(), VaeShape(), Precision.of("bfloat16")
 A800, RTX3090 = profiles.load("a800"), profiles.load("rtx3090")
@@ -169,7 +170,7 @@ def test_weights_stay_where_they_are_for_a_short_request():
     at_hand = decide(workload, A800, int(80e9), current=streamed)
     assert without.resident_layers == 32
     assert at_hand.plan.resident_layers == streamed.resident_layers
-    long = replace(workload, steps=1000)
+    long = replace(workload, schedule=StepSchedule.euler(1000))
     assert decide(long, A800, int(80e9), current=streamed).plan.resident_layers == 32
 
 

@@ -33,7 +33,7 @@ def fresh(load_pipe):
 
 def weights(pipe) -> dict[str, torch.Tensor]:
     """Copies of all parameters by our names."""
-    names = [name for name in pipe._checkpoint.sources if name != "pos_embed"]
+    names = [name for name in pipe.engine.checkpoint.sources if name != "pos_embed"]
     return {name: pipe.model.parameter(name).detach().clone() for name in names}
 
 
