@@ -22,7 +22,7 @@ from omnigen_fast.images import InputImage
 from omnigen_fast.memory.autoencoder import VaeShape
 from omnigen_fast.pipeline import OmniGenPipeline
 from omnigen_fast.sequence import EncodedBranch
-from omnigen_fast.vae.vae import Vae
+from omnigen_fast.vae.vae import Vae, content_noise
 
 from .cases import GUIDANCE, Task
 from .gpu.measure import Clock
@@ -87,10 +87,8 @@ class KeptVae:
         """[4, height / 8, width / 8]; as `Vae.encode`."""
         if image.digest not in self._latents:
             if self.vae is None:
-                generator = torch.Generator().manual_seed(int(image.digest[:15], 16))
                 shape = (4, *(side // 8 for side in image.size))
-                drawn = torch.randn(shape, generator=generator)
-                self._latents[image.digest] = drawn.to(self.device)
+                self._latents[image.digest] = content_noise(image.digest, shape).to(self.device)
             else:
                 with self.vae.loaded():
                     self._latents[image.digest] = self.vae.encode(image, *how, **more)
