@@ -109,5 +109,5 @@ def _table_side(shapes: Mapping[str, tuple[int, ...]], name: str) -> int:
     shape = shapes.get(name, ())
     side = isqrt(shape[1]) if len(shape) == 3 else 1
     if len(shape) == 3 and side * side != shape[1]:
-        raise CheckpointError(f"{name} has {shape[1]} places, which is no square")
+        raise CheckpointError(f"{name} has {shape[1]} places, which is not a square")
     return max(1, side)

@@ -225,7 +225,7 @@ class TestTensors:
     @pytest.mark.parametrize(
         ("shape", "part"),
         [
-            ((1, 2303, 192), "pos_embed has 2303 places, which is no square"),
+            ((1, 2303, 192), "pos_embed has 2303 places, which is not a square"),
             ((1, 0, 192), "pos_embed is [1, 0, 192] instead of [1, 1, 192]"),
             ((1, 2304, 191), "pos_embed is [1, 2304, 191] instead of [1, 2304, 192]"),
             ((2304, 192), "misshapen pos_embed"),
