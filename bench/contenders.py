@@ -22,7 +22,7 @@ from omnigen_fast.images import InputImage
 from omnigen_fast.memory.autoencoder import VaeShape
 from omnigen_fast.pipeline import OmniGenPipeline
 from omnigen_fast.sequence import EncodedBranch
-from omnigen_fast.vae.vae import Vae
+from omnigen_fast.vae.vae import Vae, content_noise
 
 from .cases import GUIDANCE, Task
 from .gpu.measure import Clock
@@ -97,9 +97,8 @@ class KeptVae:
         if self.vae is not None:
             with self.vae.loaded():
                 return self.vae.encode(image, *how, **more)
-        generator = torch.Generator().manual_seed(int(image.digest[:15], 16))
-        drawn = torch.randn(4, *(side // 8 for side in image.size), generator=generator)
-        return drawn.to(self.device)
+        shape = (4, *(side // 8 for side in image.size))
+        return content_noise(image.digest, shape).to(self.device)
 
     def decode(self, *given: Any, **more: Any) -> Tensor:
         """As `Vae.decode`."""

@@ -335,7 +335,7 @@ class TestErrors:
         [
             (["--model", "no/such/folder"], "no/such/folder does not exist"),
             (["--model", str(GOLDEN)], "has no model.safetensors"),
-            (["--lora", "no-such-folder"], "no-such-folder is no folder"),
+            (["--lora", "no-such-folder"], "no-such-folder is not a folder"),
             (["--lora", str(TINY)], "adapter_config.json does not exist"),
         ],
     )
