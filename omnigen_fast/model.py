@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from .cache import Cache
 from .config import LATENT_CHANNELS, PATCH, TIME_FREQUENCIES, ModelConfig
+from .errors import RequestError
 from .kernels import ops
 from .linear import Weight, linear
 from .memory.plan import MLP_ROWS
@@ -25,6 +27,7 @@ from .sequence import ConditionSequence
 from .streaming import Streamed
 
 _OUTPUT_NORM_EPS = 1e-6
+_SAMPLES = 8  # values of a weight that a fingerprint looks at
 _KEPT_CROPS = 16  # of the position table; one of 1024 px takes 25 MB
 
 
@@ -192,6 +195,23 @@ class Transformer(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.norm.device
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Transformer:
+        # `.to()`, `.half()`, `.cuda()`: caches, streamed layers and captures would not follow
+        raise RequestError(
+            "the transformer can't be moved or converted by itself; use pipe.to(device, dtype)"
+        )
+
+    def fingerprint(self) -> tuple[tuple[tuple[int, int], ...], Tensor]:
+        """Differs, all but surely, after somebody has written to a weight that has storage.
+
+        Address and version of each, which tell of replaced tensors and of writes that PyTorch
+        sees; and the bits of a few of its values, for writes through `.data` that it does not see.
+        """
+        held = [one for one in self.parameters() if not one.is_meta]
+        samples = [one.view(-1)[:: max(1, one.numel() // _SAMPLES)][:_SAMPLES] for one in held]
+        bits = torch.cat(samples).view(torch.uint8)
+        return tuple((one.data_ptr(), one._version) for one in held), bits
 
     def move(self, device: torch.device | str) -> None:
         """Moves what has storage; layers that are streamed have none."""
