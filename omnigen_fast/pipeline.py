@@ -28,6 +28,7 @@ from .request import Request, finite, make_request
 from .run import SMALLER, AfterStep, decide, first_plan, generate
 from .schedule import StepSchedule
 from .streaming import is_out_of_memory
+from .surroundings import isolated
 from .vae.vae import Vae
 from .weights.checkpoint import Checkpoint
 from .weights.files import SDXL_VAE, VAE_FILES, resolve
@@ -67,6 +68,7 @@ class OmniGenPipeline:
         self._interrupt = False
 
     @classmethod
+    @isolated
     def from_pretrained(
         cls,
         model_name: str | os.PathLike[str],
@@ -157,7 +159,7 @@ class OmniGenPipeline:
         """Whether the running call was told to stop; set `_interrupt` from a callback to do so."""
         return self._interrupt
 
-    @torch.no_grad()
+    @isolated
     def __call__(
         self,
         prompt: str | Sequence[str],
@@ -290,6 +292,7 @@ class OmniGenPipeline:
         switches = given.request.switches
         return decide(self.engine, workload, switches, given.memory, given.precision)
 
+    @isolated
     def make_call(self, prompt: str | Sequence[str], input_images: Any = None, **call: Any) -> Call:
         """What a call would carry out, for those who drive `engine` themselves.
 
@@ -304,6 +307,7 @@ class OmniGenPipeline:
         given = self._bound(prompt, input_images, call)
         return self._start(given.request, given.precision)
 
+    @isolated
     def load_lora_weights(
         self,
         path: str | os.PathLike[str],
@@ -337,6 +341,7 @@ class OmniGenPipeline:
                 engine.refresh()  # undoes what was set
                 raise
 
+    @isolated
     def unload_lora_weights(self, adapter_name: str | None = None) -> None:
         """Takes one LoRA, or all, out again; the weights are the checkpoint's to the bit.
 

@@ -13,10 +13,11 @@ ROOT = Path(__file__).parents[1]
 # Each module may import those before it. `errors` and `config` stand under all.
 ORDER = [
     "errors",
+    "surroundings",
     "config",
     "precision",
-    "parameters",
     "schedule",
+    "parameters",
     "memory.plan",
     "memory.terms",
     "memory.autoencoder",
@@ -34,7 +35,6 @@ ORDER = [
     "streamed_cache",
     "sequence",
     "processor",
-    "call",
     "linear",
     "model",
     "weights.files",
@@ -54,6 +54,9 @@ ORDER = [
     "for_diffusers.binding",
     "for_diffusers.processor",
     "for_diffusers.enable",
+    "call",
+    "engine",
+    "run",
     "pipeline",
     "page.demo",
     "page.gallery",
@@ -66,7 +69,7 @@ ORDER = [
     "cli.main",
     "app",
 ]
-USE_KERNELS = {"call", "model", "denoise", "graph", "vae.vae", "for_diffusers.enable"}
+USE_KERNELS = {"for_diffusers.enable", "call", "model", "denoise", "graph", "vae.vae"}
 USE_PROFILES = {
     "memory.estimate",
     "memory.seconds",
