@@ -150,6 +150,8 @@ class Transformer(nn.Module):
     embed_tokens: Tensor  # [vocabulary, hidden]
     noise_proj_weight: Tensor  # [hidden, 4, 2, 2]
     noise_proj_bias: Tensor
+    image_proj_weight: Tensor  # [hidden, 4, 2, 2]
+    image_proj_bias: Tensor
     norm: Tensor  # [hidden]
     modulation_weight: Weight
     modulation_bias: Tensor
@@ -301,10 +303,8 @@ class Transformer(nn.Module):
         shared = sequence.shared
         for first, stop, image in sequence.branch.spans:
             if first >= shared:
-                latents = image_latents[image.digest].unsqueeze(0)
-                embedded[first - shared : stop - shared] = self._embed_patches(
-                    "image_proj", latents
-                )[0]
+                rows = embedded[first - shared : stop - shared]
+                self._embed_image(image_latents[image.digest], out=rows)
         embedded[sequence.branch.length - shared :] = time_tokens
         return embedded
 
@@ -512,17 +512,16 @@ class Transformer(nn.Module):
             for picture, residual in zip(groups.pictures, residuals):
                 torch.add(tokens[picture], pos_embed, out=residual)
 
-    def _embed_patches(self, projection: str, latents: Tensor) -> Tensor:
-        """[pictures, N, hidden] of latents [pictures, 4, height, width], positions added.
+    def _embed_image(self, latents: Tensor, out: Tensor) -> None:
+        """Embeds latents [4, height, width] of an image, positions added; `out` [N, hidden].
 
         The 2 x 2 convolution of stride 2, as a product over (channel, row, column).
         """
-        height, width = latents.shape[2] // PATCH, latents.shape[3] // PATCH
-        patches = latents.to(self.dtype).unflatten(3, (width, PATCH)).unflatten(2, (height, PATCH))
-        patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-        weight = self.parameter(f"{projection}.weight").flatten(1)
-        tokens = F.linear(patches, weight, self.parameter(f"{projection}.bias"))
-        return tokens + self.crop_pos_embed(height, width)
+        height, width = latents.shape[1] // PATCH, latents.shape[2] // PATCH
+        patches = latents.to(self.dtype).unflatten(2, (width, PATCH)).unflatten(1, (height, PATCH))
+        patches = patches.permute(1, 3, 0, 2, 4).flatten(2).flatten(0, 1)
+        linear(patches, self.image_proj_weight.flatten(1), out=out, bias=self.image_proj_bias)
+        out.add_(self.crop_pos_embed(height, width))
 
     def crop_pos_embed(self, height: int, width: int) -> Tensor:
         """[height * width, hidden]: the centre of the position table."""
