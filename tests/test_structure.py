@@ -60,7 +60,7 @@ ORDER = [
     "cli.main",
     "app",
 ]
-USE_KERNELS = {"for_diffusers.enable", "model", "denoise", "graph", "vae.vae"}
+USE_KERNELS = {"for_diffusers.enable", "model", "denoise", "graph"}
 USE_PROFILES = {
     "memory.estimate",
     "memory.seconds",
