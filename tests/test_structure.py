@@ -69,7 +69,7 @@ ORDER = [
     "cli.main",
     "app",
 ]
-USE_KERNELS = {"for_diffusers.enable", "call", "model", "denoise", "graph", "vae.vae"}
+USE_KERNELS = {"for_diffusers.enable", "call", "model", "denoise", "graph"}
 USE_PROFILES = {
     "memory.estimate",
     "memory.seconds",
