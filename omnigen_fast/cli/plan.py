@@ -6,7 +6,7 @@ import click
 
 from ..errors import OmniGenError
 from ..request import checked_side
-from .files import _Failure
+from .failure import failure
 
 
 @click.command()
@@ -108,4 +108,4 @@ def plan(
         )
         click.echo(report(profile, workload, decision, precision, explain))
     except (OmniGenError, OSError) as error:
-        raise _Failure(error) from error
+        raise failure(error) from error
