@@ -37,9 +37,8 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        reason = (
-            "a file of that name exists" if isinstance(error, FileExistsError) else error.strerror
-        )
+        exists = isinstance(error, FileExistsError)
+        reason = "a file of that name exists" if exists else error.strerror
         raise OSError(f"--out: the folder {folder} can't be made: {reason}") from error
 
 

@@ -50,18 +50,37 @@ T = TypeVar("T")
 @click.option("--negative-prompt", multiple=True, help="One for all prompts, or one for each.")
 @click.option("--height", default=1024, show_default=True, help="Pixels, a multiple of 16.")
 @click.option("--width", default=1024, show_default=True, help="Pixels, a multiple of 16.")
-@click.option("--num-inference-steps", "--steps", default=50, show_default=True)
+@click.option(
+    "--num-inference-steps", "--steps", default=50, show_default=True, help="Denoising steps."
+)
 @click.option("--guidance-scale", default=3.0, show_default=True, help="Strength of the prompt.")
-@click.option("--use-img-guidance/--no-img-guidance", default=True, show_default=True)
+@click.option(
+    "--use-img-guidance/--no-img-guidance",
+    default=True,
+    show_default=True,
+    help="Guide by the input images separately from the text.",
+)
 @click.option(
     "--img-guidance-scale", default=1.6, show_default=True, help="Strength of the input images."
 )
 @click.option("--max-input-image-size", default=1024, show_default=True, help="Pixels per side.")
-@click.option("--use-input-image-size-as-output", is_flag=True)
-@click.option("--separate-cfg-infer/--joint-cfg-infer", default=None, help="Same image either way.")
-@click.option("--use-kv-cache/--no-kv-cache", default=None, help="Same image either way.")
-@click.option("--offload-kv-cache/--keep-kv-cache", default=None)
-@click.option("--offload-model/--keep-model", default=None)
+@click.option(
+    "--use-input-image-size-as-output", is_flag=True, help="Instead of --height and --width."
+)
+@click.option(
+    "--separate-cfg-infer/--joint-cfg-infer",
+    default=None,
+    help="Run guidance branches one by one or together. Same image either way.",
+)
+@click.option(
+    "--use-kv-cache/--no-kv-cache",
+    default=None,
+    help="Cache keys and values of the condition. Same image either way.",
+)
+@click.option(
+    "--offload-kv-cache/--keep-kv-cache", default=None, help="Keep the cache on the host."
+)
+@click.option("--offload-model/--keep-model", default=None, help="Keep weights on the host.")
 @click.option(
     "--memory",
     default="auto",
@@ -144,13 +163,7 @@ def generate(
                 images = find_images(made, picture)
         if not prompt:
             raise click.UsageError("Missing option '--prompt'.", context)
-        suffixes = SUFFIXES[output_type]
-        if out.suffix.lower() not in suffixes:
-            raise RequestError(
-                f"--out must end in {' or '.join(suffixes)} for --output-type {output_type}, "
-                f"got {out}"
-            )
-        check_writable(out)
+        _check_out(out, output_type)
         loras = [_parse_lora(one) for one in lora]
         if images is None:
             images = _assign_images(input_images, len(prompt))
@@ -265,6 +278,15 @@ def _check_rerun(
         f"{picture} was made with {printable(options)}; a picture opens nothing by "
         f"itself: give that, or others{also}"
     )
+
+
+def _check_out(out: Path, output_type: str) -> None:
+    suffixes = SUFFIXES[output_type]
+    if out.suffix.lower() not in suffixes:
+        raise RequestError(
+            f"--out must end in {' or '.join(suffixes)} for --output-type {output_type}, got {out}"
+        )
+    check_writable(out)
 
 
 def _parse_lora(text: str) -> tuple[str, float]:

@@ -151,9 +151,7 @@ class Job:
             while True:
                 event = self._events.get()
                 while isinstance(event, Progress) and not self._events.empty():
-                    event = (
-                        self._events.get()
-                    )  # only the latest, if steps are faster than the watcher
+                    event = self._events.get()  # skips to the latest
                 if isinstance(event, BaseException):
                     raise event
                 yield event
