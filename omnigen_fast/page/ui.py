@@ -12,7 +12,7 @@ from base64 import b64encode
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 # Read by Gradio on import. By default it reports each start and looks for newer versions, and the
 # browser keeps every request with its pictures.
@@ -48,11 +48,25 @@ _CSS = """
 #examples td:first-child {min-width: 26em; text-align: left}
 footer {display: none !important}
 """
-# Gradio's default loads a font from Google.
-_FONTS = {
-    "font": ["system-ui", "sans-serif"],
-    "font_mono": ["ui-monospace", "monospace"],
-}
+
+
+class _Hidden(TypedDict):
+    """Options of an event without a spinner and without an entry in Gradio's API."""
+
+    show_progress: Literal["hidden"]
+    api_visibility: Literal["private"]
+
+
+class _OneLine(TypedDict):
+    """Options of events that share a queue."""
+
+    concurrency_id: str
+    concurrency_limit: int
+
+
+_HIDDEN: _Hidden = {"show_progress": "hidden", "api_visibility": "private"}
+# waiting calls hold threads; others must stay free for stopping and for files
+_ONE_LINE: _OneLine = {"concurrency_id": "pipeline", "concurrency_limit": _MAX_WAITING}
 
 
 class Page:
@@ -228,7 +242,7 @@ class Page:
                         value="auto",
                         allow_custom_value=True,
                         label="How much to use",
-                        info="auto: what is free; or an amount such as 8GiB",
+                        info="auto: the free memory; or an amount such as 8GiB",
                         elem_id="memory",
                         scale=3,
                     )
@@ -254,17 +268,14 @@ class Page:
             with gr.Accordion("Tips", open=False):
                 gr.Markdown(TIPS)
             outputs = [status, result, seed, saved, generate, stop]
-            # waiting calls hold threads; others must stay free for stopping and for files
-            same_queue = {"concurrency_id": "pipeline", "concurrency_limit": _MAX_WAITING}
-            hidden = {"show_progress": "hidden", "api_visibility": "private"}
-            generate.click(self.generate, fields, outputs, **same_queue, **hidden)
+            generate.click(self.generate, fields, outputs, **_ONE_LINE, **_HIDDEN)
             filled = [prompt, *images, guidance, use_size]
-            examples.click(fill, examples, filled, queue=False, **hidden).then(
-                self.generate, fields, outputs, **same_queue, **hidden
+            examples.click(fill, examples, filled, queue=False, **_HIDDEN).then(
+                self.generate, fields, outputs, **_ONE_LINE, **_HIDDEN
             )
-            stop.click(self.stop, queue=False, **hidden)
+            stop.click(self.stop, queue=False, **_HIDDEN)
             # reads the images, which may be large
-            plan.click(self.plans, fields, [table, status], concurrency_limit=2, **hidden)
+            plan.click(self.plans, fields, [table, status], concurrency_limit=2, **_HIDDEN)
             blocks.unload(self.stop)  # the page was closed
         return blocks
 
@@ -368,7 +379,10 @@ def serve(
         ssr_mode=False,
         pwa=False,
         mcp_server=False,
-        theme=gr.themes.Default(**_FONTS),
+        # the default theme loads its font from Google
+        theme=gr.themes.Default(
+            font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+        ),
         css=_CSS,
     )
     print(f"The page is at {local}", flush=True)
