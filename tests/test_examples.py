@@ -109,7 +109,10 @@ def test_demo_command_says_what_is_wrong(folder):
     (folder / "file").touch()
     for arguments, message in (
         (["--out", "sheet.txt"], "--out must end in"),
-        (["--out", "file/sheet.png"], "--out: the folder file can't be made: there is a file"),
+        (
+            ["--out", "file/sheet.png"],
+            "--out: the folder file can't be made: a file of that name exists",
+        ),
         (["--out", "file/in/sheet.png"], "the folder file/in can't be made: Not a directory"),
         (["--out", str(folder / "x.png"), "--model", "./nothing"], "./nothing does not exist"),
     ):

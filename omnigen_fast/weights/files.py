@@ -196,7 +196,7 @@ def read_headers(paths: Sequence[str]) -> tuple[dict[str, tuple[int, ...]], dict
     odd = []
     for path in paths:
         with open_file(path, torch.device("cpu")) as file:
-            for name in file.keys():  # noqa: SIM118 - a safetensors file is no dict
+            for name in file.keys():  # noqa: SIM118 - a safetensors file is not a dict
                 header = file.get_slice(name)
                 if header.get_dtype() not in _FLOATS:
                     odd.append(f"{name} holds {header.get_dtype()}")
