@@ -212,7 +212,7 @@ class Transformer(nn.Module):
         """
         held = [one for one in self.parameters() if not one.is_meta]
         samples = [one.view(-1)[:: max(1, one.numel() // _SAMPLES)][:_SAMPLES] for one in held]
-        bits = torch.cat(samples).view(torch.uint8)
+        bits = torch.cat([self.norm.new_empty(0), *samples]).view(torch.uint8)
         return tuple((one.data_ptr(), one._version) for one in held), bits
 
     def move(self, device: torch.device | str) -> None:
