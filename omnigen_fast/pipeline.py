@@ -466,13 +466,11 @@ class OmniGenPipeline:
         self._report = report
 
     def _after_step(self, call: Call, callback: StepCallback | None, bar: Any) -> AfterStep:
-        times = call.schedule.tensor()
-
         def after(step: int, latents: Tensor) -> bool:
             bar.update()
             if callback is not None:
                 given = latents.clone()
-                changed = callback(self, step, float(times[step]), {"latents": given})
+                changed = callback(self, step, call.schedule.time(step), {"latents": given})
                 _replace(latents, given, changed)
             return not self._interrupt
 

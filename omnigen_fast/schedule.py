@@ -61,6 +61,10 @@ class StepSchedule:
         """How many steps there are of each kind, in the order of their first ones."""
         return dict(Counter(self.kinds))
 
+    def time(self, step: int) -> float:
+        """At which a step begins."""
+        return step / len(self) if self.times is None else self.times[step]
+
     def tensor(self) -> Tensor:
         """The times, [steps + 1] float32 on the CPU."""
         import torch  # takes seconds, and plans need none of it

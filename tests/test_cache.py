@@ -148,6 +148,19 @@ def test_any_sequence_of_requests(budget, requests):
         check(cache, kept)
 
 
+def fits(cache: ConditionCache, held: dict[int, int], numbers: list[int]) -> bool:
+    """Whether entries, the largest first, find gaps between those that are held at some places."""
+    taken = [(start, rows(number)) for number, start in held.items()]
+    for size in sorted(map(rows, numbers), reverse=True):
+        ends = [0, *(start + length for start, length in sorted(taken))]
+        starts = [*(start for start, _ in sorted(taken)), cache.keys.shape[1]]
+        gaps = [end for end, start in zip(ends, starts) if start - end >= size]
+        if not gaps:
+            return False
+        taken.append((gaps[0], size))
+    return True
+
+
 @settings(max_examples=250, deadline=None)
 @given(
     budget=st.integers(0, 150),
@@ -172,10 +185,7 @@ def test_any_requests_side_by_side(budget, events, fails):
             missing = hold(cache, *event)
         except OmniGenError as error:
             assert not alone and "another request holds" in str(error)
-            others = sum(rows(number) for number in held if number not in event)
-            free = cache.keys.shape[1] - others
-            scattered = len(held) > 1 or any(held.values())
-            assert sum(map(rows, event)) > free or scattered
+            assert not fits(cache, held, [number for number in event if number not in held])
             kept = {number for number in kept if has(cache, number)}
             check(cache, kept)
             continue

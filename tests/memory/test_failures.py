@@ -18,8 +18,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import omnigen_fast
-from omnigen_fast import OmniGenPipeline
-from omnigen_fast.denoise import Loop
 from omnigen_fast.errors import OmniGenError
 from omnigen_fast.memory.plan import MemoryPlan
 
@@ -74,19 +72,13 @@ PLANS = {
 }
 
 
-def forget(pipe) -> None:
-    """Everything that a later call does not allocate again."""
-    pipe.clear_cache()
-    pipe.model._pos_embed_crops.clear()
-
-
 @pytest.mark.parametrize("name", PLANS)
 def test_a_failure_at_any_allocation(load_pipe, name):
     """At the first and the last allocation of every line that allocates."""
     plan = PLANS[name]
     pipe = load_pipe(memory=plan)
     expected = pipe(**REQUEST)
-    forget(pipe)
+    pipe.clear_cache()
     with Allocations() as seen:
         assert torch.equal(pipe(**REQUEST), expected)
     places = defaultdict(list)
@@ -95,7 +87,7 @@ def test_a_failure_at_any_allocation(load_pipe, name):
     assert len(places) > 30
     for site, indices in places.items():
         for index in {indices[0], indices[-1]}:
-            forget(pipe)
+            pipe.clear_cache()
             with Allocations(fail_at=index), pytest.raises(OmniGenError) as raised:
                 pipe(**REQUEST)
             assert "\n" not in str(raised.value), site
@@ -103,40 +95,39 @@ def test_a_failure_at_any_allocation(load_pipe, name):
             assert torch.equal(pipe(**REQUEST), expected), f"after a failure in {site}"
 
 
-def test_the_next_plan_goes_on_from_the_last_finished_step(load_pipe):
+def test_the_next_plan_goes_on_from_the_last_finished_step(load_pipe, monkeypatch):
     """A failure in a step of an automatic plan: one notice, and the same image."""
     pipe = load_pipe()
     expected = pipe(**REQUEST)
     steps = []
-    real = Loop.step
+    real = pipe.engine.step
 
-    def step(self):
+    def step(*running):
         if len(steps) == 1:
             steps.append("failed")
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
-        real(self)
+        real(*running)
         steps.append("done")
 
-    with mock.patch.object(Loop, "step", step):
+    with monkeypatch.context() as patch:
+        patch.setattr(pipe.engine, "step", step)
         found = pipe(**REQUEST)
     assert steps == ["done", "failed", "done"]
     assert relative_error(found, expected) < 1e-5
     assert torch.equal(pipe(**REQUEST), expected)
 
 
-def test_no_plan_is_tried_twice(load_pipe, caplog):
+def test_no_plan_is_tried_twice(load_pipe, monkeypatch):
     pipe = load_pipe()
     expected = pipe(**REQUEST)
     tried = []
 
-    def arrange(self, plan, run):
+    def arrange(plan, call):
         tried.append(plan)
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
 
-    with (
-        mock.patch.object(OmniGenPipeline, "_arrange", arrange),
-        pytest.raises(OmniGenError, match="out of memory"),
-    ):
+    with monkeypatch.context() as patch, pytest.raises(OmniGenError, match="out of memory"):
+        patch.setattr(pipe.engine, "arrange", arrange)
         pipe(**REQUEST)
     assert len(tried) > 1 and len(set(tried)) == len(tried)
     assert torch.equal(pipe(**REQUEST), expected)
