@@ -27,7 +27,7 @@ def env() -> None:
         click.echo(f"{package:<13} {found}")
     import torch  # after the versions, which are there even if this fails
 
-    from ..pipeline import _check_device
+    from ..pipeline import check_device
 
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
@@ -38,4 +38,4 @@ def env() -> None:
             )
     else:
         click.echo(f"cpu           {os.cpu_count()} cores, {torch.get_num_threads()} threads")
-    click.echo(f"will run on   {_check_device(None)}, transformer in bfloat16, VAE in float32")
+    click.echo(f"will run on   {check_device(None)}, transformer in bfloat16, VAE in float32")

@@ -281,7 +281,8 @@ def _at_most_free(pipe: OmniGenPipeline, memory: Any) -> str | int:
     asked = parse_memory(memory)
     if asked is None:
         return "auto"
-    return max(1 << 20, min(asked, free_bytes(pipe.device, profile_of(pipe.device))))
+    held = pipe.engine.held_bytes()
+    return max(1 << 20, min(asked, free_bytes(pipe.device, profile_of(pipe.device), held)))
 
 
 def _new_file(folder: Path, name: str) -> Path:
