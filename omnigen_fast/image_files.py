@@ -144,6 +144,7 @@ def _png(file: Any, length: int) -> Header:
             break
     else:
         header.heavy = True
+        header.parts = []
     header.orientation = orientation(exif, xmp)
     return header
 
@@ -175,6 +176,8 @@ def _jpeg(file: Any, length: int) -> Header:
     for marker, start, stop in _segments(file, length):
         if marker == 0:
             header.heavy = True
+            header.parts = []
+            break
         if marker == 0xDA:
             _keep(header.parts, start, length)
             width, height = header.size
