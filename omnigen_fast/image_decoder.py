@@ -110,9 +110,13 @@ def eight_bits(values: np.ndarray, top: float) -> np.ndarray:
     found = np.empty(values.shape, np.uint8)
     rows = max(1, _BAND // max(1, math.prod(values.shape[1:])))
     for row in range(0, len(values), rows):
-        band = values[row : row + rows].astype(np.float64)
-        band *= 255 / top
-        found[row : row + rows] = np.rint(band, out=band)
+        band = values[row : row + rows]
+        if values.dtype == np.uint16 and top == 65535:
+            found[row : row + rows] = (band.astype(np.uint32) + 128) // 257
+        else:
+            band = band.astype(np.float64)
+            band *= 255 / top
+            found[row : row + rows] = np.rint(band, out=band)
     return found
 
 

@@ -21,7 +21,7 @@ _MOST_BLOCKS = 100_000  # of a header, or chunks of a PNG; each costs about a mi
 _MOST_METADATA = 1 << 20  # bytes read of an EXIF or XMP block
 _MOST_SCANNED = 300_000_000  # pixels times scans of a JPEG: about a second
 _MOST_COEFFICIENTS = 700_000_000  # bytes that a JPEG of several scans takes while it is decoded
-_MOST_RAW = 400_000_000  # bytes of a PNG's rows: about two seconds
+_MOST_RAW = 200_000_000  # bytes of a PNG's rows: about a second
 _MOST_WEBP = 30_000_000  # pixels, of which Pillow holds four copies
 _ORIENTATION = 0x0112
 _XMP_ORIENTATION = re.compile(rb"tiff:Orientation(?:=\"|>)([1-8])[\"<]")

@@ -199,12 +199,12 @@ READ = [  # read, at the cost of their pixels
     apng_of_frames,
     mpo_of_frames,
     png_of_texts,
-    large_alpha_png,
     large_grey,
 ]
 REFUSED = [sliver, two_sizes, tiff_of_strips]
 EITHER = [  # read or refused, as the machine is fast
     run_length_bmp,
+    large_alpha_png,
     large_jpeg,
     jpeg_of_200_scans,
     jpeg_of_segments,
