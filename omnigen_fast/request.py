@@ -333,6 +333,7 @@ def checked_side(name: str, value: Any, config: ModelConfig) -> int:
 
 
 def _integer(name: str, value: Any, low: int, high: int, unit: str = "") -> int:
+    number: int | None
     try:
         number = operator.index(value)
     except TypeError:

@@ -32,7 +32,8 @@ READER = """
         found = "read"
     except RequestError as error:
         found = f"refused {error}"
-    print(spent() - start, peak(resource.RUSAGE_SELF) - ours, peak(resource.RUSAGE_CHILDREN) - theirs, found)
+    ours, theirs = peak(resource.RUSAGE_SELF) - ours, peak(resource.RUSAGE_CHILDREN) - theirs
+    print(spent() - start, ours, theirs, found)
 """
 
 
