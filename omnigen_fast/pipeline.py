@@ -171,8 +171,8 @@ class OmniGenPipeline:
         self,
         prompt: str | Sequence[str],
         input_images: Any = None,
-        height: int = 1024,
-        width: int = 1024,
+        height: int | None = 1024,
+        width: int | None = 1024,
         num_inference_steps: int = 50,
         guidance_scale: float = 3.0,
         use_img_guidance: bool = True,
@@ -200,11 +200,13 @@ class OmniGenPipeline:
 
         Args:
             prompt: a string, or a list of strings (a batch). Image K is named in it as
-                `<img><|image_K|></img>`.
+                `<img><|image_K|></img>`, or `<|image_K|>` alone, at most 1024 times in all.
             input_images: for one prompt a list of images, for a batch a list of such lists. An
-                image is a path, the bytes of a file, a PIL image, or a numpy array [height, width]
-                or [height, width, 1, 3 or 4]; it is turned upright (EXIF), alpha is laid on white.
-            height: of the output in pixels, a multiple of 16.
+                image is a path, the bytes of a file, a binary file, a PIL image, a numpy array
+                [height, width] or [height, width, 1, 3 or 4], or a tensor like that or with
+                channels first; it is turned upright (EXIF), alpha is laid on white. None in a list
+                is left out.
+            height: of the output in pixels, a multiple of 16; None for 1024.
             width: likewise.
             num_inference_steps: Euler steps, 1 to 1000.
             guidance_scale: how strongly to follow the prompt; 2 to 3 is usual.

@@ -28,6 +28,8 @@ ORDER = [
     "memory.planner",
     "memory.overview",
     "streaming",
+    "image_files",
+    "image_decoder",
     "images",
     "request",
     "guidance",
