@@ -402,7 +402,7 @@ def guarded(pipe, monkeypatch):
     def touched(*_, **__):
         raise AssertionError("a weight was touched")
 
-    for name in ("embed_times", "embed_condition", "prefill", "step", "step_recomputed", "to"):
+    for name in ("embed_times", "embed_condition", "prefill", "step", "step_recomputed", "move"):
         monkeypatch.setattr(pipe.model, name, touched)
     monkeypatch.setattr(pipe.vae, "encode", touched)
     monkeypatch.setattr(pipe.vae, "decode", touched)
