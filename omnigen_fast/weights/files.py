@@ -45,8 +45,7 @@ def resolve(
     if name in SHIPPED:
         if os.path.isdir(name):
             warnings.warn(
-                f"{name} means the model bundled with this package; to use the folder {name}, give "
-                f"./{name}",
+                f"{name} is the model bundled with this package; for the folder here give ./{name}",
                 UserWarning,
                 stacklevel=3,
             )
