@@ -26,7 +26,7 @@ from .files import _SUFFIXES, _check_writable, _Failure, _save
 @click.option("--local-files-only", is_flag=True, help="Do not ask the hub.")
 @click.option("--device", help="cuda, cuda:1, cpu, ...; the current GPU if there is one.")
 @click.option("--dtype", default="bfloat16", show_default=True, help="bfloat16 or float32.")
-@click.option("--lora", multiple=True, help="A LoRA folder, or FOLDER:WEIGHT. May be repeated.")
+@click.option("--lora", multiple=True, help="A LoRA: FILE, FOLDER or hub id, or LORA:WEIGHT.")
 @click.option("--prompt", multiple=True, help="May be repeated: a batch.")
 @click.option(
     "--image",
@@ -172,7 +172,10 @@ def generate(
             memory=memory,
         )
         for path, weight in loras:
-            pipe.load_lora_weights(path, weight=weight)
+            hub = {"cache_dir": cache_dir, "local_files_only": local_files_only}
+            if path.count("/") != 1 or os.path.exists(path):
+                hub = {}  # no hub id
+            pipe.load_lora_weights(path, weight=weight, **hub)
         result = pipe(
             prompt=prompt[0] if one else list(prompt),
             input_images=(images[0] if one else images) if any(images) else None,
@@ -254,12 +257,12 @@ def _check_rerun(
 
 def _parse_lora(text: str) -> tuple[str, float]:
     path, colon, weight = text.rpartition(":")
-    if not colon or os.path.isdir(text):
-        return text, 1.0
+    if not colon or os.path.exists(os.path.expanduser(text)):
+        return os.path.expanduser(text), 1.0
     try:
-        return path, float(weight)
+        return os.path.expanduser(path), float(weight)
     except ValueError as error:
-        raise RequestError(f"--lora {text}: {weight!r} is not a weight; give FOLDER:0.8") from error
+        raise RequestError(f"--lora {text}: {weight!r} is not a weight; give LORA:0.8") from error
 
 
 def _assign_images(images: tuple[str, ...], prompts: int) -> list[list[str]]:
