@@ -261,7 +261,7 @@ def _strength(name: str, value: Any) -> float:
 
 
 def _check_components(components: Any) -> None:
-    if components is not None and components != _COMPONENT and list(components) != [_COMPONENT]:
+    if components not in (None, _COMPONENT, [_COMPONENT], (_COMPONENT,)):
         raise RequestError(
             'components can only be ["transformer"]: OmniGen has no other part with LoRAs'
         )

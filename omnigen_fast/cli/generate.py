@@ -172,7 +172,10 @@ def generate(
             memory=memory,
         )
         for path, weight in loras:
-            hub = {"cache_dir": cache_dir, "local_files_only": local_files_only}
+            hub: dict[str, Any] = {
+                "cache_dir": cache_dir,
+                "local_files_only": local_files_only,
+            }
             if path.count("/") != 1 or os.path.exists(path):
                 hub = {}  # no hub id
             pipe.load_lora_weights(path, weight=weight, **hub)
