@@ -171,14 +171,14 @@ def generate(
             local_files_only=local_files_only,
             memory=memory,
         )
-        for path, weight in loras:
+        for lora_path, weight in loras:
             hub: dict[str, Any] = {
                 "cache_dir": cache_dir,
                 "local_files_only": local_files_only,
             }
-            if path.count("/") != 1 or os.path.exists(path):
+            if lora_path.count("/") != 1 or os.path.exists(lora_path):
                 hub = {}  # no hub id
-            pipe.load_lora_weights(path, weight=weight, **hub)
+            pipe.load_lora_weights(lora_path, weight=weight, **hub)
         result = pipe(
             prompt=prompt[0] if one else list(prompt),
             input_images=(images[0] if one else images) if any(images) else None,
