@@ -18,7 +18,7 @@ from omnigen_fast.errors import OmniGenError, RequestError
 
 
 class _Failure(click.ClickException):
-    """One line on standard error; 2 where the request is at fault, else 1."""
+    """One line on standard error; exit status 2 for a wrong request, else 1."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__(str(error))
@@ -35,32 +35,37 @@ _PATH = click.Path(path_type=Path, dir_okay=False)
     "[default: random:full on a GPU, random:small elsewhere]",
 )
 @click.option("--device", help="cuda, cuda:1, cpu, ...; the first GPU if there is one.")
-@click.option("--sizes", help="As 1024,1024/512: pixels of the picture / of its input images.")
-@click.option("--steps", type=click.IntRange(2, 1000), help="Of a picture.  [default: 50]")
+@click.option(
+    "--sizes", help="In pixels, as 1024 or 1024/512 (OUTPUT/INPUT IMAGES), comma-separated."
+)
+@click.option("--steps", type=click.IntRange(2, 1000), help="Steps per picture.  [default: 50]")
 @click.option(
     "--settings",
     default="default",
     show_default=True,
-    help="Memory switches, as kv,kv+offload-kv+separate; all: the original's five rows.",
+    help="Memory switches, as kv,kv+offload-kv+separate; all for the original's five rows.",
 )
 @click.option(
     "--peers",
     default="diffusers,original",
     show_default=True,
-    help="Of diffusers, diffusers-compile, original; or none.",
+    help="diffusers, diffusers-compile, original, comma-separated; or none.",
 )
-@click.option("--original-python", type=_PATH, help="Interpreter of the original's environment.")
+@click.option("--original-python", type=_PATH, help="Python of the original's environment.")
 @click.option("--repeat", type=click.IntRange(1, 25), default=3, show_default=True)
-@click.option("--quick", is_flag=True, help="The smallest size, 4 steps, once.")
-@click.option("--profile", is_flag=True, help="A trace and a table of where a step's time goes.")
-@click.option("--json", "json_path", type=_PATH, help="Result.  [default: in bench/results]")
-@click.option("--md", "md_path", type=_PATH, help="Tables as Markdown; between marks if it has.")
-@click.option("--plot", type=click.Path(path_type=Path, file_okay=False), help="Folder for PNGs.")
+@click.option("--quick", is_flag=True, help="Only the smallest size, 4 steps, once.")
+@click.option("--profile", is_flag=True, help="Trace and tabulate where a step's time goes.")
+@click.option("--json", "json_path", type=_PATH, help="Result file.  [default: in bench/results]")
+@click.option(
+    "--md", "md_path", type=_PATH, help="Tables as Markdown; replaces the marked block, if present."
+)
+@click.option(
+    "--plot", type=click.Path(path_type=Path, file_okay=False), help="Folder for plots (PNG)."
+)
 def bench(**options: Any) -> None:
-    """Measures pictures and steps against other programs, in the original's own tables.
+    """Times pictures and steps beside other programs, in the original's own tables.
 
-    Every contender's results are compared with ours before its time is shown. What was measured is
-    kept in the result file at every moment.
+    No timing is shown until outputs match ours. The result file is updated after every cell.
     """
     try:
         status = _profile(options) if options["profile"] else _bench(options)
@@ -178,7 +183,7 @@ def _settings(options: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _command() -> tuple[str, ...]:
-    """What was typed, as one would type it again."""
+    """The command line, ready to be typed again."""
     program = Path(sys.argv[0])
     if program.name == "__main__.py":
         return ("python", "-m", "bench", *sys.argv[1:])
@@ -186,7 +191,7 @@ def _command() -> tuple[str, ...]:
 
 
 def _result_path(device: str, model: str) -> Path:
-    """In bench/results of the repository, or in bench-results here where it is not installed so."""
+    """In the repository's bench/results; outside of one, in ./bench-results."""
     from .common import RESULTS, ROOT
 
     folder = RESULTS if (ROOT / "pyproject.toml").is_file() else Path("bench-results")
@@ -221,17 +226,19 @@ def _profile(options: dict[str, Any]) -> int:
     "first",
     default="float32",
     show_default=True,
-    help="The configuration to compare with: words joined by +.",
+    help="Configuration to compare with: words joined by +.",
 )
-@click.option("--b", "second", default="bfloat16", show_default=True, help="The one to judge.")
-@click.option("--size", default="256", show_default=True, help="As --sizes of bench, one size.")
+@click.option(
+    "--b", "second", default="bfloat16", show_default=True, help="Configuration to judge."
+)
+@click.option("--size", default="256", show_default=True, help="One size, as for --sizes of bench.")
 @click.option("--images", type=click.IntRange(0, 2), default=1, show_default=True)
 @click.option("--steps", type=click.IntRange(1, 1000), default=20, show_default=True)
 @click.option("--seeds", type=click.IntRange(1, 100), default=2, show_default=True)
-@click.option("--json", "json_path", type=_PATH, help="Where the result goes.")
-@click.option("--sheet", type=_PATH, help="PNG with both pictures and their difference.")
+@click.option("--json", "json_path", type=_PATH, help="Result file.")
+@click.option("--sheet", type=_PATH, help="PNG of both pictures and their difference.")
 def compare(**options: Any) -> None:
-    """Makes the same pictures by two configurations and says how far they lie apart.
+    """Makes the same pictures with two configurations and reports how much they differ.
 
     A configuration is words joined by +: a dtype (bfloat16, float32), a choice of kernels
     (reference, triton, library) and memory switches (kv, no-kv, offload-kv, separate, joint,

@@ -1,7 +1,7 @@
-"""Who makes the pictures that are timed: all contenders behind one method, `picture`.
+"""The contenders, all behind one method, `picture`.
 
-A picture here is everything from tokens and image latents to the final latents. The VAE is the same
-code on all sides; its time is a row of its own.
+A picture here is everything from tokens and image latents to the final latents. All contenders use
+the same VAE, which is timed separately.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Taken:
 
     @property
     def prepare(self) -> float:
-        """All before the first step."""
+        """Everything before the first step."""
         return max(0.0, self.total - sum(self.steps))
 
 
@@ -66,10 +66,10 @@ class Contender(Protocol):
 
         Args:
             start: what to make.
-            most: take no more steps than these.
-            restart: put the noise back after the first step, so that what the first step computed
-                does not count, but what it kept does.
-            track: count the peak memory; takes longer.
+            most: take at most so many steps.
+            restart: put the noise back after the first step: its result is dropped, what it cached
+                is kept.
+            track: measure the peak memory, which takes longer.
         """
 
     def close(self) -> None:
@@ -77,9 +77,9 @@ class Contender(Protocol):
 
 
 class KeptVae:
-    """What an engine uses of a `Vae`, encoding each image once.
+    """Stands in for an engine's `Vae` and encodes each image only once.
 
-    Without a VAE of its own it draws latents by the image's content, and there are no pictures.
+    Without a VAE it draws latents, seeded by the image's content, and can't decode.
     """
 
     def __init__(self, device: torch.device, vae: Vae | None = None) -> None:
@@ -144,14 +144,14 @@ def weight_bytes(tensors: Mapping[str, Tensor]) -> int:
 
 @dataclass
 class Peak:
-    """Bytes at the peak of a block, without what lived before it."""
+    """Peak bytes of a block, without what was allocated before it."""
 
     bytes: int | None = None
 
 
 @contextmanager
 def peak_memory(device: torch.device, track: bool) -> Iterator[Peak]:
-    """The peak inside the block: the allocator's on a GPU, else the tensors' counted one by one."""
+    """The peak inside the block: from the allocator on a GPU, else from counting tensors."""
     found = Peak()
     if not track:
         yield found
@@ -200,7 +200,7 @@ class Ours:
         clock.wait()
         between = [clock.between(*pair) for pair in pairwise(marks)]
         total = clock.between(begin, end)
-        # the first step ends at the first mark; how long it took itself is that of the others
+        # the first interval includes prefill, so the median of the other steps stands for the first
         first = sorted(between)[len(between) // 2] if between else 0.0
         weights = weight_bytes(pipe.model.state_dict()) + pipe.model.pos_embed.nbytes
         peak_bytes = None if peak.bytes is None else peak.bytes + weights
@@ -211,5 +211,5 @@ class Ours:
 
 
 def threads() -> int:
-    """Of the CPU, for contenders that run in a process of their own."""
+    """CPU threads, for contenders that run in a separate process."""
     return torch.get_num_threads() or os.cpu_count() or 1

@@ -172,7 +172,7 @@ class _Values:
 
 @contextmanager
 def wrapped_operations(wrap: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> Iterator:
-    """Every operation of `ops` as `wrap(name, operation)`, for all that call it there."""
+    """Replaces every operation of `ops` by `wrap(name, operation)`."""
     with ExitStack() as stack:
         for name in ops.OPERATIONS:
             new = wrap(name, getattr(ops, name))
@@ -212,7 +212,7 @@ class Counter(TorchDispatchMode):
         return self._fused(cost, run)
 
     def _fused(self, cost: Callable[..., Operation], run: Callable[..., Any]) -> Callable[..., Any]:
-        """`run`, counted as the one operation that `cost` makes of its result and arguments."""
+        """Counts a call of `run` as the operation `cost(result, *arguments)`."""
 
         def counted(*args: Any, **more: Any) -> Any:
             self._inside = True
@@ -254,7 +254,7 @@ def _is_view(func: Any, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> 
 
 
 def _atens(name: str, func: Any, inputs: list[Tensor], outputs: list[Tensor]) -> Operation:
-    """An operation of PyTorch: all inputs are read, all outputs written."""
+    """An operation of PyTorch: it reads all inputs and writes all outputs."""
     family = ELEMENTWISE
     if name in _PRODUCTS:
         family = PRODUCTS
@@ -299,7 +299,7 @@ def _sdpa(result: Tensor, query: Tensor, key: Tensor, value: Tensor, **_: Any) -
 
 
 def _ours(name: str, given: dict[str, Any], result: Any) -> Operation:
-    """One of our operations: each tensor that it must touch, once."""
+    """One of our operations: each tensor is read or written once."""
     tensors = {key: value for key, value in given.items() if isinstance(value, Tensor)}
     out = tensors.pop("out", result if isinstance(result, Tensor) else None)
     for table in {"shift", "scale", "lengths"} & tensors.keys():
@@ -347,7 +347,7 @@ class Meter:
     """Counts the parts of a picture, each by its name.
 
     Args:
-        existing: tensors that were there before.
+        existing: tensors that are allocated already.
     """
 
     def __init__(self, existing: Iterable[Tensor]) -> None:
@@ -361,13 +361,13 @@ class Meter:
 
     @contextmanager
     def counting(self) -> Iterator[None]:
-        """What runs inside is counted, for the part in which it runs."""
+        """Counts what runs inside, for its part."""
         with self._counter, self._tracker:
             yield
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """What runs inside belongs to a part; within another part it is counted for this one."""
+        """What runs inside belongs to this part, and not to a part around it."""
         before = self._switch(name)
         try:
             yield
@@ -389,7 +389,7 @@ class Picture:
 
     encode: Counted  # of all input images
     prefill: Counted  # everything else before the first step
-    step: Counted  # the second: the first may set up what the others use
+    step: Counted  # the second, since the first may set up what the others use
     decode: Counted  # everything after the last step
 
     @property
@@ -458,7 +458,7 @@ def summaries(config: ModelConfig | None = None) -> dict[str, Any]:
 
 
 def rises(found: Any, committed: Any, where: str = "") -> list[str]:
-    """What is larger than the committed counts, or not among them; one line each."""
+    """Counts that are larger than the committed ones, or new; one line each."""
     if isinstance(found, dict):
         before = committed if isinstance(committed, dict) else {}
         return [
@@ -476,7 +476,7 @@ def read_committed() -> dict[str, Any]:
 
 
 def main() -> int:
-    """Compares, or writes; returns the exit status."""
+    """Compares or writes the counts; returns the exit status."""
     found = summaries()
     if sys.argv[1:] == ["--write"]:
         COMMITTED.write_text(json.dumps(found, indent=1) + "\n")

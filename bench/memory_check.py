@@ -1,11 +1,11 @@
-"""Measured peaks against the planner's estimate, under each of the original's settings.
+"""Compares measured memory peaks with the planner's estimate, for each of the original's settings.
 
     python -m bench.memory_check FOLDER [--side 1024] [--steps 3] [--settings kv,...]
 
 FOLDER holds a checkpoint with its VAE; `python -m bench.full_size FOLDER --keep` writes a random
-one of full size. Each setting makes a picture from text, from one image and from two, as a user
-would, in one process. A peak is what the allocator reserved at most plus the device's context; the
-estimate must be within 10 % of it. Without a GPU nothing is measured.
+one of full size. With each setting, one process makes a picture from text, from one image and from
+two. The peak is the most that the allocator reserved plus the device's context; the estimate must
+be within 10 % of it. Without a GPU nothing is measured.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ALLOWED = 0.10
 
 
 def context_bytes() -> int:
-    """What the process holds on the device beside the allocator: context, libraries, kernels."""
+    """Device memory of the process outside the allocator: context, libraries, kernels."""
     free, total = torch.cuda.mem_get_info()
     return total - free - torch.cuda.memory_reserved()
 

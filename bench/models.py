@@ -1,4 +1,4 @@
-"""The model that is measured: a checkpoint, or random weights of the real or a small size."""
+"""The model to measure: a checkpoint, or random weights of the real or a small size."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .contenders import KeptVae, Ours
 from .gpu.pictures import make_pipeline
 from .peers.model_files import write_original
 
-# layers of the model in which float32 results are compared
+# layers of the model whose float32 results are compared
 _CHECK_LAYERS = 2
 
 
@@ -54,7 +54,7 @@ def is_random(name: str) -> bool:
     """Whether a name asks for random weights.
 
     Raises:
-        RequestError: it does, for a size that is not known.
+        RequestError: of an unknown size.
     """
     if name.startswith("random:") and name not in _RANDOM:
         raise RequestError(
@@ -68,7 +68,7 @@ def is_random(name: str) -> bool:
 
 
 def load(name: str, dtype: torch.dtype, device: torch.device) -> Model:
-    """Loads or draws a model. Nothing that an earlier picture computed is kept by its pipeline.
+    """Loads a model or draws its weights. Its pipeline keeps nothing between pictures.
 
     Raises:
         RequestError, CheckpointError: there is no such model.
@@ -96,7 +96,7 @@ def write_checkpoint(model: Model, folder: Path) -> None:
 def check_model(
     config: ModelConfig, device: torch.device
 ) -> tuple[ModelConfig, dict[str, Tensor], Ours]:
-    """A model of few layers and the same widths in float32, whose results are compared."""
+    """A float32 model of the same widths but few layers, for comparing results."""
     config = replace(config, num_layers=min(_CHECK_LAYERS, config.num_layers))
     weights = random_weights(config, torch.float32, device=device)
     return config, weights, _ours(config, weights, device)

@@ -1,8 +1,8 @@
-"""Where the time of a step goes, and what there is to gain: a trace and a table.
+"""Where the time of a step goes and how much could be gained: a trace and a table.
 
-Steps run one kernel at a time, not captured, so that each operation can be told apart. Its limit is
-a roofline with the copy bandwidth and the product rate measured in the same run; what there is to
-gain is the time above the limit.
+Steps are not captured, so that operations can be told apart. An operation's limit is a roofline
+with the copy bandwidth and product rate measured in the same run; what could be gained is the time
+above it.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from .models import Model
 from .record import write_whole
 from .report import aligned
 
-LAUNCHES = "launches"  # the host's time between operations, or the device's while it waits for it
+LAUNCHES = "launches"  # time between operations, while the device waits for the host
 _STEP, _OURS = "omnigen_fast::step", "omnigen_fast::"
 _STEPS = 3
 _PRODUCT_EVENTS = {"linear", "mm", "addmm", "matmul", "bmm", "conv2d"}
 _COPY_EVENTS = {"to", "copy_", "clone", "contiguous", "index_select", "index_copy_", "index"}
 _COPY_EVENTS |= {"_to_copy", "cat", "reshape", "flatten"}
-# Parts of the names of kernels on a GPU, first match wins.
+# Parts of GPU kernels' names; the first match wins.
 _KERNELS = (
     ("memcpy", COPIES),
     ("memset", COPIES),
@@ -68,7 +68,7 @@ _KERNELS = (
 
 
 def family_of_event(name: str) -> str:
-    """The family of a host's event: one of our operations, or one of PyTorch."""
+    """The family of a host event: one of our operations or of PyTorch's."""
     if name.startswith(_OURS):
         return OURS[name.removeprefix(_OURS)]
     short = name.rpartition("::")[2]
@@ -122,7 +122,7 @@ def profile(
 
 @torch.no_grad()
 def _measure(model: Model, task: Task) -> tuple[list[tuple[str, str, float]], float, Any]:
-    """(family, name, seconds) of everything in a step, the step's own seconds, and the trace."""
+    """(family, name, seconds) of each event in a step, the step's seconds, and the trace."""
     pipe, engine = model.ours.pipe, model.ours.pipe.engine
     arguments = task.arguments() | {"latents": make_start(pipe, task).noise}
     on_gpu = pipe.device.type == "cuda"
@@ -161,7 +161,7 @@ def _measure(model: Model, task: Task) -> tuple[list[tuple[str, str, float]], fl
 
 
 def _events(events: Iterable[Any]) -> list[tuple[str, str, float]]:
-    """Host: what stands directly in a step, whole."""
+    """Host: the outermost events of the steps."""
     return [
         (family_of_event(event.name), event.name.removeprefix(_OURS), event.cpu_time_total / 1e6)
         for event in events
@@ -179,7 +179,7 @@ def _kernels(events: Iterable[Any]) -> list[tuple[str, str, float]]:
 
 
 def _row(name: str, seconds: float, operations: list[Operation], limits: Limits) -> dict[str, Any]:
-    """A line of a table; calls, bytes and FLOPs as `counts` has them."""
+    """A line of a table; calls, bytes and FLOPs come from `counts`."""
     floor = sum(
         max(one.bytes / limits.bytes_per_second, one.flops / limits.flops_per_second)
         for one in operations
@@ -202,7 +202,7 @@ def _families(
     operations: Iterable[Operation],
     limits: Limits,
 ) -> list[dict[str, Any]]:
-    """Time, work and limit of each family in a step; what there is to gain most first."""
+    """Time, work and limit of each family in a step, the largest gain first."""
     rows = []
     for family in (PRODUCTS, ATTENTION, NORMS, ELEMENTWISE, COPIES):
         mine = [one for one in operations if one.family == family]

@@ -1,7 +1,7 @@
-"""How far apart two configurations' pictures lie: for every plan, and for modes that are not exact.
+"""How much the pictures of two configurations differ, for plans and for inexact modes.
 
-Both run on the same seeds. PSNR and SSIM are those of the pictures in [0, 1]; of a random model,
-which has no VAE, those of its latents shown as colours.
+Both run on the same seeds. PSNR and SSIM are of the pictures in [0, 1]; a random model has no VAE,
+so its latents are shown as colours.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Configuration:
     arguments: dict[str, bool]  # memory switches
 
     def choice(self) -> AbstractContextManager:
-        """The kernels that run inside."""
+        """Selects its kernels inside a `with` block."""
         if self.kernels == "library":
             return ops.use(attention="library")
         return ops.use(self.kernels)
@@ -117,10 +117,10 @@ def compare(
     seeds: int,
     sheet: Path | None = None,
 ) -> dict[str, Any]:
-    """Makes pictures by both configurations and measures how far they lie apart.
+    """Makes pictures with both configurations and measures how much they differ.
 
     Args:
-        model: as `models.load` takes it. Random weights are those of bfloat16 in both dtypes.
+        model: see `models.load`. Random weights have bfloat16 values in both dtypes.
         device: where to run.
         pair: the configuration to compare with, and the one to judge.
         size: of the pictures and their input images.
@@ -179,7 +179,7 @@ def _has_vae(model: str) -> bool:
 
 
 def _load(name: str, dtype: torch.dtype, device: torch.device) -> Model:
-    """Random weights in float32 are those of bfloat16, so that both run the same model."""
+    """Random weights in float32 have bfloat16 values, so that both run the same model."""
     if _has_vae(name):
         return load(name, dtype, device)
     model = load(name, torch.bfloat16, device)

@@ -1,4 +1,4 @@
-"""The tables: every size, column and setting, ours and the peers' in the same run, interleaved."""
+"""Measures every size, column and setting, ours and the peers interleaved in the same run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from .models import Model, check_model, load, write_checkpoint
 from .record import Record, interruptible
 
 OK, FAILED, MISSING, NOT_MEASURED = "ok", "failed", "not installed", "not measured"
-# How far results may lie from ours, relative to how far the steps took the latents
+# Largest allowed difference from ours, relative to how far the steps moved the latents
 FLOAT32_BOUND, BFLOAT16_BOUND = 1e-4, 5e-2
 _CHECK_SIZE = Size(128, 128)
 _CHECK_STEPS = 2
@@ -75,9 +75,9 @@ class Plan:
 
 
 def run(plan: Plan, record: Record, say: Say) -> None:
-    """Measures; the record holds what is finished, at every moment.
+    """Measures, and saves the record after every cell.
 
-    Raises KeyboardInterrupt when it is interrupted, after saving.
+    Raises KeyboardInterrupt when interrupted, after saving.
     """
     result = record.result
     result |= {"state": "running", "command": list(plan.command), "machine": machine()}
@@ -130,7 +130,7 @@ def _device_name(device: torch.device) -> str:
 def _start_peers(
     plan: Plan, model: Model, result: dict[str, Any], say: Say
 ) -> dict[str, Contender]:
-    """The peers that are there and whose results are ours in float32."""
+    """The peers that are installed and match our results in float32."""
     started: dict[str, Contender] = {}
     for name in plan.peers:
         status = result["peers"][name] = {"status": OK}
@@ -157,7 +157,7 @@ def _start_peers(
 
 
 def difference(found: Tensor, expected: Tensor, noise: Tensor) -> float:
-    """How far two results lie apart, relative to how far from the noise they are."""
+    """How much two results differ, relative to their distance from the noise."""
     return ((found - expected).norm() / (expected - noise).norm()).item()
 
 
@@ -170,7 +170,7 @@ def _said(check: dict[str, Any]) -> str:
 
 
 def _check_in_float32(name: str, plan: Plan, model: Model) -> list[dict[str, Any]]:
-    """Compares first steps in float32, in a model of few layers, for every column.
+    """Compares the first steps in float32 on a model of few layers, for every column.
 
     The original's KV cache leaves the noise tokens of its first step blind to one another. So its
     steps are compared without the cache, and with it from the second step on.
@@ -246,7 +246,7 @@ def _cell(
     running = [
         name
         for name in contenders
-        # diffusers has no switches: it stands in the rows of the default setting
+        # diffusers has no switches: it is in the rows of the default setting only
         if str(task.setting) == "default" or not name.startswith("diffusers")
     ]
     for name in set(contenders) - set(running):
@@ -302,7 +302,7 @@ def _times(taken: Sequence[Taken]) -> dict[str, Any]:
 
 
 def _compare(rows: dict[str, Any], cost: Picture, task: Task, result: dict[str, Any]) -> None:
-    """Ratios to ours, and ours' share of the limit: operations over the measured product rate."""
+    """Ratios to ours, and our share of the limit: operations over the measured product rate."""
     ours = rows["omnigen_fast"]
     if ours["status"] != OK:
         return
@@ -327,7 +327,7 @@ def _cell_line(cell: dict[str, Any]) -> str:
 
 
 def _vae(model: Model, plan: Plan) -> dict[str, Any]:
-    """Encoding an input image and decoding a picture; the same code in every contender."""
+    """Times encoding and decoding; every contender uses the same VAE."""
     if model.folder is None:
         return {"status": NOT_MEASURED, "why": "a random model has no VAE"}
     kept, clock = model.ours.pipe.vae, Clock(plan.device)
@@ -354,7 +354,7 @@ _WRITTEN_PARAMETERS = 1e9
 
 
 def _cold_start(plan: Plan, model: Model) -> dict[str, Any]:
-    """Load and first picture of a checkpoint, in a process of its own."""
+    """Time to load a checkpoint and make a first picture, in a separate process."""
     if model.folder is not None:
         return _load_and_run(plan, model.folder)
     if model.parameters > _WRITTEN_PARAMETERS:

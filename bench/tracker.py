@@ -1,9 +1,8 @@
-"""Live bytes of all tensors, counted operation by operation: peaks without a device to have them.
+"""Counts the live bytes of all tensors, operation by operation: peaks without the device.
 
-On meta tensors the runtime takes the very steps it takes on a GPU and allocates what it allocates
-there, so a peak at full size is known to the byte on any machine. What it can't see: memory that an
-operation takes and returns inside (a matrix product's work space), the allocator's rounding and
-fragmentation, and the device's context.
+On meta tensors the runtime allocates exactly what it allocates on a GPU, so a peak at full size is
+known to the byte on any machine. Not counted are memory that an operation allocates temporarily (a
+matrix product's work space), the allocator's rounding and fragmentation, and the device's context.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ class MemoryTracker(TorchDispatchMode):
     """Counts the storages on a device that live inside a `with` block.
 
     Args:
-        existing: tensors that were there before, and count.
-        device: whose storages count, by its type.
+        existing: tensors from before the block to include.
+        device: type of the device whose storages are counted.
 
     Attributes:
         peak_bytes: most bytes that lived at once, since the start or `restart`.

@@ -1,4 +1,4 @@
-"""Bytes and seconds of the autoencoder in strips against the whole.
+"""Memory and time of the autoencoder in strips, compared with the whole image at once.
 
     python -m bench.vae_strips [--side 512] [--rounds 3] [--bytes-side 1024]
 
@@ -43,7 +43,7 @@ TIMED = ("whole", "strips of 8", "strips of 2", "strips of 8, recompute")
 
 
 def random_autoencoder(config: dict[str, Any], device: str = "cpu", seed: int = 0) -> Vae:
-    """An autoencoder with PyTorch's random weights; biases and norms are no zeros and ones."""
+    """An autoencoder with random weights, biases and norms included."""
     from diffusers import AutoencoderKL
 
     torch.manual_seed(seed)
@@ -62,9 +62,9 @@ def random_image(height: int, width: int, seed: int = 0) -> InputImage:
 
 @contextmanager
 def as_on_a_gpu() -> Iterator[None]:
-    """Meta tensors stand for a GPU's: its fused attention keeps no scores, and a host takes them.
+    """Lets meta tensors stand for a GPU's: fused attention keeps no scores.
 
-    Strips that a host keeps have no bytes here, on the host either.
+    Strips that are stored on the host take no memory here.
     """
 
     def attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
@@ -84,7 +84,7 @@ def as_on_a_gpu() -> Iterator[None]:
 
 
 def peak_bytes(vae: Vae, run: Callable[[], Any], *inputs: Tensor) -> int:
-    """Most bytes on meta that live during a run, beyond weights and inputs."""
+    """Peak bytes of meta tensors during a run, beyond weights and inputs."""
     with MemoryTracker([*vae.autoencoder.parameters(), *inputs]) as tracker:
         before = tracker.live_bytes
         run()
@@ -104,7 +104,7 @@ def encode_peak(vae: Vae, height: int, width: int, **way: Any) -> int:
 
 
 def measure_bytes(side: int) -> dict[str, dict[str, int]]:
-    """Tracked and estimated peaks of each way."""
+    """Counted and estimated peaks of each variant."""
     vae, shape = random_autoencoder(VAE, "meta"), vae_cost.VaeShape.from_config(VAE)
     result = {}
     for name, way in WAYS.items():
@@ -123,7 +123,7 @@ def measure_bytes(side: int) -> dict[str, dict[str, int]]:
 
 
 def measure_seconds(side: int, rounds: int) -> dict[str, dict[str, Any]]:
-    """Median seconds of each way, and how far its result is from the whole's."""
+    """Median seconds of each variant, and its error relative to the whole image's result."""
     vae = random_autoencoder(VAE)
     generator = torch.Generator().manual_seed(1)
     latents = torch.randn(1, 4, side // 8, side // 8, generator=generator) * 0.13
@@ -157,8 +157,10 @@ def measure_seconds(side: int, rounds: int) -> dict[str, dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--side", type=int, default=512, help="of what is timed, pixels")
-    parser.add_argument("--bytes-side", type=int, default=1024, help="of what is counted, pixels")
+    parser.add_argument("--side", type=int, default=512, help="pixels of the image that is timed")
+    parser.add_argument(
+        "--bytes-side", type=int, default=1024, help="pixels of the image whose memory is counted"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     result = {

@@ -100,6 +100,9 @@ class Cache(Protocol):
     def give_back(self, entries: Sequence[Entry]) -> None:
         """The request that reserved these entries is over; they are kept for later ones."""
 
+    def hold(self, entries: Sequence[Entry]) -> None:
+        """After a failure: holds these entries, one for each request that has it, and no others."""
+
     def discard(self, entries: Sequence[Entry]) -> None:
         """Forgets entries, for instance ones whose prefill failed."""
 
@@ -216,19 +219,20 @@ class ConditionCache:
             if entry in self._places:
                 self._places.move_to_end(entry)
         new = sum(entry.rows for entry in missing)
-        for entry in [one for one in self._places if one not in wanted and one not in self._held]:
-            if self.used_rows + new <= self.keys.shape[1]:
-                break
-            del self._places[entry]
+        free = [one for one in self._places if one not in wanted and one not in self._held]
+        while free and self.used_rows + new > self.keys.shape[1]:
+            del self._places[free.pop(0)]
         try:
-            # the largest first: small ones fit the gaps that are left
-            for entry in sorted(missing, key=lambda entry: -entry.rows):
-                place = self._find_gap(entry.rows)
-                if place is None and self._held:
-                    for one in missing:
-                        self._places.pop(one, None)
+            if not self._place(missing, free):
+                # what is kept of this request is in the way: it is computed again elsewhere
+                for entry in wanted:
+                    if entry not in self._held:
+                        self._places.pop(entry, None)
+                missing = [entry for entry in wanted if entry not in self._places]
+                if not self._place(missing, free):
+                    for entry in missing:
+                        self._places.pop(entry, None)
                     raise self._busy()
-                self._places[entry] = self._close_gaps() if place is None else place
         except OmniGenError:
             raise
         except BaseException:  # an interrupt: rows may be half moved
@@ -237,9 +241,33 @@ class ConditionCache:
         self._held.update(wanted.keys())
         return missing
 
+    def _place(self, missing: Sequence[Entry], free: list[Entry]) -> bool:
+        """Gives entries their rows; False where held rows, which can't move, leave no gap.
+
+        Args:
+            missing: the entries.
+            free: entries that may be dropped, the first ones first.
+        """
+        # the largest first: small ones fit the gaps that are left
+        for entry in sorted(missing, key=lambda entry: -entry.rows):
+            place = self._find_gap(entry.rows)
+            if place is None and not self._held:
+                place = self._close_gaps()
+            while place is None and free:
+                del self._places[free.pop(0)]
+                place = self._find_gap(entry.rows)
+            if place is None:
+                return False
+            self._places[entry] = place
+        return True
+
     def give_back(self, entries: Sequence[Entry]) -> None:
         """See `Cache.give_back`."""
         self._held -= Counter(dict.fromkeys(entries, 1))
+
+    def hold(self, entries: Sequence[Entry]) -> None:
+        """See `Cache.hold`."""
+        self._held = Counter(entries)
 
     def _busy(self) -> OmniGenError:
         return OmniGenError(

@@ -98,6 +98,7 @@ class Engine:
         self._store: LayerStore | None = None
         self._stale: set[str] = set()  # parameters that may not be what the adapters make of them
         self._running: list[Running] = []
+        self._fingerprint: tuple[tuple[tuple[int, int], ...], Tensor] | None = None
 
     @classmethod
     def of(
@@ -179,6 +180,7 @@ class Engine:
             OmniGenError: other calls are under way and the plan moves what they use.
         """
         self.arrange(plan, call)
+        self._notice_changes()
         if call.finished:
             cache = self._new_cache(layers=1)
             running = Running(call, plan, cache, (), None, None)
@@ -259,6 +261,15 @@ class Engine:
         if self._model is not None and self._model.stream is not None:
             self._model.stream.reset()
 
+    def after_fork(self) -> None:
+        """In a forked child: the threads that copy layers have stayed with the parent."""
+        if self._model is not None:
+            self._model.stream = None
+        if self._store is not None:
+            self._store.leave_lane()
+        self.streamed = None
+        self._running.clear()
+
     @isolated
     def free(self) -> None:
         """Gives up what another plan may need the memory of and no call under way uses."""
@@ -320,12 +331,14 @@ class Engine:
         self.graphs.clear()
         self.store.refresh(sorted(self._stale))
         self._stale.clear()
+        self._fingerprint = None
 
     @isolated
     def to(self, device: torch.device) -> None:
         """Moves everything to a device; what is kept is dropped."""
         self.host = HostMemory(device)
         self.store.to(device, self.host)
+        self._fingerprint = None
         self.vae.to(device)
         self.device = device
         self.graphs = self._new_graphs()
@@ -335,6 +348,18 @@ class Engine:
         """Parameters with the adapters that are loaded now."""
         dtype = self.precision.storage_dtype
         return merged(self.checkpoint, self.loras.applied(), dtype, device, names)
+
+    def _notice_changes(self) -> None:
+        """Drops what depends on weights that somebody else has written to since the last call."""
+        before, now = self._fingerprint, self.model.fingerprint()
+        self._fingerprint = now
+        if before is None or self._running:
+            return
+        if before[0] != now[0] or not torch.equal(before[1], now[1]):
+            self.cache.clear()
+            if self.streamed is not None:
+                self.streamed.clear()
+            self.graphs.clear()
 
     # Places
 
@@ -368,6 +393,8 @@ class Engine:
                 self.streamed.clear()
             if plan.cache == "none":
                 self.cache.clear()
+            if not (stays and ready):
+                self._fingerprint = None  # what moves is not changed
             if not ready:
                 self.load(precision, plan.resident_layers)
             self.vae.place(plan.vae_resident)
@@ -383,8 +410,10 @@ class Engine:
             cache: Cache = self._new_cache(layers=1)
         else:
             cache = self.cache if plan.cache == "device" else self._streamed_cache()
-        missing = cache.reserve(list(entries))
+        held = [entry for one in self._running if one.cache is cache for entry in one.entries]
+        missing = [entry for entry in entries if entry not in held]  # or less, as `reserve` finds
         try:
+            missing = cache.reserve(list(entries))
             if missing and plan.cache != "none":
                 wanted = {one: entries[one] for one in missing}
                 self._prefill(plan, wanted, embedded.tokens, cache)
@@ -401,7 +430,7 @@ class Engine:
             loop, runner = self._loop(call, plan, values, entries, cache)
         except BaseException:
             cache.discard(missing)  # the rows of some hold nothing
-            cache.give_back(list(entries))
+            cache.hold(held)  # an interrupt may have come before or after `reserve` held these
             raise
         loop.busy = True
         return Running(call, plan, cache, tuple(entries), loop, runner)

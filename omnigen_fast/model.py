@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from .cache import Cache
 from .config import LATENT_CHANNELS, PATCH, TIME_FREQUENCIES, ModelConfig
+from .errors import RequestError
 from .kernels import ops
 from .linear import Weight, linear
 from .memory.plan import MLP_ROWS
@@ -25,6 +27,7 @@ from .sequence import ConditionSequence
 from .streaming import Streamed
 
 _OUTPUT_NORM_EPS = 1e-6
+_SAMPLES = 8  # values of a weight that a fingerprint looks at
 _KEPT_CROPS = 16  # of the position table; one of 1024 px takes 25 MB
 
 
@@ -147,6 +150,8 @@ class Transformer(nn.Module):
     embed_tokens: Tensor  # [vocabulary, hidden]
     noise_proj_weight: Tensor  # [hidden, 4, 2, 2]
     noise_proj_bias: Tensor
+    image_proj_weight: Tensor  # [hidden, 4, 2, 2]
+    image_proj_bias: Tensor
     norm: Tensor  # [hidden]
     modulation_weight: Weight
     modulation_bias: Tensor
@@ -192,6 +197,23 @@ class Transformer(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.norm.device
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Transformer:
+        # `.to()`, `.half()`, `.cuda()`: caches, streamed layers and captures would not follow
+        raise RequestError(
+            "the transformer can't be moved or converted by itself; use pipe.to(device, dtype)"
+        )
+
+    def fingerprint(self) -> tuple[tuple[tuple[int, int], ...], Tensor]:
+        """Differs, all but surely, after somebody has written to a weight that has storage.
+
+        Address and version of each, which tell of replaced tensors and of writes that PyTorch
+        sees; and the bits of a few of its values, for writes through `.data` that it does not see.
+        """
+        held = [one for one in self.parameters() if not one.is_meta]
+        samples = [one.view(-1)[:: max(1, one.numel() // _SAMPLES)][:_SAMPLES] for one in held]
+        bits = torch.cat([self.norm.new_empty(0), *samples]).view(torch.uint8)
+        return tuple((one.data_ptr(), one._version) for one in held), bits
 
     def move(self, device: torch.device | str) -> None:
         """Moves what has storage; layers that are streamed have none."""
@@ -281,10 +303,8 @@ class Transformer(nn.Module):
         shared = sequence.shared
         for first, stop, image in sequence.branch.spans:
             if first >= shared:
-                latents = image_latents[image.digest].unsqueeze(0)
-                embedded[first - shared : stop - shared] = self._embed_patches(
-                    "image_proj", latents
-                )[0]
+                rows = embedded[first - shared : stop - shared]
+                self._embed_image(image_latents[image.digest], out=rows)
         embedded[sequence.branch.length - shared :] = time_tokens
         return embedded
 
@@ -492,17 +512,16 @@ class Transformer(nn.Module):
             for picture, residual in zip(groups.pictures, residuals):
                 torch.add(tokens[picture], pos_embed, out=residual)
 
-    def _embed_patches(self, projection: str, latents: Tensor) -> Tensor:
-        """[pictures, N, hidden] of latents [pictures, 4, height, width], positions added.
+    def _embed_image(self, latents: Tensor, out: Tensor) -> None:
+        """Embeds latents [4, height, width] of an image, positions added; `out` [N, hidden].
 
         The 2 x 2 convolution of stride 2, as a product over (channel, row, column).
         """
-        height, width = latents.shape[2] // PATCH, latents.shape[3] // PATCH
-        patches = latents.to(self.dtype).unflatten(3, (width, PATCH)).unflatten(2, (height, PATCH))
-        patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-        weight = self.parameter(f"{projection}.weight").flatten(1)
-        tokens = F.linear(patches, weight, self.parameter(f"{projection}.bias"))
-        return tokens + self.crop_pos_embed(height, width)
+        height, width = latents.shape[1] // PATCH, latents.shape[2] // PATCH
+        patches = latents.to(self.dtype).unflatten(2, (width, PATCH)).unflatten(1, (height, PATCH))
+        patches = patches.permute(1, 3, 0, 2, 4).flatten(2).flatten(0, 1)
+        linear(patches, self.image_proj_weight.flatten(1), out=out, bias=self.image_proj_bias)
+        out.add_(self.crop_pos_embed(height, width))
 
     def crop_pos_embed(self, height: int, width: int) -> Tensor:
         """[height * width, hidden]: the centre of the position table."""

@@ -66,6 +66,13 @@ class OmniGenPipeline(LoraMethods):
         self._lock = threading.RLock()
         self._running = False
         self._interrupt = False
+        self._process = os.getpid()
+
+    def __reduce__(self) -> Any:
+        raise OmniGenError(
+            "a pipeline can't be copied or pickled; load another with from_pretrained, or call "
+            "this one from several threads"
+        )
 
     @classmethod
     @isolated
@@ -307,11 +314,32 @@ class OmniGenPipeline(LoraMethods):
         given = self._bound(prompt, input_images, call)
         return self._start(given.request, given.precision)
 
-    def to(self, device: str | torch.device) -> OmniGenPipeline:
-        """Moves everything to a device; kept conditions are dropped."""
-        target = check_device(device)
+    @isolated
+    def to(self, *where: Any, device: Any = None, dtype: Any = None) -> OmniGenPipeline:
+        """Moves everything to a device, converts the transformer to a dtype, or both.
+
+        As diffusers takes them: `to("cuda")`, `to(torch.float32)`, `to("cuda", torch.bfloat16)`,
+        or by name. Kept conditions are dropped.
+
+        Raises:
+            RequestError: a device or dtype that can't be used.
+        """
+        for one in where:
+            if isinstance(one, torch.dtype):
+                given, dtype = dtype, one
+            else:
+                given, device = device, one
+            if given is not None:
+                raise RequestError(f"to() takes one device and one dtype, got {one!r} as well")
+        target = None if device is None else check_device(device)
+        precision = None if dtype is None else Precision.of(check_dtype(dtype))
+        if target is None and precision is None:
+            raise RequestError("to() needs a device or a dtype")
         with self._exclusive():
-            self.engine.to(target)
+            if target is not None:
+                self.engine.to(target)
+            if precision is not None and precision != self.engine.precision:
+                self.engine.load(precision, self.engine.store.resident)
         return self
 
     def clear_cache(self) -> None:
@@ -398,6 +426,14 @@ class OmniGenPipeline(LoraMethods):
         with self._lock:
             if self._running:
                 raise OmniGenError("the pipeline is running; it can't be called from a callback")
+            if os.getpid() != self._process:
+                if not _survives_fork(self.device):
+                    raise OmniGenError(
+                        "the pipeline was loaded before this process was forked, and would hang "
+                        "here; load it in the child, or start processes with the method spawn"
+                    )
+                self.engine.after_fork()
+                self._process = os.getpid()
             self._running, self._interrupt = True, False
             try:
                 yield
@@ -436,6 +472,11 @@ def _output(images: Tensor, output_type: str) -> list[Any] | Tensor | np.ndarray
 
     # rounded down, as the original does
     return [Image.fromarray(image) for image in (rows * 255).to(torch.uint8).numpy()]
+
+
+def _survives_fork(device: torch.device) -> bool:
+    """Whether a forked child can compute: neither a GPU nor threads of OpenMP follow it."""
+    return device.type == "cpu" and torch.get_num_threads() == 1
 
 
 def _progress_bar(steps: int, show: bool) -> Any:

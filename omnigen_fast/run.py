@@ -13,7 +13,7 @@ from .call import Call, Memory
 from .engine import Engine
 from .errors import MemoryBudgetError, OmniGenError, first_line
 from .memory.cost import Cost, Estimate
-from .memory.device import free_bytes, parse_memory, profile_of
+from .memory.device import free_bytes, on_host, parse_memory, profile_of
 from .memory.overview import Report
 from .memory.plan import MemoryPlan, Switches, Workload, first_workload
 from .memory.planner import Candidate, Decision, describe, front
@@ -107,8 +107,7 @@ def _carry_out(
 def _plans(engine: Engine, call: Call, memory: Memory) -> Iterator[tuple[MemoryPlan, Cost | None]]:
     """What to try, one after the other as memory runs out; ends with one line that says so."""
     if isinstance(memory, MemoryPlan):
-        plan = call.request.switches.applied_to(memory, engine.config.num_layers)
-        plan.check(engine.config.num_layers)
+        plan = _given(memory, call.request.switches, engine)
         yield replace(plan, precision=call.precision), None
         raise OmniGenError(
             f"out of memory with the plan that was given ({call.failures[-1]}); give "
@@ -133,6 +132,17 @@ def _plans(engine: Engine, call: Call, memory: Memory) -> Iterator[tuple[MemoryP
     )
 
 
+def _given(plan: MemoryPlan, switches: Switches, engine: Engine) -> MemoryPlan:
+    """The plan that the caller gave, with the call's own switches.
+
+    Raises RequestError if the model can't run so.
+    """
+    layers = engine.config.num_layers
+    plan = switches.for_device(on_host(engine.device)).applied_to(plan, layers)
+    plan.check(layers)
+    return plan
+
+
 def decide(
     engine: Engine,
     workload: Workload,
@@ -152,8 +162,7 @@ def decide(
     if budget is None:
         budget = free_bytes(engine.device, profile, engine.held_bytes())
     if given is not None:
-        plan = switches.applied_to(given, engine.config.num_layers)
-        plan.check(engine.config.num_layers)
+        plan = _given(given, switches, engine)
         estimate = Estimate(engine.config, engine.vae.shape, precision, workload, profile)
         cost = estimate.cost(plan, engine.arrangement)
         candidate = Candidate(plan, cost.peak_bytes, cost.seconds)

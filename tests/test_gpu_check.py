@@ -169,6 +169,17 @@ def test_operations_of_a_step(images, documented):
     assert counted / 1e12 == pytest.approx(documented, rel=0.01)
 
 
+def test_captured_steps_are_timed_beside_diffusers(tmp_path, capturing):
+    pytest.importorskip("diffusers")
+    status, result = check(tmp_path, "--parts", "peer")
+    part = result["parts"]["peer"]
+    assert (status, part["status"]) == (0, "ok"), part
+    assert len(part["rows"]) == 6
+    for row in part["rows"]:
+        assert row["captured"] and 0 < row["difference"] < 5e-2
+        assert row["ours"]["samples"] == row["diffusers"]["samples"] == 3
+
+
 def test_without_diffusers_its_part_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(pictures, "find_spec", lambda name: None)
     status, result = check(tmp_path, "--parts", "peer")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# Each module may import those before it. `errors` and `config` stand under all.
+# Each module may import those before it.
 ORDER = [
     "errors",
     "surroundings",
@@ -50,8 +50,6 @@ ORDER = [
     "placement",
     "denoise",
     "graph",
-    "engine",
-    "run",
     "for_diffusers.conditions",
     "for_diffusers.binding",
     "for_diffusers.processor",
@@ -72,7 +70,7 @@ ORDER = [
     "cli.main",
     "app",
 ]
-USE_KERNELS = {"for_diffusers.enable", "call", "model", "denoise", "graph", "vae.vae"}
+USE_KERNELS = {"for_diffusers.enable", "call", "model", "denoise", "graph"}
 USE_PROFILES = {
     "memory.estimate",
     "memory.seconds",

@@ -1,4 +1,4 @@
-"""Every kernel, and a model of the real width, against the same in higher precision."""
+"""Checks every kernel, and a model of the real width, against higher precision."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .pictures import arguments_of, make_pipeline
 from .run import FAILED, NO_GPU, NOT_MEASURED, OK, CheckFailed, Run, first_line
 
 _DTYPES = (torch.bfloat16, torch.float32)
-# A model's bfloat16 error may be so many times plain PyTorch's.
+# Largest allowed ratio of a model's bfloat16 error to plain PyTorch's
 _MODEL_BOUND = 1.5
 
 
@@ -37,7 +37,7 @@ def _numerics() -> ModuleType:
 
 
 def by_kernels(run: Run) -> AbstractContextManager:
-    """Triton or an error; without a GPU whatever runs there."""
+    """Triton or an error on a GPU; elsewhere the default."""
     return ops.use("triton", attention="triton") if run.on_gpu else nullcontext()
 
 
@@ -54,7 +54,7 @@ class _Maker:
         return torch.tensor(list(values), dtype=dtype, device=self.device)
 
 
-# A check: its name, its arguments, which of them it writes, and where it takes `out`, its shape.
+# A check: operation, arguments, which of them are written, and the shape of `out` if it has one.
 _Check = tuple[str, tuple, tuple[int, ...], tuple[int, ...] | None]
 
 
@@ -129,9 +129,9 @@ def _copies(args: tuple, double: bool) -> tuple:
 
 
 def _errors(found: Tensor, plain: Tensor, exact: Tensor) -> tuple[float, float, bool]:
-    """Relative error of a kernel and of plain PyTorch, and whether the first is earned.
+    """Relative errors of a kernel and of plain PyTorch, and whether the first passes.
 
-    At most twice the second, over all and at the worst element.
+    It must be at most twice the second, in norm and at the worst element.
     """
     if not exact.numel():
         return 0.0, 0.0, True
@@ -221,7 +221,7 @@ def _relative(found: Tensor, exact: Tensor) -> float:
 
 
 def model(run: Run, found: dict[str, Any]) -> None:
-    """A model of few layers: bfloat16 against float32, captured steps against eager ones."""
+    """On a model of few layers: bfloat16 against float32, captured steps against eager ones."""
     rows = found["rows"] = []
     half = random_weights(run.sizes.check, torch.bfloat16, device=run.device)
     _check_precision(run, half, rows)
@@ -236,7 +236,7 @@ def _check_precision(run: Run, half: dict[str, Tensor], rows: list[dict[str, Any
     arguments = arguments_of(side, 1, 3) | {"seed": None, "latents": noise}
 
     def moved(pipe: OmniGenPipeline, choice: AbstractContextManager) -> Tensor:
-        """How far three steps take the latents."""
+        """How far three steps move the latents."""
         pipe.engine.graphs = StepGraphs()
         with choice:
             return pipe(**arguments) - noise
@@ -293,7 +293,7 @@ def _check_captures(run: Run, half: dict[str, Tensor], rows: list[dict[str, Any]
         calls = []
         for number, prompt in enumerate(2 * _PROMPTS):
             if number == len(_PROMPTS):
-                graphs.captures = 0  # the cache has room for all prompts from here on
+                graphs.captures = 0  # from here on the cache holds all prompts
             given = arguments_of(run.sizes.check_side, images, 5)
             tags = given["prompt"].partition("</img>")
             given["prompt"] = (tags[0] + tags[1] if images else "") + prompt

@@ -1,7 +1,7 @@
-"""Whole pictures by a random model of full size: prefill, steps, memory; and diffusers beside it.
+"""Whole pictures with a random model of full size: prefill, steps, memory; and diffusers beside it.
 
-No checkpoint is needed: weights are drawn on the device, latents of input images too. Pictures end
-as latents, so the VAE is left out.
+No checkpoint is needed: weights and the latents of input images are drawn on the device. Pictures
+end as latents, so no VAE runs.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from ..contenders import KeptVae
 from .measure import Clock, clocks, datasheet_rate, described
 from .run import FAILED, NO_GPU, NO_TIME, NOT_MEASURED, OK, NotMeasured, Run, first_line
 
-# Error that diffusers' and our bfloat16 may have against each other, and float32 in the small model
+# Largest allowed difference from diffusers in each dtype; float32 is checked on the small model
 _PEER_BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 
@@ -108,7 +108,7 @@ class Taken:
 
     latents: Tensor
     branches: list[EncodedBranch]
-    prepare: float  # all before the first step
+    prepare: float  # everything before the first step
     steps: list[float]
     total: float
 
@@ -146,21 +146,21 @@ def take(
 
 
 def again(running: Running) -> None:
-    """Makes the first step the one that comes next; the latents stay as they are."""
+    """Rewinds to the first step; the latents stay as they are."""
     assert running.loop is not None
     running.call.steps_done, running.call.finished = 0, False
     running.loop.values.seek(0)
 
 
 def _layer_flops(config: ModelConfig) -> tuple[int, int]:
-    """Operations of one row in a layer's QKV product, and in its other products."""
+    """Operations per row of a layer's QKV product, and of its other products."""
     hidden, inner = config.hidden_size, config.intermediate_size
     qkv = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
     return 2 * hidden * qkv, 2 * (hidden**2 + 3 * hidden * inner)
 
 
 def step_flops(config: ModelConfig, noise: int, cached: Sequence[int]) -> int:
-    """Matrix operations of a step; `cached` keys beside the noise's own, for each branch."""
+    """Matrix operations of a step, given the number of cached keys of each branch."""
     layer = sum(_layer_flops(config)) * noise * len(cached)
     layer += 4 * config.hidden_size * noise * sum(noise + one for one in cached)
     ends = 2 * 2 * PATCH**2 * 4 * config.hidden_size * noise * len(cached)
@@ -168,7 +168,7 @@ def step_flops(config: ModelConfig, noise: int, cached: Sequence[int]) -> int:
 
 
 def prefill_flops(config: ModelConfig, branches: Sequence[EncodedBranch], steps: int) -> int:
-    """Matrix operations of the layers; the last one only makes keys and values."""
+    """Matrix operations of the layers; the last one computes only keys and values."""
     qkv, rest = _layer_flops(config)
     rows = sum(branch.length + steps for branch in branches)
     seen = sum(int(one.kv_end.sum()) + steps * (one.length + 1) for one in branches)
@@ -189,7 +189,7 @@ def _pipeline(run: Run) -> OmniGenPipeline:
 
 
 def _fresh(run: Run, pipe: OmniGenPipeline) -> None:
-    """Nothing kept, no memory held but the weights, peaks forgotten."""
+    """Frees everything but the weights and resets the peaks."""
     pipe.clear_cache()
     if run.on_gpu:
         gc.collect()
@@ -203,7 +203,7 @@ def _cases(run: Run) -> list[tuple[int, int]]:
 
 
 def pictures(run: Run, found: dict[str, Any]) -> None:
-    """Every size and kind of request, first eagerly, then captured, then once more."""
+    """Every size and kind of request: eager, then captured, then once more."""
     clock, rows = Clock(run.device), found.setdefault("rows", [])
     start = clock.wait()
     pipe = _pipeline(run)
@@ -233,7 +233,7 @@ def _picture(
 ) -> None:
     config, steps, few = run.sizes.config, run.sizes.steps, run.sizes.eager_steps
     noise = (side // TOKEN_PIXELS) ** 2
-    # before anything is known, a step is taken to reach half of the measured matrix rate
+    # a first guess: a step reaches half of the measured matrix rate
     branches = 3 if images else 2
     cached = [images * noise + 200] * branches
     guess = 2 * step_flops(config, noise, cached) / run.limits.flops_per_second
@@ -346,7 +346,7 @@ def _agreement(run: Run) -> float:
 def _start(
     run: Run, pipe: OmniGenPipeline, other: Any, side: int, images: int
 ) -> tuple[Running, Tensor]:
-    """Both at the first step of the same picture, and its noise."""
+    """Starts the same picture in both; returns ours and its noise."""
     noise = torch.randn(1, 4, side // 8, side // 8, device=run.device).bfloat16().float()
     arguments = arguments_of(side, images, run.sizes.steps) | {"seed": None, "latents": noise}
     call, engine = pipe.make_call(**arguments), pipe.engine
@@ -358,7 +358,7 @@ def _start(
 
 @torch.no_grad()
 def _first_difference(run: Run, pipe: OmniGenPipeline, other: Any, side: int, images: int) -> float:
-    """Of the latents after a step, relative to how far it takes them."""
+    """Difference of the latents after one step, relative to how far it moves them."""
     running, noise = _start(run, pipe, other, side, images)
     try:
         pipe.engine.step(running)

@@ -23,11 +23,11 @@ from .model_files import Weights, diffusers_tensors
 
 
 class DiffusersTransformer:
-    """All branches in one padded batch, all of it computed in every step.
+    """Computes all branches as one padded batch in every step.
 
     Args:
         config: sizes.
-        weights: by our names; kept as they are where they have the dtype.
+        weights: by our names; not copied where they have the dtype.
         dtype: to compute in.
     """
 
@@ -50,7 +50,7 @@ class DiffusersTransformer:
                 pos_embed_max_size=config.pos_embed_size,
             )
         self.model.load_state_dict(diffusers_tensors(config, weights, dtype), assign=True)
-        # a buffer that the checkpoint does not hold, and that its rotary code renews itself
+        # a buffer that is not in the checkpoint; the rotary code sets it
         self.model.rope.inv_freq = torch.empty(config.head_dim // 2)
         self.model.eval()
         self.dtype = dtype
@@ -106,7 +106,7 @@ class DiffusersTransformer:
         return (self.coefficient * predicted.float()).sum(0, keepdim=True)
 
     def run_step(self, index: int = 0) -> Tensor:
-        """An Euler step from where the last one ended."""
+        """Takes an Euler step."""
         length = self.times[index + 1] - self.times[index]
         self.noisy += length * self.velocity(self.noisy, index)
         return self.noisy
@@ -134,12 +134,12 @@ class Diffusers:
     def picture(
         self, start: Start, most: int | None = None, restart: bool = False, track: bool = False
     ) -> Taken:
-        """See `Contender.picture`. Compiled for the shapes of each cell anew."""
+        """See `Contender.picture`. Compiles again for the shapes of each cell."""
         transformer, clock = self._transformer, Clock(self._device)
         task = start.task
         last = task.steps if most is None else min(most, task.steps)
         if self._compiled and self._task != (task.size, task.images):
-            # shapes that change would be compiled as unknown ones, which are slower
+            # otherwise changing shapes are compiled as dynamic ones, which is slower
             torch.compiler.reset()
             transformer.model = torch.compile(self._eager, dynamic=False)
             self._task = (task.size, task.images)

@@ -1,1 +1,1 @@
-"""diffusers' own OmniGenPipeline on this runtime."""
+"""enable: diffusers' own OmniGenPipeline on this runtime."""

@@ -1,9 +1,11 @@
-"""Our transformer over the tensors of a diffusers module."""
+"""Binding: our transformer on the weights of a diffusers module, without a copy."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,26 +13,29 @@ from torch import Tensor, nn
 from ..config import ModelConfig
 from ..errors import RequestError
 from ..model import Transformer
-from ..weights.names import Source, diffusers_sources
+from ..weights.names import TensorRows, diffusers_sources
 
+DiffusersTransformer = Any  # OmniGenTransformer2DModel, with attributes that nn.Module doesn't type
 _DTYPES = (torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True)
-class _Weights:
-    """The model over a module's tensors as they were found."""
+class BoundWeights:
+    """Our model on a module's weights."""
 
     model: Transformer
-    signature: tuple  # equal as long as nothing has changed them
-    adapted: bool  # some hold an adapter's update
-    own_bytes: int  # tensors that are not the module's: weights with adapters in them
+    signature: tuple  # of the weights, see `weights_signature`
+    adapted: bool  # whether adapters change some weights
+    own_bytes: int  # of copies: weights with adapters merged in
 
 
-def _bind(transformer: nn.Module, config: ModelConfig) -> _Weights:
-    """Our model over the module's tensors.
+def bind(transformer: DiffusersTransformer, config: ModelConfig) -> BoundWeights:
+    """Builds our model on the module's weights.
 
-    Nothing is held twice: q, k and v become parts of one tensor. Only weights that an adapter
+    The weights are shared; q, k and v become views of one tensor. Only weights that an adapter
     changes are copies, computed in float32 and rounded once.
+
+    Raises RequestError for weights that can't be shared; says what to do.
     """
     dtype = transformer.norm.weight.dtype
     if dtype not in _DTYPES:
@@ -56,13 +61,13 @@ def _bind(transformer: nn.Module, config: ModelConfig) -> _Weights:
             else:
                 weights[name] = _joined([parameter for parameter, _ in parts])
     model = Transformer(config, weights)
-    return _Weights(model, _signature(transformer), adapted, own_bytes)
+    return BoundWeights(model, weights_signature(transformer), adapted, own_bytes)
 
 
 def _part(
-    transformer: nn.Module, source: Source, dtype: torch.dtype, device: torch.device
+    transformer: DiffusersTransformer, source: TensorRows, dtype: torch.dtype, device: torch.device
 ) -> tuple[nn.Parameter, list[Callable[[], Tensor]]]:
-    """A parameter of the module, and what gives the updates that adapters add to it now."""
+    """A parameter of the module, and functions that compute the active adapters' updates."""
     path, _, kind = source.name.rpartition(".")
     layer = module = transformer.get_submodule(path)
     while hasattr(module, "base_layer"):
@@ -71,7 +76,7 @@ def _part(
     if parameter.dtype != dtype or tuple(parameter.shape) != source.shape:
         raise RequestError(
             f"{source.name} is {parameter.dtype} {list(parameter.shape)} instead of {dtype} "
-            f"{list(source.shape)}; quantized or mixed weights can't run here"
+            f"{list(source.shape)}; quantized and mixed-dtype weights are not supported"
         )
     if parameter.is_meta or parameter.device != device:
         raise RequestError(
@@ -81,13 +86,13 @@ def _part(
     return parameter, _updates(layer, source.name) if kind == "weight" else []
 
 
-def _updates(layer: nn.Module, name: str) -> list[Callable[[], Tensor]]:
-    """What PEFT's active adapters add to a layer's weight."""
+def _updates(layer: Any, name: str) -> list[Callable[[], Tensor]]:
+    """Functions that compute what PEFT's active adapters add to a layer's weight."""
     if not hasattr(layer, "base_layer"):
         return []
     if layer.disable_adapters:
         if layer.merged:
-            layer.unmerge()  # as its own forward would
+            layer.unmerge()  # as the layer's own forward does
         return []
     if layer.merged:
         return []
@@ -97,13 +102,14 @@ def _updates(layer: nn.Module, name: str) -> list[Callable[[], Tensor]]:
         biased = getattr(layer, "lora_bias", {}).get(one)
         if one in getattr(layer, "lora_variant", {}) or biased:
             raise RequestError(
-                f"the adapter {one} of {name} is more than a sum of two products (DoRA, a bias); "
-                "merge it (merge_and_unload) before enabling"
+                f"the adapter {one} of {name} is not plain LoRA (it uses DoRA or a bias); merge it "
+                "(merge_and_unload) before enabling"
             )
-    return [lambda one=one: layer.get_delta_weight(one) for one in active]
+    return [partial(layer.get_delta_weight, one) for one in active]
 
 
 def _updated(parameter: nn.Parameter, updates: Sequence[Callable[[], Tensor]]) -> Tensor:
+    """The parameter with all updates added, rounded once."""
     value = parameter.data
     if updates:
         # float32: an update is often below bfloat16's resolution of the weight
@@ -114,7 +120,7 @@ def _updated(parameter: nn.Parameter, updates: Sequence[Callable[[], Tensor]]) -
 
 
 def _joined(parts: Sequence[nn.Parameter]) -> Tensor:
-    """One tensor of the parts' rows, of which they become views; it may exist already."""
+    """One tensor with the rows of all parts, which become views of it; reuses an earlier one."""
     first = parts[0].data
     rows = sum(map(len, parts))
     place, together = first.data_ptr(), True
@@ -130,11 +136,11 @@ def _joined(parts: Sequence[nn.Parameter]) -> Tensor:
     return joined
 
 
-def _signature(transformer: nn.Module) -> tuple:
-    """Differs when a weight was replaced, moved, converted or written to, or an adapter changed.
+def weights_signature(transformer: DiffusersTransformer) -> tuple:
+    """Changes when a weight is replaced, moved, converted or written to, or an adapter changes.
 
-    Writes through `.data` go unnoticed, and need not be noticed between pictures: the weights are
-    shared, and nothing that is computed from them outlives a picture.
+    Writes through `.data` don't change it. Between pictures they don't need to: the weights are
+    shared, and nothing computed from them outlives a picture.
     """
     tensors = tuple(
         (one.data_ptr(), 0 if one.is_inference() else one._version, one.dtype, one.device)

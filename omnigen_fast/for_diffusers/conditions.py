@@ -1,8 +1,7 @@
-"""The conditions that diffusers' loop hands over, without their padding."""
+"""Conditions: the arguments of diffusers' transformer as encoded branches, without padding."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,24 +12,20 @@ from torch import Tensor
 
 from ..config import PATCH, VAE_SCALE, ModelConfig
 from ..errors import RequestError
+from ..images import content_digest
 from ..sequence import EncodedBranch
 
 
 @dataclass(frozen=True)
-class _GivenImage:
-    """An input image as diffusers' loop hands it over; stands where `InputImage` does."""
+class _EncodedImage:
+    """An input image of which only the latents are known; takes the place of `InputImage`."""
 
-    latents: Tensor  # [4, height / 8, width / 8]
-    digest: str
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """(height, width) in pixels."""
-        return VAE_SCALE * self.latents.shape[1], VAE_SCALE * self.latents.shape[2]
+    digest: str  # of the latents
+    size: tuple[int, int]  # (height, width) in pixels
 
 
-def _one_time(timestep: int | float | Tensor) -> float:
-    """The time of a call: that of all its rows."""
+def call_time(timestep: int | float | Tensor) -> float:
+    """The time of a call, which all its rows share."""
     if not isinstance(timestep, Tensor):
         return float(timestep)
     values = set(timestep.float().flatten().tolist())
@@ -39,48 +34,57 @@ def _one_time(timestep: int | float | Tensor) -> float:
     return values.pop()
 
 
-def _branches(
+def encoded_branches(
     config: ModelConfig,
     input_ids: Tensor,
     image_latents: Sequence[Tensor],
     image_sizes: Mapping[int, Sequence[Sequence[int]]],
     mask: Tensor,
     latent_shape: tuple[int, ...],
-) -> list[EncodedBranch]:
-    """The condition of every row, its padding left out.
+) -> tuple[list[EncodedBranch], dict[str, Tensor]]:
+    """The condition of each row without padding, and the latents of all images by digest.
 
     Args:
         config: sizes of the model.
         input_ids: [rows, tokens], padded on the left.
-        image_latents: of all rows' images, row by row.
-        image_sizes: first and past-the-last token of each image, by row.
-        mask: diffusers' [rows, T, T], or [rows, tokens]: how many tokens each sees, 0 for padding.
-        latent_shape: of the call.
+        image_latents: [1, 4, height / 8, width / 8] of every image, row by row.
+        image_sizes: by row, the first token of each image and the token after its last.
+        mask: diffusers' [rows, T, T]; or [rows, tokens], how many tokens each token sees, 0 for
+            padding.
+        latent_shape: of the noise.
+
+    Raises:
+        RequestError: shapes or a mask that don't fit.
     """
     rows, tokens = input_ids.shape
     height, width = latent_shape[2] // PATCH, latent_shape[3] // PATCH
     noise_tokens = height * width
     if latent_shape[0] != rows or max(height, width) > config.pos_embed_size:
         raise RequestError(
-            f"latents {list(latent_shape)} for {rows} rows of tokens; as many rows are needed, and "
-            f"at most {config.max_image_side} pixels a side"
+            f"latents {list(latent_shape)} for {rows} rows of tokens; they need the same number of "
+            f"rows, and at most {config.max_image_side} pixels a side"
         )
     if mask.ndim == 3:
-        mask = _kv_ends(mask, tokens, noise_tokens)
+        mask = kv_ends(mask, tokens, noise_tokens)
     ids, ends = input_ids.cpu().numpy(), mask.to(torch.int32).cpu().numpy()
-    images = iter(image_latents)
+    remaining = iter(image_latents)
+    latents: dict[str, Tensor] = {}
     spans: dict[int, list[tuple[int, int, Any]]] = {}
     for row, places in image_sizes.items():
         for first, stop in places:
-            spans.setdefault(row, []).append((first, stop, _given_image(next(images))))
+            one = next(remaining)[0]
+            image = _encoded_image(one)
+            latents[image.digest] = one
+            spans.setdefault(row, []).append((first, stop, image))
     branches = []
     for row in range(rows):
         padding = int((ends[row] == 0).sum())
         length = tokens - padding
         if length + 1 + noise_tokens > config.max_position_embeddings:
             raise RequestError(
-                f"{length} tokens with {noise_tokens} for the picture are more than the model's "
-                f"{config.max_position_embeddings} positions"
+                f"{length} tokens with {noise_tokens} for the picture exceed the model's "
+                f"{config.max_position_embeddings} positions; shorten the prompt, or make its "
+                "images or the picture smaller"
             )
         placed = tuple((a - padding, b - padding, image) for a, b, image in spans.get(row, ()))
         token_ids, kv_end = ids[row, padding:].astype(np.int64), ends[row, padding:].copy()
@@ -88,23 +92,22 @@ def _branches(
         shown = tuple((a, b, image.digest, image.size) for a, b, image in placed)
         key = (token_ids.tobytes(), kv_end.tobytes(), shown, long)
         branches.append(EncodedBranch(token_ids, kv_end, placed, long, key))
-    return branches
+    return branches, latents
 
 
-def _given_image(latents: Tensor) -> _GivenImage:
-    content = latents[0].float().cpu().numpy()
-    digest = hashlib.blake2b(repr(content.shape).encode(), digest_size=16)
-    digest.update(np.ascontiguousarray(content))
-    return _GivenImage(latents[0], digest.hexdigest())
+def _encoded_image(latents: Tensor) -> _EncodedImage:
+    _, height, width = latents.shape
+    digest = content_digest(latents.float().cpu().numpy())
+    return _EncodedImage(digest, (VAE_SCALE * height, VAE_SCALE * width))
 
 
-def _kv_ends(mask: Tensor, tokens: int, noise_tokens: int) -> Tensor:
-    """[rows, tokens], int32: how many tokens of its own row each sees, 0 for padding.
+def kv_ends(mask: Tensor, tokens: int, noise_tokens: int) -> Tensor:
+    """How many tokens of its row each token sees, 0 for padding; [rows, tokens], int32.
 
     Raises:
-        RequestError: a mask that OmniGen's rules do not make.
+        RequestError: the mask does not follow OmniGen's rules.
     """
-    seen = mask[:, -1, :tokens].bool()  # a noise token sees all but the padding
+    seen = mask[:, -1, :tokens].bool()  # noise tokens see everything except padding
     places = torch.arange(tokens, device=mask.device)
     length = seen.sum(1)
     padding = tokens - length
@@ -128,14 +131,14 @@ def _kv_ends(mask: Tensor, tokens: int, noise_tokens: int) -> Tensor:
     )
     if wrong:
         raise RequestError(
-            f"an attention mask {list(mask.shape)} that is not OmniGen's; give the one that "
-            "the pipeline's own processor makes"
+            f"the attention mask {list(mask.shape)} is not OmniGen's; use the one that the "
+            "pipeline's own processor makes"
         )
     return ends.to(torch.int32)
 
 
-def _unfold(values: Tensor, height: int, width: int) -> Tensor:
-    """[rows, 4, height, width] of patches [rows, N, 16], each (row, column, channel)."""
+def unfold(values: Tensor, height: int, width: int) -> Tensor:
+    """Patches [rows, N, 16], each (row, column, channel), as [rows, 4, height, width]."""
     patches = values.unflatten(1, (height // PATCH, width // PATCH))
     patches = patches.unflatten(3, (PATCH, PATCH, -1)).permute(0, 5, 1, 3, 2, 4)
     return patches.reshape(len(values), -1, height, width)

@@ -1,8 +1,8 @@
-"""enable: diffusers' own OmniGenPipeline with its transformer's work done by this runtime.
+"""enable: runs the transformer of diffusers' own OmniGenPipeline on this runtime.
 
-The pipeline's call, scheduler, callbacks and autoencoder stay diffusers'. Each call of its loop
-gives the transformer the same condition: the first computes it once for all of the scheduler's
-times, the others run the noise tokens alone. The weights are the pipeline's own, held once.
+The pipeline's call, scheduler, callbacks and autoencoder stay diffusers'. Its loop passes the same
+condition to the transformer in every step: the first step computes it for all of the scheduler's
+times, later steps run only the noise tokens. The weights are shared with the pipeline.
 """
 
 from __future__ import annotations
@@ -22,33 +22,34 @@ from ..errors import RequestError
 from ..images import InputImage
 from ..kernels import ops
 from ..sequence import EncodedBranch, cache_entries, lay_out_all
-from .binding import _bind, _signature
-from .conditions import _branches, _one_time, _unfold
-from .processor import _processor_class, _provide_processor, _withdraw_processor
+from ..vae.vae import content_noise
+from .binding import DiffusersTransformer, bind, weights_signature
+from .conditions import call_time, encoded_branches, unfold
+from .processor import processor_class, provide_processor, withdraw_processor
 
-_ATTRIBUTE = "_omnigen_fast"  # of a pipeline: its `_Runtime`
+_ATTRIBUTE = "_omnigen_fast"  # of an enabled pipeline: its `_Runtime`
 
 
 def enable(pipe: Any) -> Any:
-    """Makes a diffusers `OmniGenPipeline` run on this runtime, with everything of its own kept.
+    """Makes a diffusers `OmniGenPipeline` run its transformer on this runtime.
 
-    Given the class instead, makes it usable where torchvision is not installed: call it before
-    `from_pretrained`, and `enable` again with the pipeline.
+    With the class instead of a pipeline, makes it usable without torchvision: call
+    `enable(OmniGenPipeline)` before `from_pretrained`, then `enable(pipe)`.
 
     Args:
-        pipe: the pipeline, or the class `diffusers.OmniGenPipeline`. A pipeline that is enabled
-            already stays as it is.
+        pipe: the pipeline, or the class `diffusers.OmniGenPipeline`. An enabled pipeline stays
+            unchanged.
 
     Returns:
-        What it was given.
+        `pipe`.
 
     Raises:
-        RequestError: not such a pipeline, or one that can't run here (float16, quantized weights,
-            offloaded layer by layer, compiled); says what can.
+        RequestError: another kind of object, or a pipeline that can't run here (float16, quantized
+            weights, offloaded layer by layer, compiled); says what is supported.
     """
     if isinstance(pipe, type):
         _check_kind(pipe)
-        _provide_processor()
+        provide_processor()
         return pipe
     _check_kind(type(pipe))
     transformer = _inner(pipe.transformer)
@@ -56,7 +57,7 @@ def enable(pipe: Any) -> Any:
     if runtime is not None:
         if runtime.transformer is transformer and runtime.installed:
             return pipe
-        disable(pipe)  # it has another transformer now
+        disable(pipe)  # its transformer was replaced
     if _installed_in(transformer) is not None:
         raise RequestError(
             "the pipeline's transformer is enabled through another pipeline; disable that one first"
@@ -67,14 +68,14 @@ def enable(pipe: Any) -> Any:
 
 
 def disable(pipe: Any) -> Any:
-    """Gives a pipeline, or the class, back what `enable` has replaced; returns it.
+    """Undoes `enable` for a pipeline or the class; returns it.
 
-    The weights stay where they are: q, k and v of a layer remain parts of one tensor, which
-    changes no value and is nothing that diffusers can tell.
+    q, k and v of each layer remain views of one tensor, with the same values; diffusers works the
+    same with them.
     """
     if isinstance(pipe, type):
         _check_kind(pipe)
-        _withdraw_processor()
+        withdraw_processor()
         return pipe
     _check_kind(type(pipe))
     runtime = _runtime(pipe)
@@ -84,7 +85,7 @@ def disable(pipe: Any) -> Any:
 
 
 def summary(pipe: Any) -> str:
-    """Says what runs in a pipeline, and what its latest pictures took, in a few lines."""
+    """Describes in a few lines what runs in a pipeline, and its latest pictures."""
     _check_kind(type(pipe))
     runtime = _runtime(pipe)
     if (
@@ -92,7 +93,7 @@ def summary(pipe: Any) -> str:
         or not runtime.installed
         or runtime.transformer is not _inner(pipe.transformer)
     ):
-        return "transformer  diffusers' own; omnigen_fast.enable(pipe) makes it run here"
+        return "transformer  diffusers' own; omnigen_fast.enable(pipe) runs it on this runtime"
     return runtime.summary()
 
 
@@ -109,14 +110,14 @@ def _runtime(pipe: Any) -> _Runtime | None:
     return pipe.__dict__.get(_ATTRIBUTE)
 
 
-def _inner(transformer: nn.Module) -> nn.Module:
-    """diffusers' module, also where PEFT has wrapped it."""
+def _inner(transformer: nn.Module) -> DiffusersTransformer:
+    """diffusers' module, without PEFT's wrapper if there is one."""
     base = getattr(transformer, "get_base_model", None)
     return transformer if base is None else base()
 
 
 def _forward_name(transformer: nn.Module) -> str:
-    """Where a module's forward is: accelerate's hooks have their own in its place and call this."""
+    """The attribute with a module's own forward, which accelerate's hooks move."""
     return "_old_forward" if "_old_forward" in transformer.__dict__ else "forward"
 
 
@@ -128,19 +129,19 @@ def _installed_in(transformer: nn.Module) -> _Runtime | None:
 
 @dataclass
 class _Loop:
-    """One condition on its way through a scheduler's times."""
+    """One condition and its way through a scheduler's times."""
 
-    given: tuple[Any, ...]  # the arguments that stay the same from call to call
-    versions: tuple[int, ...]
-    times: dict[float, int]
+    fixed: tuple[Any, ...]  # the arguments that stay the same from call to call
+    versions: tuple[int, ...]  # of the tensors among them
+    times: dict[float, int]  # time: index of its time token
     steps: Loop
     calls_left: int
 
 
 class _Runtime:
-    """What `enable` puts into a pipeline."""
+    """This runtime in a pipeline that `enable` has changed."""
 
-    def __init__(self, pipe: Any, transformer: nn.Module) -> None:
+    def __init__(self, pipe: Any, transformer: DiffusersTransformer) -> None:
         self._pipe = pipe
         self.transformer = transformer
         self.installed = False
@@ -148,17 +149,17 @@ class _Runtime:
         self.config = ModelConfig.from_diffusers(dict(transformer.config), side)
         if getattr(transformer, "_compiled_call_impl", None) is not None:
             raise RequestError("the transformer is compiled; enable a pipeline that is not")
-        self._weights = _bind(transformer, self.config)
+        self._weights = bind(transformer, self.config)
         self._loop: _Loop | None = None
         self._last = ""
 
     def install(self) -> None:
-        """Puts this into the pipeline's places; `uninstall` puts back what was there."""
+        """Replaces forward, processor and image encoding; `uninstall` restores them."""
         pipe, transformer = self._pipe, self.transformer
         self._plain = getattr(transformer, _forward_name(transformer))
         self._own_forward = _forward_name(transformer) in transformer.__dict__
         self._processor = pipe.multimodal_processor
-        processor = _processor_class(compact=True)
+        processor = processor_class(compact=True)
         pipe.multimodal_processor = processor(
             self._processor.text_tokenizer, self._processor.max_image_size, self.config
         )
@@ -168,11 +169,11 @@ class _Runtime:
         self.installed = True
 
     def uninstall(self) -> None:
-        """See `install`."""
+        """Undoes `install`."""
         pipe, transformer = self._pipe, self.transformer
         name = _forward_name(transformer)
         if _installed_in(transformer) is self:
-            # hooks that came or went meanwhile have moved it between the two names
+            # hooks added or removed in the meantime move it between the two names
             if name == "_old_forward" or self._own_forward:
                 setattr(transformer, name, self._plain)
             else:
@@ -183,11 +184,11 @@ class _Runtime:
         self.installed, self._loop = False, None
 
     def summary(self) -> str:
-        """What `summary` says of an enabled pipeline."""
+        """The text of `summary`."""
         model, own = self._weights.model, self._weights.own_bytes
-        held = "the pipeline's own, held once"
+        held = "shared with the pipeline"
         if own:
-            held += f", but for {own / 1e6:.1f} MB with adapters in them"
+            held += f", except {own / 1e6:.1f} MB with adapters merged in"
         lines = [
             f"transformer  omnigen_fast, {str(model.dtype).removeprefix('torch.')} on "
             f"{model.device}",
@@ -209,7 +210,7 @@ class _Runtime:
         position_ids: Tensor | None,
         return_dict: bool = True,
     ) -> Any:
-        """As `OmniGenTransformer2DModel.forward`; the velocities are float32."""
+        """Replaces `OmniGenTransformer2DModel.forward`; velocities are float32."""
         if torch.is_grad_enabled():  # training
             return self._plain(
                 hidden_states,
@@ -221,19 +222,19 @@ class _Runtime:
                 position_ids,
                 return_dict,
             )
-        time = _one_time(timestep)
-        fixed = (input_ids, attention_mask, *input_img_latents)
-        given = (*fixed, tuple(hidden_states.shape), hidden_states.device)
-        changed = _signature(self.transformer) != self._weights.signature
+        time = call_time(timestep)
+        tensors = (input_ids, attention_mask, *input_img_latents)
+        fixed = (*tensors, tuple(hidden_states.shape), hidden_states.device)
+        changed = weights_signature(self.transformer) != self._weights.signature
         loop = self._loop
-        if loop is None or changed or time not in loop.times or not _same(loop, given):
+        if loop is None or changed or time not in loop.times or not _same(loop, fixed):
             self._loop = loop = None  # frees its memory first
             if changed or self._weights.adapted:
-                self._weights = _bind(self.transformer, self.config)
+                self._weights = bind(self.transformer, self.config)
             if input_ids is None or attention_mask is None:
-                raise RequestError("input_ids and attention_mask are needed, got None")
+                raise RequestError("input_ids and attention_mask are required, got None")
             self._check_place(hidden_states)
-            branches = _branches(
+            branches, images = encoded_branches(
                 self.config,
                 input_ids,
                 input_img_latents,
@@ -241,15 +242,15 @@ class _Runtime:
                 attention_mask,
                 tuple(hidden_states.shape),
             )
-            self._loop = loop = self._start(given, branches, hidden_states, time)
+            self._loop = loop = self._start(fixed, branches, images, hidden_states, time)
         values = loop.steps.values
         values.latents.copy_(hidden_states)
         values.seek(loop.times[time])
         found = loop.steps.predict()
         loop.calls_left -= 1
         if loop.calls_left <= 0:
-            self._loop = None  # the autoencoder wants the memory
-        velocity = _unfold(found.float(), *hidden_states.shape[2:])
+            self._loop = None  # frees its memory for the autoencoder
+        velocity = unfold(found.float(), *hidden_states.shape[2:])
         if not return_dict:
             return (velocity,)
         from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -265,23 +266,28 @@ class _Runtime:
             )
 
     def _start(
-        self, given: tuple, branches: list[EncodedBranch], latents: Tensor, time: float
+        self,
+        fixed: tuple[Any, ...],
+        branches: list[EncodedBranch],
+        images: dict[str, Tensor],
+        latents: Tensor,
+        time: float,
     ) -> _Loop:
-        """Computes the condition for all times that the scheduler has announced."""
+        """Computes the condition for all remaining times of the scheduler."""
         model = self._weights.model
-        announced = self._pipe.scheduler.timesteps.float().tolist()
-        times = [time] if time not in announced else announced[announced.index(time) :]
-        calls = len(times)
+        scheduled = self._pipe.scheduler.timesteps.float().tolist()
+        times = [time] if time not in scheduled else scheduled[scheduled.index(time) :]
         distinct = list(dict.fromkeys(times))
-        # rows of the same picture stand one guidance branch apart
+        # diffusers orders rows by guidance branch, then by picture
         kinds = 3 if any(branch.spans for branch in branches) else 2
         apart = len(branches) // kinds if len(branches) % kinds == 0 else len(branches)
         pictures = [branches[first::apart] for first in range(apart)]
         entries = cache_entries(pictures, len(distinct))
         cache = ConditionCache(self.config, model.dtype, model.device, 0)
         cache.reserve(list(entries))
-        embedded = model.embed_times(torch.tensor(distinct, device=model.device))
-        images = {image.digest: image.latents for one in branches for _, _, image in one.spans}
+        embedded = model.embed_times(
+            torch.tensor(distinct, dtype=torch.float32, device=model.device)
+        )
         sequences = lay_out_all(entries, cache, model.device)
         model.prefill(sequences, images, embedded.tokens, cache)
         noise_tokens = latents.shape[2] * latents.shape[3] // PATCH**2
@@ -290,22 +296,24 @@ class _Runtime:
             model,
             PlacedBranch.of(rows, entries, cache),
             torch.empty_like(latents, dtype=torch.float32),
-            torch.zeros(len(distinct), device=model.device),  # the scheduler takes the steps
+            torch.zeros(
+                len(distinct), dtype=torch.float32, device=model.device
+            ),  # the scheduler takes the steps
             embedded,
         )
         steps = Loop(model, values, CachedVelocity(model, cache, len(values.slots)))
         tokens = sum(branch.length for branch in branches)
         self._last = (
-            f"{len(branches)} branches of {tokens} condition tokens in all, computed once for "
+            f"{len(branches)} branches with {tokens} condition tokens in total, computed once for "
             f"{len(distinct)} times ({cache.used_rows} rows, {cache.nbytes / 1e6:.1f} MB); "
             f"{noise_tokens} noise tokens each"
         )
         return _Loop(
-            given,
-            _versions(given),
-            {time: index for index, time in enumerate(distinct)},
-            steps,
-            calls,
+            fixed=fixed,
+            versions=_versions(fixed),
+            times={time: index for index, time in enumerate(distinct)},
+            steps=steps,
+            calls_left=len(times),
         )
 
     def _encode_input_images(
@@ -314,9 +322,9 @@ class _Runtime:
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> list[Tensor]:
-        """As the pipeline's method, with each image's own noise, so that a seeded edit repeats.
+        """Replaces the pipeline's method; noise is seeded by each image's content, as in `Vae`.
 
-        Equal images are encoded once.
+        So seeded edits are repeatable. Equal images are encoded once.
         """
         vae = self._pipe.vae
         device, dtype = device or self._pipe._execution_device, dtype or vae.dtype
@@ -327,25 +335,25 @@ class _Runtime:
             digest = InputImage(pixels.permute(1, 2, 0).cpu().numpy()).digest
             if digest not in encoded:
                 posterior = vae.encode(values.to(device, dtype)).latent_dist
-                generator = torch.Generator().manual_seed(int(digest[:15], 16))
-                noise = torch.randn(posterior.mean.shape, generator=generator)
+                noise = content_noise(digest, posterior.mean.shape)
                 latents = posterior.mean + posterior.std * noise.to(device, dtype)
                 encoded[digest] = latents * vae.config.scaling_factor
             result.append(encoded[digest])
         return result
 
 
-def _versions(given: tuple) -> tuple[int, ...]:
+def _versions(fixed: tuple[Any, ...]) -> tuple[int, ...]:
+    """How often each tensor was written to."""
     return tuple(
-        one._version for one in given if isinstance(one, Tensor) and not one.is_inference()
+        one._version for one in fixed if isinstance(one, Tensor) and not one.is_inference()
     )
 
 
-def _same(loop: _Loop, given: tuple) -> bool:
-    """Whether a call has the very tensors of the loop's first, unchanged."""
-    if len(given) != len(loop.given) or _versions(given) != loop.versions:
+def _same(loop: _Loop, fixed: tuple[Any, ...]) -> bool:
+    """Whether a call has the same tensors as the loop's first, unchanged."""
+    if len(fixed) != len(loop.fixed) or _versions(fixed) != loop.versions:
         return False
     return all(
         mine is theirs if isinstance(mine, Tensor) else mine == theirs
-        for mine, theirs in zip(given, loop.given)
+        for mine, theirs in zip(fixed, loop.fixed)
     )

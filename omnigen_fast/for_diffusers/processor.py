@@ -1,22 +1,22 @@
-"""diffusers' processor of prompts and images, without torchvision."""
+"""diffusers' processor of prompts and images, with our image reading and without torchvision."""
 
 from __future__ import annotations
 
 from functools import lru_cache
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ..config import TOKEN_PIXELS, ModelConfig
-from ..images import read_image
+from ..config import ModelConfig, released_sizes
+from ..images import normalized, read_image
 
 
 @lru_cache(maxsize=2)
-def _processor_class(compact: bool) -> type:
-    """diffusers' processor with this project's reading of images, so without torchvision.
+def processor_class(compact: bool) -> type:
+    """A subclass of diffusers' processor that reads images as `read_image` does.
 
-    `compact`: its attention mask is [rows, tokens], see `_branches`, not quadratic.
+    Args:
+        compact: make attention masks [rows, tokens], see `encoded_branches`, instead of quadratic.
     """
     from diffusers.pipelines.omnigen.processor_omnigen import (
         OmniGenCollator,
@@ -43,8 +43,8 @@ def _processor_class(compact: bool) -> type:
         ) -> None:
             self.text_tokenizer = text_tokenizer
             self.max_image_size = max_image_size
-            # 192: the released model's
-            self._max_side = TOKEN_PIXELS * 192 if config is None else config.max_image_side
+            config = config or released_sizes()
+            self._max_side = config.max_image_side
             self.collator = Collator() if compact else OmniGenCollator()
 
         def reset_max_image_size(self, max_image_size: int) -> None:
@@ -52,23 +52,27 @@ def _processor_class(compact: bool) -> type:
 
         def process_image(self, image: Any) -> Tensor:
             found = read_image(image, self.max_image_size, self._max_side, "an input image")
-            pixels = torch.from_numpy(found.pixels).to(torch.float32)
-            return pixels.permute(2, 0, 1) / 255 * 2 - 1
+            return normalized(found.pixels)
 
     return Processor
 
 
-def _provide_processor() -> None:
-    """Gives diffusers' module the name that it lacks without torchvision."""
+def provide_processor() -> None:
+    """Adds the processor to diffusers' module, which lacks it without torchvision."""
+    module = _pipeline_module()
+    if not hasattr(module, "OmniGenMultiModalProcessor"):
+        module.OmniGenMultiModalProcessor = processor_class(compact=False)
+
+
+def withdraw_processor() -> None:
+    """Undoes `provide_processor`."""
+    module = _pipeline_module()
+    found = getattr(module, "OmniGenMultiModalProcessor", None)
+    if found is processor_class(compact=False):
+        del module.OmniGenMultiModalProcessor
+
+
+def _pipeline_module() -> Any:
     from diffusers.pipelines.omnigen import pipeline_omnigen
 
-    if not hasattr(pipeline_omnigen, "OmniGenMultiModalProcessor"):
-        pipeline_omnigen.OmniGenMultiModalProcessor = _processor_class(compact=False)
-
-
-def _withdraw_processor() -> None:
-    from diffusers.pipelines.omnigen import pipeline_omnigen
-
-    found = getattr(pipeline_omnigen, "OmniGenMultiModalProcessor", None)
-    if found is _processor_class(compact=False):
-        del pipeline_omnigen.OmniGenMultiModalProcessor
+    return pipeline_omnigen

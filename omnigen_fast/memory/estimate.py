@@ -179,8 +179,9 @@ class ByteEstimate:
             yield Term("cache", host, "on the host, whose memory this is")
         sizes = {(work.height, work.width), *work.images}
         places = sum(tokens_of(*one) for one in sizes)
-        yield Term("positions", places * self.unit, f"crops of the table for {len(sizes)} sizes")
-        yield Term("latents", self.latent_bytes, "of input images, and twice of the pictures")
+        why = f"crops of the table for {len(sizes)} image size{'s' * (len(sizes) > 1)}"
+        yield Term("positions", places * self.unit, why)
+        yield Term("latents", self.latent_bytes, "of input images, and two copies of the pictures'")
 
     def rings(self, plan: MemoryPlan) -> Iterator[Term]:
         """What is freed before the decode."""

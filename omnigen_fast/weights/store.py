@@ -88,6 +88,11 @@ class LayerStore:
             self._model.stream = None
         self.slots = []
 
+    def leave_lane(self) -> None:
+        """Forgets the ring with whatever copies are under way in it."""
+        self._lane = None
+        self.slots = []
+
     def to(self, device: torch.device, host: HostMemory) -> None:
         """Moves the resident layers; the next `arrange` brings the rest."""
         self.stop()

@@ -12,7 +12,7 @@ from golden_cases import CASES, GOLDEN, golden_request, golden_result, relative_
 
 import omnigen_fast
 from omnigen_fast import RequestError
-from omnigen_fast.for_diffusers.conditions import _kv_ends
+from omnigen_fast.for_diffusers.conditions import kv_ends
 
 ROOT = Path(__file__).parents[2]
 FLOAT32 = [name for name, case in CASES.items() if not (case.get("dtype") or case.get("lora"))]
@@ -421,12 +421,12 @@ def test_a_mask_of_another_kind_is_refused(enabled):
         [CAT], [EDIT["input_images"]], height=32, width=32, use_img_cfg=True
     )
     noise_tokens = mask.shape[1] - tokens - 1
-    assert torch.equal(_kv_ends(mask, tokens, noise_tokens), compact["attention_mask"].int())
+    assert torch.equal(kv_ends(mask, tokens, noise_tokens), compact["attention_mask"].int())
     for row, column in [(-1, 0), (tokens - 3, tokens - 1), (tokens, -1), (tokens - 1, 0)]:
         wrong = mask.clone()
         wrong[1, row, column] = 1 - wrong[1, row, column]
         with pytest.raises(RequestError, match="attention mask"):
-            _kv_ends(wrong, tokens, noise_tokens)
+            kv_ends(wrong, tokens, noise_tokens)
 
 
 def test_summary(enabled):
@@ -435,7 +435,7 @@ def test_summary(enabled):
     text = omnigen_fast.summary(enabled)
     assert "omnigen_fast, float32 on cpu" in text
     assert "3 branches" in text and "3 times" in text
-    assert "held once" in text and "adapters" not in text
+    assert "shared with the pipeline" in text and "adapters" not in text
 
 
 def test_without_torchvision():

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 
 from bench.common import full_config
 from bench.tracker import MemoryTracker
-from omnigen_fast import pipeline
-from omnigen_fast.denoise import schedule
+from omnigen_fast import streaming
+from omnigen_fast.call import Call
+from omnigen_fast.engine import Engine
 from omnigen_fast.memory.plan import MemoryPlan, Switches
 from omnigen_fast.model import Transformer
 from omnigen_fast.parameters import parameter_shapes
+from omnigen_fast.precision import Precision
+from omnigen_fast.schedule import StepSchedule
 from omnigen_fast.sequence import EncodedBranch
-from omnigen_fast.streamed_cache import StreamedCache
-from omnigen_fast.weights import store as weights
 
 CONFIG = full_config()
 META = torch.device("meta")
@@ -50,9 +53,24 @@ SHAPES = parameter_shapes(CONFIG)
 WEIGHTS = {name: values(name, shape) for name, shape in SHAPES.items()}
 
 
-def read(names: Any, device: torch.device) -> list[tuple[str, torch.Tensor]]:
-    """Fresh weights on the device; a host's copy is left as it is."""
-    return [(name, values(name, SHAPES[name])) for name in names] if device.type == "meta" else []
+class Checkpoint:
+    """Fresh weights of the full size."""
+
+    config = CONFIG
+
+    def read(
+        self, dtype: torch.dtype, device: torch.device, names: Iterable[str]
+    ) -> dict[str, torch.Tensor]:
+        return {name: torch.empty(SHAPES[name], dtype=dtype, device=device) for name in names}
+
+
+class Dry(MemoryTracker):
+    """Touches no page of the host's memory."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.copy_.default and args[0].device.type == "cpu":
+            return args[0]
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 def image(digest: str, height: int, width: int) -> Any:
@@ -93,7 +111,7 @@ def random_pictures(rng: random.Random, height: int, width: int) -> list[Any]:
     return pictures
 
 
-def random_case(rng: random.Random) -> tuple[pipeline.RunningCall, MemoryPlan]:
+def random_case(rng: random.Random) -> tuple[Call, MemoryPlan]:
     """A request and a plan for it."""
     height, width = (rng.choice((256, 512, 768, 1024, 1280)) for _ in range(2))
     pictures = random_pictures(rng, height, width)
@@ -106,7 +124,8 @@ def random_case(rng: random.Random) -> tuple[pipeline.RunningCall, MemoryPlan]:
         switches=Switches(),
     )
     latents = torch.empty(request.latent_shape, device=META)
-    run = pipeline.RunningCall(request, pictures, latents, schedule(request.steps))
+    schedule = StepSchedule.euler(request.steps)
+    call = Call(request, schedule, pictures, Precision.of("bfloat16"), latents)
     layers = CONFIG.num_layers
     plan = MemoryPlan(
         resident_layers=rng.choice((layers, layers, 0, 1, 20, layers - 1)),
@@ -118,41 +137,36 @@ def random_case(rng: random.Random) -> tuple[pipeline.RunningCall, MemoryPlan]:
         capture=False,
         kept_bytes=rng.choice((0, 1 << 30, 4 << 30)),
     )
-    return run, plan
+    return call, plan
 
 
-def peaks(run: pipeline.RunningCall, plan: MemoryPlan) -> dict[str, int]:
+def peaks(call: Call, plan: MemoryPlan) -> dict[str, int]:
     """Most bytes of prefill and of a step, without context and VAE; those of two of their terms."""
     model = Transformer(CONFIG, WEIGHTS)
-    pipe = pipeline.OmniGenPipeline(
-        SimpleNamespace(config=CONFIG), model, SimpleNamespace(place=bool), None
-    )
-    pipe._streamed = StreamedCache(CONFIG, torch.bfloat16, META, 0, pipe._host, NoLane())
-    pipe._store = weights.LayerStore(model, read, pipe._host, NoLane())
-    for picture in run.pictures:
+    engine = Engine.of(model, Checkpoint(), SimpleNamespace(place=bool, resident=False))
+    for picture in call.pictures:
         for _, _, one in (span for branch, _ in picture for span in branch.spans):
             height, width = one.size
             latents = torch.empty(4, height // 8, width // 8, device=META)
-            pipe._image_latents[one.digest] = latents
+            engine.image_latents[one.digest, None] = latents
     others = [value for name, value in model.named_parameters() if not name.startswith("layers.")]
     found = {}
-    tracker = MemoryTracker([*others, run.latents, *pipe._image_latents.values()])
-    prefill = pipe._prefill
+    tracker = Dry([*others, call.latents, *engine.image_latents.values()])
+    prefill = model.prefill
 
     def watched(*args: Any) -> None:
         prefill(*args)
         found["prefill"] = tracker.peak_bytes
 
-    pipe._prefill = watched
-    with torch.no_grad(), tracker:
-        pipe._arrange(plan, run)
+    model.prefill = watched
+    with mock.patch.object(streaming, "ThreadLane", NoLane), torch.no_grad(), tracker:
         # the output's positions are there from an earlier call
-        model._crop_pos_embed(run.request.height // 16, run.request.width // 16)
-        loop, _ = pipe._prepare(plan, run)
+        model.crop_pos_embed(call.request.height // 16, call.request.width // 16)
+        running = engine.start(call, plan)
         tracker.restart()
-        loop.step()
+        engine.step(running)
         found["denoise"] = tracker.peak_bytes
-    found["positions"] = sum(crop.nbytes for crop in model._pos_embed_crops.values())
-    latents = [run.latents, loop.latents, *pipe._image_latents.values()]
+    found["positions"] = sum(crop.nbytes for crop in model.crops())
+    latents = [call.latents, running.latents, *engine.image_latents.values()]
     found["latents"] = sum(one.nbytes for one in latents)
     return found
