@@ -42,6 +42,7 @@ ORDER = [
     "weights.checkpoint",
     "weights.lora",
     "weights.lora_scale",
+    "weights.lora_sources",
     "weights.lora_files",
     "weights.store",
     "vae.strips",

@@ -11,11 +11,10 @@ They differ in names and in how an update is scaled:
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -23,21 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError, RequestError
+from ..errors import CheckpointError
 from .checkpoint import Checkpoint
-from .files import find_weights, open_file, read_json, resolve
 from .lora import MAX_SCALE, Adapter, LowRank
-from .lora_scale import check_config, scale_of
+from .lora_scale import scale_of
+from .lora_sources import Contents, Stored, open_lora, shape_text, shown, some
 from .names import DIFFUSERS, ORIGINAL, layout_sources
-
-_DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
-_PEFT_CONFIG = "adapter_config.json"
-_PEFT_FILE = "adapter_model.safetensors"
-_METADATA = "lora_adapter_metadata"  # diffusers' key in a file's header
-_HUB_FILES = (_PEFT_CONFIG, f"{_PEFT_FILE}*", "adapter_model-*.safetensors", _DIFFUSERS_FILE)
-_FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # safetensors' names
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_EXPECTED = "give a LoRA's folder, its .safetensors file or a hub id (owner/name)"
 
 _PREFIXES = ("base_model.model.", "transformer.", "diffusion_model.", "model.", "_orig_mod.")
 _FLAT = re.compile(r"(?:lora_unet_|lora_transformer_|lycoris_)(?:transformer_|diffusion_model_)?")
@@ -56,32 +46,9 @@ _KINDS = (  # what a name holds, or ends in after a dot, and what such a file ha
     ((".bias", ".b_norm"), "biases"),
 )
 
-# Bounds of what is read; the largest LoRA of the published model has 1,500 tensors.
-_MAX_TENSORS = 1 << 16
 _MAX_NAME = 256
-_MAX_HEADER_BYTES = 32 << 20  # trainers write tags of their data into it
-_MAX_JSON_BYTES = 4 << 20
 _MIN_RANK_LIMIT = 1024  # and the larger side of the matrix
 _MAX_UPDATE = 1e20  # of a single value, before a weight of up to MAX_SCALE
-
-
-@dataclass(frozen=True)
-class _Stored:
-    """A tensor that can be read."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    floating: bool
-    read: Callable[[], Tensor]
-
-
-@dataclass(frozen=True)
-class _Contents:
-    """What a LoRA's file, folder or state dict holds."""
-
-    where: str  # for errors
-    tensors: Mapping[str, _Stored]
-    config: Mapping[str, Any] | None  # of PEFT or diffusers
 
 
 @dataclass(frozen=True)
@@ -99,7 +66,7 @@ class _Module:
     """What was found for one module."""
 
     name: str  # as a config names it
-    parts: dict[str, _Stored] = field(default_factory=dict)  # down, up, alpha
+    parts: dict[str, Stored] = field(default_factory=dict)  # down, up, alpha
 
 
 def read_adapter(
@@ -126,169 +93,11 @@ def read_adapter(
             fit the model (the tensors that don't are named).
         RequestError: `source` is none of these.
     """
-    if isinstance(source, Mapping):
-        contents = _from_dict(source)
-    elif isinstance(source, str | os.PathLike) and isinstance(os.fspath(source), str):
-        contents = _from_path(os.fspath(source), weight_name, subfolder, hub)
-    else:
-        raise RequestError(
-            f"a LoRA must be a path, a hub id or a state dict, got {type(source).__name__}; "
-            f"{_EXPECTED}"
-        )
+    contents = open_lora(source, weight_name, subfolder, hub)
     return _assembled(contents, checkpoint)
 
 
-# Where the tensors are
-
-
-def _from_path(
-    path: str, weight_name: str | None, subfolder: str | None, hub: Mapping[str, Any]
-) -> _Contents:
-    for name, value in (("weight_name", weight_name), ("subfolder", subfolder)):
-        parts = value.replace("\\", "/").split("/") if isinstance(value, str) else []
-        if value is not None and (not value or ".." in parts or os.path.isabs(value)):
-            raise RequestError(f"{name} must be a name inside the folder, got {shown(value)}")
-    if "\0" in path:
-        raise RequestError(f"a LoRA's path can't hold {shown(path)}")
-    inner = "/".join(part for part in (subfolder, weight_name) if part)
-    if os.path.isfile(path):
-        return _from_file(path)
-    folder = path
-    if not os.path.isdir(path):
-        if path.startswith((".", "/", "~")) or path.count("/") != 1 or "\\" in path:
-            raise CheckpointError(
-                f"{shown_path(path)} is not a folder or a file that is there; {_EXPECTED}"
-            )
-        below = f"{subfolder}/" if subfolder else ""
-        patterns = (inner,) if weight_name else tuple(below + name for name in _HUB_FILES)
-        if weight_name:  # PEFT's files are scaled by what stands beside them
-            patterns += (below + _PEFT_CONFIG,)
-        folder = resolve(path, patterns=patterns, **hub)
-    folder = os.path.join(folder, subfolder) if subfolder else folder
-    if weight_name is None:
-        return _from_folder(folder, local=folder == path)
-    file = os.path.join(folder, weight_name)
-    if not os.path.isfile(file):
-        raise CheckpointError(f"{shown_path(path)} has no file {shown(inner)}")
-    return _from_file(file)
-
-
-def _from_folder(folder: str, local: bool) -> _Contents:
-    def there(name: str) -> bool:
-        return os.path.isfile(os.path.join(folder, name))
-
-    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
-    peft = any(name.startswith("adapter_model") for name in names)
-    if there(_PEFT_CONFIG) or peft:
-        if there(f"{_PEFT_FILE}.index.json"):
-            _check_size(os.path.join(folder, f"{_PEFT_FILE}.index.json"))
-        config = _peft_config(folder)
-        return _from_files(find_weights(folder, "adapter_model"), config)
-    if there(_DIFFUSERS_FILE):
-        return _from_file(os.path.join(folder, _DIFFUSERS_FILE))
-    others = [
-        name
-        for name in names
-        if name.endswith(".safetensors")
-        and not name.startswith(("model", "diffusion_pytorch_model", "optimizer", "scheduler"))
-    ]
-    if len(others) == 1:
-        return _from_file(os.path.join(folder, others[0]))
-    if others:
-        raise CheckpointError(
-            f"{shown_path(folder)} has {len(others)} .safetensors files; choose one with "
-            f"weight_name={shown(others[0])}"
-        )
-    if pickles := [name for name in names if name.endswith(_PICKLES)]:
-        raise CheckpointError(_pickle(os.path.join(folder, pickles[0])))
-    way_out = "" if local else "; name another file with weight_name="
-    raise CheckpointError(
-        f"{shown_path(folder)} has no LoRA: {_PEFT_CONFIG} does not exist there, nor does "
-        f"{_DIFFUSERS_FILE}{way_out}"
-    )
-
-
-def _from_file(path: str) -> _Contents:
-    if path.endswith(_PICKLES):
-        raise CheckpointError(_pickle(path))
-    config = None
-    folder, name = os.path.split(path)
-    if name == _PEFT_FILE and os.path.isfile(os.path.join(folder, _PEFT_CONFIG)):
-        config = _peft_config(folder)
-    return _from_files([path], config)
-
-
-def _from_files(paths: list[str], config: Mapping[str, Any] | None) -> _Contents:
-    where = shown_path(paths[0])
-    tensors: dict[str, _Stored] = {}
-    for path in paths:
-        _check_header(path)
-        file = open_file(path, torch.device("cpu"))
-        names = file.keys()
-        _check_count(where, len(tensors) + len(names))
-        for name in names:
-            if name in tensors:
-                raise CheckpointError(f"{where}: {shown(name)} is in two of its files")
-            header = file.get_slice(name)
-            tensors[name] = _stored(file, name, tuple(header.get_shape()), header.get_dtype())
-        if config is None:
-            config = _metadata(path, file.metadata() or {})
-    return _Contents(where, tensors, config)
-
-
-def _stored(file: Any, name: str, shape: tuple[int, ...], dtype: str) -> _Stored:
-    return _Stored(shape, dtype, dtype in _FLOATS, lambda: file.get_tensor(name))
-
-
-def _from_dict(tensors: Mapping[Any, Any]) -> _Contents:
-    where = "the state dict"
-    _check_count(where, len(tensors))
-    found: dict[str, _Stored] = {}
-    for name, tensor in tensors.items():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise RequestError(
-                f"{where} must hold tensors by name, got {type(tensor).__name__} under "
-                f"{shown(name)}"
-            )
-        if tensor.is_meta or tensor.is_nested or tensor.is_quantized:
-            raise RequestError(f"{where}: {shown(name)} holds no plain values; give dense tensors")
-        if tensor.layout != torch.strided:
-            raise RequestError(f"{where}: {shown(name)} is {tensor.layout}; give dense tensors")
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        floating = tensor.dtype.is_floating_point
-        found[name] = _Stored(tuple(tensor.shape), dtype, floating, tensor.detach)
-    return _Contents(where, found, None)
-
-
-def _peft_config(folder: str) -> dict[str, Any]:
-    path = os.path.join(folder, _PEFT_CONFIG)
-    _check_size(path)
-    config = read_json(path)
-    check_config(config, shown_path(folder))
-    return config
-
-
-def _metadata(path: str, metadata: Mapping[str, str]) -> dict[str, Any] | None:
-    """The config that diffusers writes into a file's header, if any."""
-    if _METADATA not in metadata:
-        return None
-    try:
-        values = json.loads(metadata[_METADATA])
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{shown_path(path)}: {_METADATA} can't be read as JSON") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(
-            f"{shown_path(path)}: {_METADATA} must be a JSON object, got {type(values).__name__}"
-        )
-    config = {name.removeprefix("transformer."): value for name, value in values.items()}
-    check_config(config, shown_path(path))
-    return config
-
-
-# What they are
-
-
-def _assembled(contents: _Contents, checkpoint: Checkpoint) -> Adapter:
+def _assembled(contents: Contents, checkpoint: Checkpoint) -> Adapter:
     where = contents.where
     modules, unknown = _modules(contents, _targets(checkpoint))
     odd = [
@@ -297,7 +106,7 @@ def _assembled(contents: _Contents, checkpoint: Checkpoint) -> Adapter:
         if not tensor.floating and not name.endswith(".alpha")
     ]
     if odd:
-        raise CheckpointError(f"{where}: {_some(odd)}, not floating-point weights")
+        raise CheckpointError(f"{where}: {some(odd)}, not floating-point weights")
     if unknown or not modules:
         names = ", ".join(shown(name)[1:-1] for name in sorted(unknown)[:3])
         more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
@@ -316,7 +125,7 @@ def _assembled(contents: _Contents, checkpoint: Checkpoint) -> Adapter:
 
 
 def _modules(
-    contents: _Contents, targets: Mapping[str, _Target]
+    contents: Contents, targets: Mapping[str, _Target]
 ) -> tuple[dict[_Target, _Module], set[str]]:
     """What there is for each module, and the names that say nothing to this model."""
     flat = {name.replace(".", "_"): name for name in targets}
@@ -384,7 +193,7 @@ def _update(
     sizes = math.prod(a.shape[1:]), math.prod(b.shape[1:])
     if sizes != (target.inputs, rank) or b.shape[0] != target.rows or not rank:
         raise CheckpointError(
-            f"{where}: {name} has A {_shape(a.shape)} and B {_shape(b.shape)},"
+            f"{where}: {name} has A {shape_text(a.shape)} and B {shape_text(b.shape)},"
             f" whose product does not match the model's {target.rows} x {target.inputs}"
         )
     if rank > max(_MIN_RANK_LIMIT, target.rows, target.inputs):
@@ -405,7 +214,7 @@ def _update(
     return LowRank(target.parameter, target.start, down, up, scale)
 
 
-def _alpha(where: str, name: str, stored: _Stored | None) -> float | None:
+def _alpha(where: str, name: str, stored: Stored | None) -> float | None:
     if stored is None:
         return None
     alpha = math.nan
@@ -414,12 +223,12 @@ def _alpha(where: str, name: str, stored: _Stored | None) -> float | None:
     if not abs(alpha) <= MAX_SCALE:
         raise CheckpointError(
             f"{where}: {name}.alpha must be a number up to {MAX_SCALE:g}, got "
-            f"{alpha if math.prod(stored.shape) == 1 else _shape(stored.shape)}"
+            f"{alpha if math.prod(stored.shape) == 1 else shape_text(stored.shape)}"
         )
     return alpha
 
 
-def _matrix(stored: _Stored) -> Tensor:
+def _matrix(stored: Stored) -> Tensor:
     """A copy [rows, columns] of one's own, in float32 on the host."""
     tensor = stored.read().to(torch.device("cpu"), torch.float32, copy=True)
     return tensor.flatten(1).contiguous()
@@ -443,68 +252,3 @@ def _kind(names: Iterable[str]) -> str:
         ):
             return f"; it has {kind}: only plain LoRA is supported, merge it first"
     return ""
-
-
-# Bounds
-
-
-def _check_count(where: str, tensors: int) -> None:
-    if tensors > _MAX_TENSORS:
-        raise CheckpointError(f"{where} has more than {_MAX_TENSORS} tensors; it is not a LoRA")
-
-
-def _check_size(path: str) -> None:
-    """Raises CheckpointError for a JSON file too large to be a config; a missing one may pass."""
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise CheckpointError(f"{shown_path(path)} is not a regular file")
-    if os.path.isfile(path) and os.path.getsize(path) > _MAX_JSON_BYTES:
-        raise CheckpointError(
-            f"{shown_path(path)} has {os.path.getsize(path)} bytes; at most {_MAX_JSON_BYTES} are "
-            "read"
-        )
-
-
-def _check_header(path: str) -> None:
-    """Raises CheckpointError for a safetensors header too large to be parsed."""
-    try:
-        with open(path, "rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-    except OSError as error:
-        raise CheckpointError(f"{shown_path(path)} can't be read: {error.strerror}") from error
-    if _MAX_HEADER_BYTES < size < os.path.getsize(path):
-        raise CheckpointError(
-            f"{shown_path(path)} has a header of {size} bytes; at most {_MAX_HEADER_BYTES} are read"
-        )
-
-
-def _pickle(path: str) -> str:
-    return (
-        f"{shown_path(path)} is a pickle, which can run code and is not read. Convert one you "
-        "trust with safetensors.torch.save_file(torch.load(FILE, weights_only=True), "
-        "'lora.safetensors')"
-    )
-
-
-def _some(texts: list[str], most: int = 3) -> str:
-    more = f" and {len(texts) - most} more" if len(texts) > most else ""
-    return ", ".join(texts[:most]) + more
-
-
-def _shape(shape: tuple[int, ...]) -> str:
-    return shown(list(shape[:8]))[1:-1] if len(shape) > 8 else str(list(shape))
-
-
-def shown(value: Any, most: int = 70) -> str:
-    """A value for an error message: printable, cut in the middle."""
-    cut = value if not isinstance(value, str) or len(value) <= most else _middle(value, most)
-    text = ascii(cut) if isinstance(value, str) and not value.isprintable() else repr(cut)
-    return text if len(text) <= most + 10 else _middle(text, most)
-
-
-def shown_path(path: str) -> str:
-    return shown(path, 100)[1:-1] or "an empty path"
-
-
-def _middle(text: str, most: int) -> str:
-    half = (most - 3) // 2
-    return f"{text[:half]}...{text[-half:]}"

@@ -281,7 +281,7 @@ class TestPlaces:
         with pytest.raises(RequestError):
             fresh.load_lora_weights(source)
 
-    @pytest.mark.parametrize("name", ["../x.safetensors", "/etc/passwd", ""])
+    @pytest.mark.parametrize("name", ["../x.safetensors", "/etc/passwd", "", 3])
     def test_weight_name_stays_inside(self, fresh, name):
         with pytest.raises(RequestError, match="must be a name inside the folder"):
             fresh.load_lora_weights(LORA, weight_name=name)
