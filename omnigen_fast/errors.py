@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 MAX_MESSAGE = 300  # characters
+_MAX_WORD = 72  # characters of a path or a value in a message that is too long
 
 
 def printable(text: object, limit: int = MAX_MESSAGE) -> str:
     """A text on one line, without control characters, at most `limit` characters.
 
-    What is too long loses its middle: the end of a message says what to do.
+    What is too long loses the middle of its longest words, such as paths, and then its own middle:
+    the beginning says what is wrong, the end what to do.
     """
     line = str(text)
     if len(line) > 4 * limit:  # bounds the work below
@@ -22,10 +24,16 @@ def printable(text: object, limit: int = MAX_MESSAGE) -> str:
         " " if one.isspace() else one if one.isprintable() else ascii(one)[1:-1]
         for one in " ".join(line.splitlines())
     )
+    if len(line) > limit:
+        line = " ".join(map(_shortened, line.split(" ")))
     if cut or len(line) > limit:
         tail = limit // 3
         line = f"{line[: limit - tail - 3]}...{line[-tail:]}"
     return line
+
+
+def _shortened(word: str) -> str:
+    return word if len(word) <= _MAX_WORD else f"{word[:24]}...{word[27 - _MAX_WORD :]}"
 
 
 def _rebuilt(kind: type[OmniGenError], args: tuple[Any, ...]) -> OmniGenError:

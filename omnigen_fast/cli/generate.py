@@ -38,7 +38,7 @@ T = TypeVar("T")
 @click.option("--local-files-only", is_flag=True, help="Do not download from the hub.")
 @click.option("--device", help="cuda, cuda:1, cpu, ...; the current GPU if there is one.")
 @click.option("--dtype", default="bfloat16", show_default=True, help="bfloat16 or float32.")
-@click.option("--lora", multiple=True, help="A LoRA folder, or FOLDER:WEIGHT. May be repeated.")
+@click.option("--lora", multiple=True, help="A LoRA: FILE, FOLDER or hub id, or LORA:WEIGHT.")
 @click.option("--prompt", multiple=True, help="May be repeated for a batch.")
 @click.option(
     "--image",
@@ -198,8 +198,14 @@ def generate(
             local_files_only=local_files_only,
             memory=memory,
         )
-        for path, weight in loras:
-            pipe.load_lora_weights(path, weight=weight)
+        for lora_path, weight in loras:
+            hub: dict[str, Any] = {
+                "cache_dir": cache_dir,
+                "local_files_only": local_files_only,
+            }
+            if lora_path.count("/") != 1 or os.path.exists(lora_path):
+                hub = {}  # no hub id
+            pipe.load_lora_weights(lora_path, weight=weight, **hub)
         result = pipe(
             prompt=_one_or_all(prompt),
             input_images=_one_or_all(images) if any(images) else None,
@@ -292,12 +298,12 @@ def _check_out(out: Path, output_type: str) -> None:
 def _parse_lora(text: str) -> tuple[str, float]:
     """Folder and weight."""
     path, colon, weight = text.rpartition(":")
-    if not colon or os.path.isdir(text):
-        return text, 1.0
+    if not colon or os.path.exists(os.path.expanduser(text)):
+        return os.path.expanduser(text), 1.0
     try:
-        return path, float(weight)
+        return os.path.expanduser(path), float(weight)
     except ValueError as error:
-        raise RequestError(f"--lora {text}: {weight!r} is not a weight; give FOLDER:0.8") from error
+        raise RequestError(f"--lora {text}: {weight!r} is not a weight; give LORA:0.8") from error
 
 
 def _assign_images(images: tuple[str, ...], prompts: int) -> list[list[str]]:
