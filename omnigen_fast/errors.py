@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 MAX_MESSAGE = 300  # characters
+_MAX_READ = 16 << 10  # characters of a text that are looked at
 _MAX_WORD = 72  # characters of a path or a value in a message that is too long
 
 
@@ -15,18 +16,15 @@ def printable(text: object, limit: int = MAX_MESSAGE) -> str:
     the beginning says what is wrong, the end what to do.
     """
     line = str(text)
-    if len(line) > 4 * limit:  # bounds the work below
-        line = f"{line[: 2 * limit]}{line[-2 * limit :]}"
-        cut = True
-    else:
-        cut = False
+    if len(line) > _MAX_READ:  # bounds the work below
+        line = f"{line[: _MAX_READ // 2]}...{line[-_MAX_READ // 2 :]}"
     line = "".join(
         " " if one.isspace() else one if one.isprintable() else ascii(one)[1:-1]
         for one in " ".join(line.splitlines())
     )
     if len(line) > limit:
         line = " ".join(map(_shortened, line.split(" ")))
-    if cut or len(line) > limit:
+    if len(line) > limit:
         tail = limit // 3
         line = f"{line[: limit - tail - 3]}...{line[-tail:]}"
     return line
