@@ -42,7 +42,8 @@ class TwoStreams:
         self._issued["compute"].append(("wait", mark))
 
     def drain(self) -> None:
-        self.run()
+        while self._issued["copy"]:  # the computation may go on
+            self.run(most=1)
 
     def do(self, stream: str, *parts: Callable[[], None]) -> None:
         """Issues work; other work may come between its parts."""
