@@ -130,6 +130,8 @@ def test_what_two_branches_share():
     assert shared_tokens(one, _branch([7, 0, 0, 0, 8, 9], ends, ((1, 4, other),))) == 1
     longer = _branch([7, 0, 0, 0, 0, 9], [1, 5, 5, 5, 5, 6], ((1, 5, image),))
     assert shared_tokens(one, longer) == shared_tokens(longer, one) == 1
+    # other ids in an image's slots, as hands may fill them: it is shared whole or not at all
+    assert shared_tokens(one, _branch([7, 0, 5, 0, 8, 9], ends, ((1, 4, image),))) == 1
     single, text = _branch([7, 0, 8], spans=((1, 2, image),)), _branch([7, 0, 8])
     assert shared_tokens(single, text) == shared_tokens(text, single) == 1
     assert shared_tokens(_branch([1, 2]), _branch([3, 2])) == 0

@@ -13,6 +13,7 @@ from golden_cases import CASES, GOLDEN, golden_request, golden_result, relative_
 import omnigen_fast
 from omnigen_fast import RequestError
 from omnigen_fast.for_diffusers.conditions import kv_ends
+from omnigen_fast.memory.plan import SHARED_TOKENS
 
 ROOT = Path(__file__).parents[2]
 FLOAT32 = [name for name, case in CASES.items() if not (case.get("dtype") or case.get("lora"))]
@@ -231,6 +232,33 @@ def test_times_that_nobody_announced(enabled, plain):
         for time, one in zip(times, found):
             expected = plain.transformer(timestep=torch.tensor([time, time]), **arguments)
             assert relative_error(one.sample, expected.sample) < TOLERANCE
+
+
+def test_ids_in_the_slots_of_an_image_change_nothing(enabled):
+    """Not even where two branches that begin alike differ in the midst of their image."""
+    processor = enabled.multimodal_processor
+    processor.reset_max_image_size(max_image_size=256)
+    photo = str(GOLDEN / "images/coffee.png")
+    data = processor([CAT], [[photo]], height=32, width=32, use_img_cfg=True)
+    ids, places = data["input_ids"], data["input_image_sizes"]
+    ((begin, stop),) = places[0]
+    padding = int((data["attention_mask"][0] == 0).sum())
+    assert stop - 5 - padding > SHARED_TOKENS  # so the branches are kept together
+    arguments = {
+        "hidden_states": torch.randn(len(ids), 4, 4, 4),
+        "timestep": torch.tensor([0.5] * len(ids)),
+        "input_img_latents": enabled.encode_input_images(data["input_pixel_values"]),
+        "input_image_sizes": places,
+        "attention_mask": data["attention_mask"],
+        "position_ids": data["position_ids"],
+    }
+    with torch.no_grad():
+        usual = enabled.transformer(input_ids=ids, **arguments).sample
+        for first in (begin, stop - 5):
+            other = ids.clone()
+            other[0, first:stop] = 9
+            found = enabled.transformer(input_ids=other, **arguments).sample
+            assert relative_error(found, usual) < TOLERANCE
 
 
 def test_callbacks(enabled):
