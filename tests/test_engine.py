@@ -121,23 +121,34 @@ def test_one_of_two_is_dropped(pipe, engine, alone, monkeypatch, captured):
     assert torch.equal(found[0], alone(OTHER_SEED)) and torch.equal(found[1], alone(TEXT))
 
 
-@pytest.mark.parametrize("cache", ["none", "ring"])
-def test_beside_a_call_with_another_cache(pipe, engine, alone, cache):
-    plan = replace(PLAN, cache=cache)
+@pytest.mark.parametrize("layers", [LAYERS, 1], ids=["resident", "streamed"])
+@pytest.mark.parametrize("cache", ["device", "ring", "none"])
+def test_beside_a_call_with_rings(pipe, engine, alone, cache, layers):
+    """The second is even decoded meanwhile, for which a call alone gives the rings up."""
+    plan = replace(PLAN, cache=cache, resident_layers=layers)
     first = engine.start(pipe.make_call(**EDIT), plan)
     engine.step(first)
-    second = engine.start(pipe.make_call(**TEXT), PLAN)
-    found = finish(engine, first, second)
+    beside = replace(plan, cache="device")
+    second = engine.start(pipe.make_call(**FEWER_STEPS), beside)
+    (found,) = finish(engine, second)
+    assert torch.equal(found, alone(FEWER_STEPS))
+    assert engine.decode(found, beside).isfinite().all()
+    third = engine.start(pipe.make_call(**TEXT), beside)
+    found = finish(engine, first, third, order=random.Random(1))
     assert torch.equal(found[0], alone(EDIT, plan)) and torch.equal(found[1], alone(TEXT))
 
 
-def test_beside_a_call_with_streamed_layers(pipe, engine, alone):
-    plan = replace(PLAN, resident_layers=1)
-    first = engine.start(pipe.make_call(**EDIT), plan)
-    engine.step(first)
-    second = engine.start(pipe.make_call(**TEXT), plan)
-    found = finish(engine, first, second, order=random.Random(1))
-    assert torch.equal(found[0], alone(EDIT)) and torch.equal(found[1], alone(TEXT))
+def test_weights_that_change_while_a_call_is_under_way(load_pipe):
+    """It goes on with the keys and values that it has; the first call after it has new ones."""
+    pipe, other = load_pipe(memory=PLAN), load_pipe(memory=PLAN)
+    running = [one.engine.start(one.make_call(**TEXT), PLAN) for one in (pipe, other)]
+    for one in (pipe, other):
+        one.model.parameter("layers.0.down_proj").data.mul_(0.5)
+    (alone,) = finish(other.engine, running[1])
+    second = pipe.engine.start(pipe.make_call(**FEWER_STEPS), PLAN)
+    assert torch.equal(finish(pipe.engine, running[0], second)[0], alone)
+    other.clear_cache()
+    assert torch.equal(pipe(**TEXT, progress=False), other(**TEXT, progress=False))
 
 
 def test_the_pipeline_is_called_while_a_call_is_under_way(pipe, engine, alone):
