@@ -351,9 +351,11 @@ class Engine:
 
     def _notice_changes(self) -> None:
         """Drops what depends on weights that somebody else has written to since the last call."""
+        if self._running:
+            return  # what they use stays; noticed by the first call after them
         before, now = self._fingerprint, self.model.fingerprint()
         self._fingerprint = now
-        if before is None or self._running:
+        if before is None:
             return
         if before[0] != now[0] or not torch.equal(before[1], now[1]):
             self.cache.clear()

@@ -1,8 +1,4 @@
-"""A step recorded once and replayed is the step itself, for every step and every later call.
-
-Without a GPU the recording is a trace of the operations on the very tensors of the loop: like a
-CUDA graph it knows nothing of what Python would have done differently the next time.
-"""
+"""A step recorded once and replayed is the step itself, for every step and every later call."""
 
 from __future__ import annotations
 
@@ -17,7 +13,7 @@ import pytest
 import torch
 from golden_cases import GOLDEN, relative_error
 from omnigen_fast.kernels import contract, ops
-from torch.fx.experimental.proxy_tensor import make_fx
+from recording import recording_graphs
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -43,35 +39,11 @@ EDIT = {
 }
 
 
-def trace(work):
-    """Records the operations of a loop's step on the tensors that they touch.
-
-    Ours are recorded as they are called under torch.compile, whole: like a kernel they then read
-    lengths and places on the device. Tracing runs what it records, a CUDA graph's capture does not:
-    what it did is undone.
-    """
-    values = work.func.__self__.values
-    before = [(tensor, tensor.clone()) for tensor in (values.latents, values.counters)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.compiler, "is_compiling", lambda: True)
-        recorded = make_fx(lambda: work())()
-    for tensor, value in before:
-        tensor.copy_(value)
-    return recorded
-
-
 @pytest.fixture
 def captured(load_pipe):
     """A pipeline whose steps are traced, and the list of what was traced and replayed."""
     pipe = load_pipe(memory=CAPTURED)
-    events = []
-
-    def capture(work):
-        replay = trace(work)
-        events.append("capture")
-        return lambda: events.append("replay") or replay()
-
-    pipe.engine.graphs = StepGraphs(capture)
+    pipe.engine.graphs, events = recording_graphs()
     return pipe, events
 
 
