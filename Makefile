@@ -23,7 +23,8 @@ lint: $(READY)
 
 # A process for each core, each with one thread: most tests are too small for two.
 test: lint
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile \
+		--no-loadscope-reorder
 
 # The page in a real browser. What that takes on top is installed for it alone.
 test-browser: chromium $(VENV)/.ready-browser

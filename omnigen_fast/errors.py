@@ -6,7 +6,7 @@ from typing import Any
 
 MAX_MESSAGE = 300  # characters
 _MAX_READ = 16 << 10  # characters of a text that are looked at
-_MAX_WORD = 72  # characters of a path or a value in a message that is too long
+_MAX_WORD = 120  # characters of a path or a value in a message that is too long
 
 
 def printable(text: object, limit: int = MAX_MESSAGE) -> str:
@@ -31,7 +31,7 @@ def printable(text: object, limit: int = MAX_MESSAGE) -> str:
 
 
 def _shortened(word: str) -> str:
-    return word if len(word) <= _MAX_WORD else f"{word[:24]}...{word[27 - _MAX_WORD :]}"
+    return word if len(word) <= _MAX_WORD else f"{word[:40]}...{word[43 - _MAX_WORD :]}"
 
 
 def _rebuilt(kind: type[OmniGenError], args: tuple[Any, ...]) -> OmniGenError:

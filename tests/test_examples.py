@@ -20,6 +20,8 @@ from omnigen_fast import OmniGenPipeline
 from omnigen_fast.cli.main import main
 from omnigen_fast.page import demo
 
+pytestmark = pytest.mark.slow
+
 FOLDER = Path(__file__).parents[1] / "examples"
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py"))
 NEED_ARGUMENTS = {"lora", "with_diffusers"}

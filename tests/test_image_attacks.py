@@ -10,6 +10,8 @@ from pathlib import Path
 import image_attacks
 import pytest
 
+pytestmark = pytest.mark.slow
+
 SECONDS = 5  # of processors, both processes together: others may be busy here
 BYTES = 1_000_000_000
 READER = """

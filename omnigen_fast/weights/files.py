@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import MAX_MESSAGE, CheckpointError, first_line
+from ..errors import MAX_MESSAGE, CheckpointError, first_line, printable
 
 SDXL_VAE = "stabilityai/sdxl-vae"  # the original's fallback
 SHIPPED = ("shapes",)  # models bundled with this package
@@ -180,7 +180,8 @@ def check_shapes(
     if any(lists.values()):
         for most in range(_NAMED, 0, -1):  # so many that each list is seen in the message
             faults = [f"{kind} {_some(names, most)}" for kind, names in lists.items() if names]
-            message = f"{where}: {'; '.join(faults)}"
+            place = where if len(faults) == 1 else printable(where, 80)
+            message = f"{place}: {'; '.join(faults)}"
             if len(faults) == 1 or len(message) <= MAX_MESSAGE:
                 break
         raise CheckpointError(message)

@@ -21,6 +21,8 @@ import omnigen_fast
 from omnigen_fast.errors import OmniGenError
 from omnigen_fast.memory.plan import MemoryPlan
 
+pytestmark = pytest.mark.slow
+
 PACKAGE = str(Path(omnigen_fast.__file__).parent)
 REQUEST = {
     **golden_request("one_image"),
