@@ -60,15 +60,15 @@ class Call:
         return cache_entries(branches, len(self.schedule), form=lambda one: self._form(one, plan))
 
     def _form(self, branches: Sequence[EncodedBranch], plan: MemoryPlan) -> tuple[Any, ...]:
-        """What of a plan decides the bits of some branches' keys and values.
+        """What else decides the bits of some branches' keys and values.
 
         The rows that the MLP processes at once and the strips of the autoencoder change the order
-        of sums; so does the choice of kernels.
+        of sums; so does the choice of kernels. Time tokens are those of the schedule's times.
         """
         longest = max(branch.length for branch in branches) + len(self.schedule)
         chunk = plan.mlp_rows if plan.mlp_rows < longest else None
         strips = plan.strip_rows if any(branch.spans for branch in branches) else None
-        return chunk, strips, ops.choice()
+        return chunk, strips, self.schedule.times, ops.choice()
 
     def workload(self) -> Workload:
         """The request's sizes, as the planner wants them."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import permutations
 
 import pytest
 import torch
 from golden_cases import GOLDEN, golden_request, relative_error
+from omnigen_fast.kernels import ops
 
 from omnigen_fast.memory.plan import MemoryPlan
 from omnigen_fast.weights import store
@@ -63,6 +65,42 @@ def test_same_bits(pipe, plain, name, change):
 def test_same_image(pipe, plain, name, change):
     image = ask(pipe, name, replace(PLAIN, **SAME_IMAGE[change]))
     assert relative_error(image, plain[name]) < 1e-5
+
+
+# Plans under which sums are taken in another order.
+ORDERS = {
+    "plain": PLAIN,
+    "strips": replace(PLAIN, strip_rows=1),
+    "short MLP": replace(PLAIN, mlp_rows=16),
+    "ring, both": replace(PLAIN, cache="ring", strip_rows=1, mlp_rows=16),
+    "recomputed, strips": replace(PLAIN, cache="none", strip_rows=1),
+}
+
+
+@pytest.mark.parametrize("name", ["text", "two_images"])
+def test_bits_do_not_depend_on_the_plan_before(pipe, name):
+    """What is kept is named by all that decides its bits; each plan after each other."""
+    request = {**golden_request(name), "output_type": "latent", "num_inference_steps": 2}
+
+    def run(order: str) -> torch.Tensor:
+        return pipe(**request, progress=False, memory=ORDERS[order])
+
+    fresh = {}
+    for order in ORDERS:
+        pipe.clear_cache()
+        fresh[order] = run(order)
+    assert len({latents.numpy().tobytes() for latents in fresh.values()}) > 1
+    for before, after in permutations(ORDERS, 2):
+        pipe.clear_cache()
+        run(before)
+        assert torch.equal(run(after), fresh[after]), (before, after)
+
+
+def test_keys_and_values_are_named_by_the_kernels_that_made_them(pipe):
+    call = pipe.make_call(**golden_request("one_image"))
+    with ops.use(attention="library"):
+        others = call.entries(PLAIN)
+    assert not others.keys() & call.entries(PLAIN).keys()
 
 
 def test_from_plan_to_plan(pipe, plain):
