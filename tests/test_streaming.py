@@ -104,7 +104,9 @@ class Buffers:
     seed=st.integers(0, 1 << 30),
     slots=st.integers(1, 4),
     items=st.integers(1, 7),
-    plan=st.lists(st.sampled_from(("pass", "write", "cut", "late", "reset")), max_size=6),
+    plan=st.lists(
+        st.sampled_from(("pass", "write", "cut", "late", "reset")), min_size=1, max_size=6
+    ),
     eager=st.integers(0, 4),
 )
 def test_order_in_any_interleaving(seed, slots, items, plan, eager):
@@ -312,9 +314,9 @@ def test_half_of_the_free_memory_is_locked_at_most(driver, monkeypatch):
 
 
 def test_only_memory_that_cuda_copies_from_is_locked(driver):
-    assert HostMemory(torch.device("cpu"), 1000).empty((3,), torch.float32).shape == (3,)
-    assert HostMemory(CUDA, 1000).empty((0, 3), torch.float32).shape == (0, 3)
-    assert not driver.places
+    plain = HostMemory(torch.device("cpu"), 1000).empty((3,), torch.float32)
+    empty = HostMemory(CUDA, 1000).empty((0, 3), torch.float32)
+    assert (plain.shape, empty.shape) == ((3,), (0, 3)) and not driver.places
 
 
 @pytest.mark.parametrize(
