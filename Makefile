@@ -4,7 +4,7 @@ READY := $(VENV)/.ready
 
 PEER := .peers/original
 
-.PHONY: test test-browser chromium demo bench peers lint format clean
+.PHONY: test test-browser chromium demo bench peers dist lint format clean
 
 $(READY): setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -16,6 +16,10 @@ $(READY): setup.py pyproject.toml constraints.txt
 lint: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	# mypy sees the package as it is installed: kernels, profiles and bench are inside it
+	@rm -rf .mypy && mkdir -p .mypy/omnigen_fast
+	@cd .mypy/omnigen_fast && ln -s ../../omnigen_fast/* ../../kernels ../../profiles ../../bench .
+	cd .mypy && ../$(VENV)/bin/mypy --config-file ../pyproject.toml
 
 test: lint
 	$(VENV)/bin/python -m pytest
@@ -62,5 +66,9 @@ bench: $(READY)
 	-$(MAKE) peers
 	$(VENV)/bin/omnigen-fast bench --steps 4 --repeat 3 $(BENCH)
 
+# An sdist, and a wheel built from it, in dist/.
+dist: $(READY)
+	$(VENV)/bin/python -m build
+
 clean:
-	rm -rf $(VENV) .peers build *.egg-info demo-output
+	rm -rf $(VENV) .mypy .peers build dist *.egg-info demo-output

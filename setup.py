@@ -1,30 +1,18 @@
-from setuptools import setup
+"""Where the packages and their data lie. Everything else about the project is in pyproject.toml."""
+
+from setuptools import find_packages, setup
+
+# Folders at the top level that are installed inside the package.
+FOLDERS = ("bench", "kernels", "profiles")
 
 setup(
-    name="omnigen_fast",
-    version="0.1.0",
-    description="A fast, exact runtime for the OmniGen image generation model",
-    python_requires=">=3.10",
     packages=[
-        "omnigen_fast",
-        "omnigen_fast.bench",
-        "omnigen_fast.bench.gpu",
-        "omnigen_fast.bench.kernels",
-        "omnigen_fast.bench.peers",
-        "omnigen_fast.cli",
-        "omnigen_fast.for_diffusers",
-        "omnigen_fast.kernels",
-        "omnigen_fast.memory",
-        "omnigen_fast.page",
-        "omnigen_fast.profiles",
-        "omnigen_fast.vae",
-        "omnigen_fast.weights",
+        *find_packages(include=["omnigen_fast*"]),
+        *(f"omnigen_fast.{name}" for name in FOLDERS),
+        *(f"omnigen_fast.{name}" for name in find_packages(include=["bench.*"])),
+        "omnigen_fast.bench.kernels",  # pytest collects it, so it has no __init__.py
     ],
-    package_dir={
-        "omnigen_fast.bench": "bench",
-        "omnigen_fast.kernels": "kernels",
-        "omnigen_fast.profiles": "profiles",
-    },
+    package_dir={f"omnigen_fast.{name}": name for name in FOLDERS},
     package_data={
         "omnigen_fast": [
             "example_images/*.png",
@@ -35,39 +23,5 @@ setup(
         "omnigen_fast.bench": ["counts.json"],
         "omnigen_fast.profiles": ["*.json"],
     },
-    install_requires=[
-        "torch>=2.11,<2.14",
-        "triton>=3.6,<3.8; platform_system == 'Linux' and platform_machine == 'x86_64'",
-        "safetensors>=0.4.5",
-        "tokenizers>=0.20",
-        "huggingface_hub>=0.25",
-        "diffusers>=0.31",
-        "pillow>=10.3",
-        "numpy>=1.26",
-        "tqdm>=4.66",
-        "click>=8.1",
-    ],
-    extras_require={
-        "app": ["gradio>=6,<7"],
-        "browser": ["playwright>=1.50"],
-        "bench": ["matplotlib>=3.8", "psutil>=5.9"],
-        "dev": [
-            "matplotlib>=3.8",
-            "pytest>=8",
-            "pytest-benchmark>=4",
-            "hypothesis>=6.100",
-            "ipykernel>=6.29",
-            "nbclient>=0.10",
-            "peft>=0.13",
-            "psutil>=5.9",
-            "ruff==0.17.6",
-        ],
-    },
-    entry_points={
-        "console_scripts": ["omnigen-fast = omnigen_fast.cli:main"],
-        "omnigen_fast.commands": [
-            "bench = omnigen_fast.bench.commands:bench",
-            "compare = omnigen_fast.bench.commands:compare",
-        ],
-    },
+    include_package_data=False,  # the sdist has more than the wheel needs
 )

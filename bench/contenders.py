@@ -9,20 +9,20 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from omnigen_fast.guidance import guidance_branches
 from omnigen_fast.images import InputImage
 from omnigen_fast.memory.autoencoder import VaeShape
 from omnigen_fast.pipeline import OmniGenPipeline
 from omnigen_fast.sequence import EncodedBranch
-from omnigen_fast.vae.vae import Vae
+from omnigen_fast.vae.vae import Vae, content_noise
 
 from .cases import GUIDANCE, Task
 from .gpu.measure import Clock
@@ -77,27 +77,31 @@ class Contender(Protocol):
 
 
 class KeptVae:
-    """A VAE that encodes an image once, or draws latents by the image's content."""
+    """What an engine uses of a `Vae`, encoding each image once.
+
+    Without a VAE of its own it draws latents by the image's content, and there are no pictures.
+    """
 
     def __init__(self, device: torch.device, vae: Vae | None = None) -> None:
         self.device, self.vae = device, vae
+        self.autoencoder: nn.Module = nn.Module() if vae is None else vae.autoencoder
         self._latents: dict[str, Tensor] = {}
 
     def encode(self, image: InputImage, *how: Any, **more: Any) -> Tensor:
         """[4, height / 8, width / 8]; as `Vae.encode`."""
         if image.digest not in self._latents:
-            if self.vae is None:
-                generator = torch.Generator().manual_seed(int(image.digest[:15], 16))
-                shape = (4, *(side // 8 for side in image.size))
-                drawn = torch.randn(shape, generator=generator)
-                self._latents[image.digest] = drawn.to(self.device)
-            else:
-                with self.vae.loaded():
-                    self._latents[image.digest] = self.vae.encode(image, *how, **more)
+            self._latents[image.digest] = self._encoded(image, *how, **more)
         return self._latents[image.digest]
 
+    def _encoded(self, image: InputImage, *how: Any, **more: Any) -> Tensor:
+        if self.vae is not None:
+            with self.vae.loaded():
+                return self.vae.encode(image, *how, **more)
+        shape = (4, *(side // 8 for side in image.size))
+        return content_noise(image.digest, shape).to(self.device)
+
     def decode(self, *given: Any, **more: Any) -> Tensor:
-        """As `Vae.decode`; drawn latents are no picture's."""
+        """As `Vae.decode`."""
         assert self.vae is not None
         return self.vae.decode(*given, **more)
 
@@ -106,16 +110,19 @@ class KeptVae:
         """As `Vae.shape`."""
         return VaeShape() if self.vae is None else self.vae.shape
 
+    @property
+    def resident(self) -> bool:
+        """As `Vae.resident`."""
+        return self.vae is None or self.vae.resident
+
     def place(self, resident: bool) -> None:
         """As `Vae.place`."""
         if self.vae is not None:
             self.vae.place(resident)
 
-    @contextmanager
-    def loaded(self) -> Iterator[None]:
+    def loaded(self) -> AbstractContextManager[None]:
         """As `Vae.loaded`."""
-        with nullcontext() if self.vae is None else self.vae.loaded():
-            yield
+        return nullcontext() if self.vae is None else self.vae.loaded()
 
 
 def make_start(pipe: OmniGenPipeline, task: Task) -> Start:

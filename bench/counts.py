@@ -1,12 +1,12 @@
-"""What a step costs, counted: launches, bytes, operations, copies, allocations. No clock.
+"""What a picture costs, counted: launches, bytes, operations, copies, allocations. No clock.
 
-A picture of full size runs on meta tensors, which have shapes and no values: the runtime takes the
-very steps that it takes on a GPU. Each of our operations is one kernel that reads and writes every
-tensor it must touch once (`tests/bench` holds the kernels to both); operations of PyTorch are
-counted as they are dispatched. So the counts are the same on every machine.
+The engine runs a picture of full size on meta tensors, which have shapes but no values, exactly as
+it does on a GPU. Each of our operations is one kernel that reads and writes each tensor once (the
+tests check both); PyTorch's operations are counted as they are dispatched. So the counts are the
+same on every machine. Encoding, prefill, a step and decoding are counted separately.
 
     python -m bench.counts           # compares with the committed counts.json
-    python -m bench.counts --write   # accepts what is counted now
+    python -m bench.counts --write   # accepts the current counts
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from __future__ import annotations
 import inspect
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -23,13 +23,13 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from omnigen_fast.kernels import ops, reference
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from omnigen_fast.config import ModelConfig
-from omnigen_fast.denoise import Loop
 from omnigen_fast.parameters import parameter_shapes
 
 from .cases import COLUMNS, Size, Task
@@ -56,6 +56,7 @@ OURS = {
     "guidance_step_": ELEMENTWISE,
 }
 _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "convolution"}
+_NORMS = {"native_group_norm", "native_layer_norm"}
 _COPIES = {"copy_", "_to_copy", "clone", "index_select", "index_copy_", "index", "cat", "embedding"}
 _COPIES |= {"index_put_", "gather", "scatter_", "fill_", "zero_", "stack"}
 _NO_KERNEL = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"}
@@ -79,7 +80,7 @@ class Operation:
 
 @dataclass(frozen=True)
 class Counted:
-    """A part of a picture: everything before the first step, or one step."""
+    """A part of a picture, such as prefill or one step."""
 
     operations: tuple[Operation, ...]
     allocations: int
@@ -103,7 +104,7 @@ class Counted:
         )
 
     def summary(self) -> dict[str, Any]:
-        """What is held against the committed counts."""
+        """What is compared with the committed counts."""
         copies: dict[str, int] = {}
         for one in self.of(COPIES):
             copies[one.name] = copies.get(one.name, 0) + 1
@@ -129,7 +130,7 @@ def touched(tensor: Tensor) -> int:
 
 
 class _Values:
-    """What small integer tensors hold, remembered on their way to a device without values."""
+    """Remembers the values of small integer tensors that move to a device without values."""
 
     _NAME = "_counted_values"
 
@@ -148,9 +149,19 @@ class _Values:
             yield
 
     @classmethod
-    def carry(cls, source: Tensor, target: Tensor) -> None:
-        if source.device.type == "cpu" and source.dtype == torch.int32 and source.dim() == 1:
-            setattr(target, cls._NAME, source.tolist())
+    def carry(cls, name: str, args: Sequence[Any], target: Tensor) -> None:
+        """To the copy or slice of a vector of integers.
+
+        A vector that is changed in place keeps what it had: the counters of a step advance
+        together, so those that were equal stay equal.
+        """
+        source = args[0]
+        if target.device.type != "meta" or source.dim() != 1 or source.is_floating_point():
+            return
+        on_meta = source.device.type == "meta"
+        values = getattr(source, cls._NAME, None) if on_meta else source.tolist()
+        if values is not None:
+            setattr(target, cls._NAME, values[slice(*args[2:])] if name == "slice" else values)
 
     @classmethod
     def of(cls, tensor: Tensor) -> list[int]:
@@ -159,38 +170,60 @@ class _Values:
         return getattr(tensor, cls._NAME)
 
 
+@contextmanager
+def wrapped_operations(wrap: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> Iterator:
+    """Every operation of `ops` as `wrap(name, operation)`, for all that call it there."""
+    with ExitStack() as stack:
+        for name in ops.OPERATIONS:
+            new = wrap(name, getattr(ops, name))
+            stack.enter_context(mock.patch.object(ops, name, new))
+        yield
+
+
 class Counter(TorchDispatchMode):
-    """Counts what is launched inside a `with` block, ours as a whole, PyTorch's one by one."""
+    """Counts what is launched inside a `with` block: fused operations as one, others one by one."""
 
     def __init__(self) -> None:
         super().__init__()
         self.operations: list[Operation] = []
         self._inside = False
-        self._patch = mock.patch.object(ops, "_call", self._call)
-        self._run = ops._call
-        self._remembered: Any = None
+        self._stack = ExitStack()
 
     def __enter__(self) -> Counter:
-        self._patch.start()
-        self._remembered = _Values.remembered()
-        self._remembered.__enter__()
+        sdpa = self._fused(_sdpa, F.scaled_dot_product_attention)
+        for context in (
+            wrapped_operations(self._wrap),
+            mock.patch.object(F, "scaled_dot_product_attention", sdpa),
+            _Values.remembered(),
+        ):
+            self._stack.enter_context(context)
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        self._remembered.__exit__(*error)
-        self._patch.stop()
+        self._stack.close()
 
-    def _call(self, name: str, x: Tensor, *args: Any) -> Any:
-        self._inside = True
-        try:
-            result = self._run(name, x, *args)
-        finally:
-            self._inside = False
+    def _wrap(self, name: str, run: Callable[..., Any]) -> Callable[..., Any]:
         signature = inspect.signature(getattr(reference, name))
-        given = signature.bind(x, *args).arguments
-        self.operations.append(_ours(name, given, result))
-        return result
+
+        def cost(result: Any, *args: Any, **more: Any) -> Operation:
+            return _ours(name, signature.bind(*args, **more).arguments, result)
+
+        return self._fused(cost, run)
+
+    def _fused(self, cost: Callable[..., Operation], run: Callable[..., Any]) -> Callable[..., Any]:
+        """`run`, counted as the one operation that `cost` makes of its result and arguments."""
+
+        def counted(*args: Any, **more: Any) -> Any:
+            self._inside = True
+            try:
+                result = run(*args, **more)
+            finally:
+                self._inside = False
+            self.operations.append(cost(result, *args, **more))
+            return result
+
+        return counted
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -202,8 +235,8 @@ class Counter(TorchDispatchMode):
         name = func._schema.name.partition("::")[2]
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        if name == "_to_copy":
-            _Values.carry(inputs[0], outputs[0])
+        if name in ("_to_copy", "clone", "slice"):
+            _Values.carry(name, args, outputs[0])
         if name in _NO_KERNEL or not outputs or _is_view(func, inputs, outputs):
             return result
         devices = {tensor.device.type for tensor in outputs}
@@ -225,6 +258,8 @@ def _atens(name: str, func: Any, inputs: list[Tensor], outputs: list[Tensor]) ->
     family = ELEMENTWISE
     if name in _PRODUCTS:
         family = PRODUCTS
+    elif name in _NORMS:
+        family = NORMS
     elif name in _COPIES:
         family = COPIES
     written = sum(map(touched, outputs))
@@ -256,12 +291,20 @@ def _product_flops(name: str, inputs: list[Tensor], output: Tensor) -> int:
     return 2 * output.numel() * first.shape[-1]
 
 
+def _sdpa(result: Tensor, query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Operation:
+    """PyTorch's fused attention, which keeps no scores; [..., rows, head_dim] each."""
+    read = sum(map(touched, (query, key, value)))
+    flops = 2 * key.shape[-2] * (query.numel() + result.numel())
+    return Operation("scaled_dot_product_attention", ATTENTION, read, touched(result), flops)
+
+
 def _ours(name: str, given: dict[str, Any], result: Any) -> Operation:
     """One of our operations: each tensor that it must touch, once."""
     tensors = {key: value for key, value in given.items() if isinstance(value, Tensor)}
     out = tensors.pop("out", result if isinstance(result, Tensor) else None)
     for table in {"shift", "scale", "lengths"} & tensors.keys():
-        tensors[table] = tensors[table][: len(tensors["step"])]  # the rows that are taken
+        taken = set(_Values.of(tensors["step"]))
+        tensors[table] = tensors[table][: len(taken)]
     family, flops = OURS[name], 0
     read = sum(map(touched, tensors.values()))
     written = touched(out) if out is not None else 0
@@ -297,19 +340,69 @@ def _ours(name: str, given: dict[str, Any], result: Any) -> Operation:
     return Operation(name, family, read, written, flops)
 
 
+ENCODE, PREFILL, STEP, DECODE = PARTS = ("encode", "prefill", "step", "decode")
+
+
+class Meter:
+    """Counts the parts of a picture, each by its name.
+
+    Args:
+        existing: tensors that were there before.
+    """
+
+    def __init__(self, existing: Iterable[Tensor]) -> None:
+        self._counter, self._tracker = Counter(), MemoryTracker(existing)
+        self._part = ""
+        self._operations: dict[str, list[Operation]] = {}
+        self._allocations: dict[str, int] = {}
+
+    def __getitem__(self, part: str) -> Counted:
+        return Counted(tuple(self._operations.get(part, ())), self._allocations.get(part, 0))
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """What runs inside is counted, for the part in which it runs."""
+        with self._counter, self._tracker:
+            yield
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """What runs inside belongs to a part; within another part it is counted for this one."""
+        before = self._switch(name)
+        try:
+            yield
+        finally:
+            self._switch(before)
+
+    def _switch(self, name: str) -> str:
+        before, self._part = self._part, name
+        self._operations.setdefault(before, []).extend(self._counter.operations)
+        self._allocations[before] = self._allocations.get(before, 0) + self._tracker.allocations
+        self._counter.operations.clear()
+        self._tracker.restart()
+        return before
+
+
 @dataclass(frozen=True)
 class Picture:
     """What a picture costs."""
 
-    prefill: Counted
+    encode: Counted  # of all input images
+    prefill: Counted  # everything else before the first step
     step: Counted  # the second: the first may set up what the others use
+    decode: Counted  # everything after the last step
 
     @property
     def launches(self) -> int:
         return len(self.step.operations)
 
     def flops(self, steps: int) -> int:
+        """From tokens and image latents to the final latents."""
         return self.prefill.flops + steps * self.step.flops
+
+    def summary(self) -> dict[str, Any]:
+        """Of each part, see `Counted.summary`."""
+        return {part: getattr(self, part).summary() for part in PARTS}
 
 
 def meta_weights(config: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
@@ -319,52 +412,49 @@ def meta_weights(config: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> di
 
 
 def count(config: ModelConfig, task: Task) -> Picture:
-    """Counts a picture's prefill and its second step.
+    """Counts the parts of a picture.
 
-    Only three steps are run; the condition has as many time tokens as the picture has steps.
+    Only two steps run; the condition has as many time tokens as the picture has steps.
     """
-    from .contenders import KeptVae
-    from .gpu.pictures import make_pipeline
+    from .full_size import VAE
+    from .gpu.pictures import make_pipeline, plain_plan
+    from .vae_strips import as_on_a_gpu, random_autoencoder
 
-    device = torch.device("meta")
-    pipe = make_pipeline(config, meta_weights(config), device)
-    pipe.vae = KeptVae(device)
-    parts: list[Counted] = []
-    counter = Counter()
-    run = Loop.step
-    tracker = MemoryTracker()
+    device, weights = torch.device("meta"), meta_weights(config)
+    vae = random_autoencoder(VAE, "meta")
+    meter = Meter([*weights.values(), *vae.autoencoder.parameters()])
+    encode = vae.encode
 
-    def close() -> None:
-        parts.append(Counted(tuple(counter.operations), tracker.allocations))
-        counter.operations.clear()
-        tracker.restart()
+    def counted(*args: Any, **more: Any) -> Tensor:
+        with meter.part(ENCODE):
+            return encode(*args, **more)
 
-    def step(loop: Loop) -> None:
-        close()  # before the first step: prefill; later ones: the pipeline between two steps
-        run(loop)
-        close()
-
-    def stop(pipe: Any, index: int, _time: float, _given: Any) -> None:
-        pipe._interrupt = index == 2
-
-    latents = torch.zeros(task.latent_shape)
-    with mock.patch.object(Loop, "step", step), counter, tracker:
-        pipe(**task.arguments(), latents=latents, callback_on_step_end=stop)
-    prefill, _first, _between, second = parts[:4]
-    return Picture(prefill, second)
+    pipe = make_pipeline(config, weights, device, vae=vae)
+    engine, plan = pipe.engine, plain_plan(pipe.engine, capture=False)
+    arguments = task.arguments() | {"latents": torch.zeros(task.latent_shape)}
+    gpu = as_on_a_gpu()
+    with mock.patch.object(vae, "encode", counted), torch.no_grad(), gpu, meter.counting():
+        with meter.part(PREFILL):
+            running = engine.start(pipe.make_call(**arguments), plan)
+        engine.step(running)
+        with meter.part(STEP):
+            engine.step(running)
+        with meter.part(DECODE):
+            engine.decode(engine.finish(running), plan)
+    return Picture(*(meter[part] for part in PARTS))
 
 
 SIZES = {"1024 px": Size(1024, 1024), "512 px": Size(512, 512)}
 
 
 def summaries(config: ModelConfig | None = None) -> dict[str, Any]:
-    """Counts of a step at full size, for every size and column."""
+    """Counts of all parts at full size, for every size and column."""
     config = config or full_config()
-    found: dict[str, Any] = {}
-    for name, size in SIZES.items():
-        for images, column in enumerate(COLUMNS):
-            found[f"{name}, {column}"] = count(config, Task(size, images, 50)).step.summary()
-    return found
+    return {
+        f"{name}, {column}": count(config, Task(size, images, 50)).summary()
+        for name, size in SIZES.items()
+        for images, column in enumerate(COLUMNS)
+    }
 
 
 def rises(found: Any, committed: Any, where: str = "") -> list[str]:
@@ -381,11 +471,6 @@ def rises(found: Any, committed: Any, where: str = "") -> list[str]:
     return []
 
 
-def falls(found: Any, committed: Any) -> bool:
-    """Whether a committed count is larger than what is counted now."""
-    return bool(rises(committed, found))
-
-
 def read_committed() -> dict[str, Any]:
     return json.loads(COMMITTED.read_text())
 
@@ -400,12 +485,14 @@ def main() -> int:
     if sys.argv[1:]:
         print("usage: python -m bench.counts [--write]", file=sys.stderr)
         return 2
-    for name, one in found.items():
-        print(
-            f"{name:<20} {one['launches']:>4} launches, {one['flops'] / 1e12:7.2f} TFLOP, "
-            f"{one['bytes'] / 1e9:6.2f} GB, {sum(one['copies'].values())} copies, "
-            f"{one['allocations']} allocations"
-        )
+    for name, parts in found.items():
+        print(name)
+        for part, one in parts.items():
+            print(
+                f"  {part:<8} {one['launches']:>4} launches, {one['flops'] / 1e12:7.2f} TFLOP, "
+                f"{one['bytes'] / 1e9:7.2f} GB, {sum(one['copies'].values()):>3} copies, "
+                f"{one['allocations']:>3} allocations"
+            )
     risen = rises(found, read_committed())
     for line in risen:
         print(f"risen: {line}", file=sys.stderr)

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 
-from omnigen_fast.weights.names import _ORIGINAL, _sources
+from omnigen_fast.weights.names import ORIGINAL, layout_sources
 
 from .common import TOKENIZER, full_config, machine, write_result
 from .peers.model_files import phi3_config
@@ -54,7 +54,7 @@ def write_checkpoint(folder: Path) -> None:
     shutil.copy(TOKENIZER, folder)
     (folder / "config.json").write_text(json.dumps(phi3_config(config)))
     header, offset, tensors = {}, 0, []
-    for parameter, parts in _sources(config, _ORIGINAL).items():
+    for parameter, parts in layout_sources(config, ORIGINAL).items():
         for part in parts:
             size = 2 * torch.Size(part.shape).numel()
             header[part.name] = {

@@ -45,12 +45,13 @@ def measure(pipe: OmniGenPipeline, task: Task) -> dict[str, Any]:
         pipe(**task.arguments() | {"output_type": "pt"})
     except OmniGenError as error:
         return row | {"status": "failed", "why": str(error)}
-    assert pipe._report is not None and pipe._report.predicted is not None
-    predicted = pipe._report.predicted
+    report = pipe.last_report
+    assert report is not None and report.predicted is not None
+    predicted = report.predicted
     row |= {"plan": pipe.summary().splitlines()[0], "predicted_gb": predicted.peak_bytes / 1e9}
-    if pipe._report.measured_bytes is None:
+    if report.measured_bytes is None:
         return row | {"status": "not measured"}
-    measured = pipe._report.measured_bytes + context_bytes()
+    measured = report.measured_bytes + context_bytes()
     error = predicted.peak_bytes / measured - 1
     row |= {"measured_gb": measured / 1e9, "error": error}
     return row | {"status": "ok" if abs(error) <= ALLOWED else "missed"}

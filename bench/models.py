@@ -80,9 +80,10 @@ def load(name: str, dtype: torch.dtype, device: torch.device) -> Model:
     pipe = OmniGenPipeline.from_pretrained(
         name, device=device, dtype=dtype, condition_cache_bytes=0
     )
-    pipe.vae = KeptVae(device, pipe.vae)
-    weights = pipe._checkpoint.read(dtype, device)
-    return Model(name, pipe.config, weights, Ours(pipe), Path(pipe._checkpoint.folder))
+    engine = pipe.engine
+    engine.vae = KeptVae(device, engine.vae)
+    weights = engine.checkpoint.read(dtype, device)
+    return Model(name, engine.config, weights, Ours(pipe), Path(engine.checkpoint.folder))
 
 
 def write_checkpoint(model: Model, folder: Path) -> None:

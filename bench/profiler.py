@@ -9,23 +9,29 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
-from omnigen_fast.kernels import ops
 from torch.profiler import ProfilerActivity, record_function
 from torch.profiler import profile as torch_profile
-
-from omnigen_fast.denoise import Loop
-from omnigen_fast.graph import StepGraphs
 
 from .cases import COLUMNS, Size, Task
 from .common import machine
 from .contenders import make_start
-from .counts import ATTENTION, COPIES, ELEMENTWISE, NORMS, OURS, PRODUCTS, Operation, count
+from .counts import (
+    ATTENTION,
+    COPIES,
+    ELEMENTWISE,
+    NORMS,
+    OURS,
+    PRODUCTS,
+    Operation,
+    count,
+    wrapped_operations,
+)
 from .kernels.workload import Limits, measure_limits
 from .models import Model
 from .record import write_whole
@@ -114,48 +120,41 @@ def profile(
     return result
 
 
+@torch.no_grad()
 def _measure(model: Model, task: Task) -> tuple[list[tuple[str, str, float]], float, Any]:
     """(family, name, seconds) of everything in a step, the step's own seconds, and the trace."""
-    pipe = model.ours.pipe
-    start = make_start(pipe, task)
+    pipe, engine = model.ours.pipe, model.ours.pipe.engine
+    arguments = task.arguments() | {"latents": make_start(pipe, task).noise}
     on_gpu = pipe.device.type == "cuda"
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_gpu else [])
     profiler = torch_profile(activities=activities)
-    run, call, graphs = Loop.step, ops._call, pipe._graphs
     seconds: list[float] = []
 
-    def named(name: str, x: torch.Tensor, *args: Any) -> Any:
-        with record_function(_OURS + name):
-            return call(name, x, *args)
+    def named(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
+        def recorded(*args: Any, **more: Any) -> Any:
+            with record_function(_OURS + name):
+                return run(*args, **more)
+
+        return recorded
 
     def wait() -> float:
         if on_gpu:
             torch.cuda.synchronize(pipe.device)
         return time.perf_counter()
 
-    def step(loop: Loop) -> None:
-        if len(seconds) == 0:
-            run(loop)  # compiles, and warms up
-            seconds.append(0.0)
-            wait()
-            profiler.start()
-            return
-        before = wait()
-        with record_function(_STEP):
-            run(loop)
-        seconds.append(wait() - before)
-        if len(seconds) == _STEPS + 1:
-            profiler.stop()
-
-    def stop(pipe: Any, index: int, _time: float, _given: Any) -> None:
-        pipe._interrupt = index == _STEPS
-
-    pipe._graphs = StepGraphs(None)
+    plan = replace(pipe.plan(**arguments).plan, capture=False)
+    running = engine.start(pipe.make_call(**arguments), plan)
     try:
-        with mock.patch.object(Loop, "step", step), mock.patch.object(ops, "_call", named):
-            pipe(**task.arguments(), latents=start.noise, callback_on_step_end=stop)
+        engine.step(running)  # compiles, and warms up
+        wait()
+        with wrapped_operations(named), profiler:
+            for _ in range(_STEPS):
+                before = wait()
+                with record_function(_STEP):
+                    engine.step(running)
+                seconds.append(wait() - before)
     finally:
-        pipe._graphs = graphs
+        engine.drop(running)
     events = profiler.events()
     spent = _kernels(events) if on_gpu else _events(events)
     return [(*one, time / _STEPS) for *one, time in spent], sum(seconds) / _STEPS, profiler

@@ -111,8 +111,8 @@ def _tails(
 ):
     """What the whole blocks leave of either segment: the only blocks whose columns are masked.
 
-    A segment without a remainder adds no iteration, so every block has a visible key and the maximum
-    stays finite.
+    A segment without a remainder adds no iteration, so every block has a visible key and the
+    maximum stays finite.
     """
     o_n = tl.arange(0, BLOCK_N)
     cache_tail = cached % BLOCK_N

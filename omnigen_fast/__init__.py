@@ -1,8 +1,7 @@
 """omnigen_fast: the OmniGen image generation model, fast and exact.
 
-`from omnigen_fast import OmniGenPipeline` is the public interface, with the errors that it raises
-and the `MemoryPlan` that it can be given; `enable`, `disable` and `summary` are for those who have
-a diffusers pipeline.
+The public interface: `OmniGenPipeline` with its errors and `MemoryPlan`; and `enable`, `disable`
+and `summary`, which run a diffusers pipeline on this runtime.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # the pipeline needs torch, which takes seconds; the command line's help does not
+    # lazily: importing torch takes seconds, and the command line's help doesn't need it
     if name == "OmniGenPipeline":
         from .pipeline import OmniGenPipeline
 

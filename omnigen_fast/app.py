@@ -1,4 +1,4 @@
-"""The door of `python -m omnigen_fast.app`: the command line's `app`."""
+"""`python -m omnigen_fast.app`: the command line's `app`."""
 
 import sys
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,15 +19,7 @@ from .request import Request
 from .schedule import StepSchedule
 from .sequence import EncodedBranch, cache_entries
 
-if TYPE_CHECKING:
-    from .pipeline import OmniGenPipeline
-
 Memory: TypeAlias = str | int | MemoryPlan
-
-# Called after each step with (pipeline, step, time, {"latents": ...}); may return new latents.
-StepCallback: TypeAlias = Callable[
-    ["OmniGenPipeline", int, float, dict[str, Any]], Mapping[str, Any] | None
-]
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""ModelConfig: every size of a checkpoint, read once, never guessed."""
+"""ModelConfig: the sizes of a checkpoint, read from its config."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class ModelConfig:
     short_factor: tuple[float, ...]  # one per pair of a head's features; all 1 without LongRoPE
     long_factor: tuple[float, ...]
     max_position_embeddings: int  # (131072)
-    original_max_position_embeddings: int  # (4096): longer branches take `long_factor`
+    original_max_position_embeddings: int  # (4096) longer branches use `long_factor`
     pos_embed_size: int  # (192) tokens per side of the position table
 
     def __post_init__(self) -> None:
@@ -48,7 +48,7 @@ class ModelConfig:
             "pos_embed_size",
         ):
             value = getattr(self, name)
-            # 2^20 is far beyond any real size and keeps a lying file from exhausting memory
+            # far above any real size: keeps a malformed file from exhausting memory
             if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= 1 << 20:
                 raise CheckpointError(f"config: {name} must be a positive integer, got {value!r}")
         if self.original_max_position_embeddings == 1:  # rope_scale divides by its logarithm
@@ -83,24 +83,24 @@ class ModelConfig:
 
     @property
     def qkv_width(self) -> int:
-        """Columns of queries, keys and values side by side."""
+        """Width of the fused QKV projection."""
         return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
 
     @property
     def max_image_side(self) -> int:
-        """Longest side in pixels that the position table covers."""
+        """The longest side in pixels that the position table covers."""
         return self.pos_embed_size * TOKEN_PIXELS
 
     @property
     def rope_scale(self) -> float:
-        """What LongRoPE multiplies cos and sin by (Ding et al., 2024)."""
+        """LongRoPE's factor on cos and sin (Ding et al., 2024)."""
         ratio = self.max_position_embeddings / self.original_max_position_embeddings
         if ratio <= 1:
             return 1.0
         return math.sqrt(1 + math.log(ratio) / math.log(self.original_max_position_embeddings))
 
     def uses_long_factor(self, length: int) -> bool:
-        """Whether a branch of `length` tokens (condition, time and noise) takes `long_factor`."""
+        """Whether a branch of `length` tokens (condition, time and noise) uses `long_factor`."""
         return length > self.original_max_position_embeddings
 
     @classmethod
@@ -154,7 +154,7 @@ class ModelConfig:
         try:
             hidden, heads = values["hidden_size"], values["num_attention_heads"]
             if hidden > 1 << 20:
-                raise CheckpointError(f"config: hidden_size {hidden} is beyond any OmniGen")
+                raise CheckpointError(f"config: hidden_size {hidden} is too large for any OmniGen")
             pairs = hidden // heads // 2
             longest = values["max_position_embeddings"]
             original = values.get("original_max_position_embeddings") or rope.get(
@@ -172,7 +172,7 @@ class ModelConfig:
                 short_factor=tuple(rope["short_factor"]) if scaled else (1.0,) * pairs,
                 long_factor=tuple(rope["long_factor"]) if scaled else (1.0,) * pairs,
                 max_position_embeddings=longest,
-                # equal lengths: nothing is scaled
+                # equal lengths turn scaling off
                 original_max_position_embeddings=original if scaled else longest,
                 pos_embed_size=pos_embed_size,
             )
@@ -185,14 +185,14 @@ class ModelConfig:
 
 
 def tokens(height: int, width: int) -> int:
-    """Tokens of a picture of so many pixels."""
+    """Tokens of a picture of `height` x `width` pixels."""
     return (height // TOKEN_PIXELS) * (width // TOKEN_PIXELS)
 
 
 def released_sizes() -> ModelConfig:
-    """Sizes of the released model, for what plans or predicts without having its weights.
+    """Sizes of the released model, for planning and prediction without its weights.
 
-    Its own rotary factors come with its checkpoint and change no cost: here they are all 1.
+    The rotary factors are placeholders (all 1): they don't affect the cost.
     """
     return ModelConfig(
         hidden_size=3072,
@@ -212,5 +212,5 @@ def released_sizes() -> ModelConfig:
 
 
 def _is_positive(value: Any) -> bool:
-    """Whether a value of a JSON file is a positive number that a float can hold."""
+    """Whether a JSON value is a positive number within the range of a float."""
     return isinstance(value, int | float) and 0 < value <= sys.float_info.max

@@ -28,6 +28,7 @@ from .precision import Precision
 from .sequence import EncodedBranch, lay_out_all
 from .streamed_cache import StreamedCache
 from .streaming import HostMemory, lane_for, spread
+from .surroundings import isolated
 from .vae.vae import Vae
 from .weights.checkpoint import Checkpoint
 from .weights.lora import Adapter, merged
@@ -98,6 +99,27 @@ class Engine:
         self._stale: set[str] = set()  # parameters that may not be what the adapters make of them
         self._running: list[Running] = []
 
+    @classmethod
+    def of(
+        cls,
+        model: Transformer,
+        checkpoint: Checkpoint,
+        vae: Vae,
+        condition_cache_bytes: int = 2 << 30,
+        capture_steps: bool = True,
+    ) -> Engine:
+        """An engine over a model that is on its device already.
+
+        Args:
+            model: whose weights `checkpoint` reads again where they move or adapters come.
+            checkpoint: see the class; so are the others.
+        """
+        precision = Precision.of(model.dtype)
+        engine = cls(checkpoint, vae, precision, model.device, condition_cache_bytes, capture_steps)
+        engine._model = model
+        engine._store = LayerStore(model, engine._read, engine.host)
+        return engine
+
     # What is there
 
     @property
@@ -144,6 +166,7 @@ class Engine:
 
     # Calls
 
+    @isolated
     def start(self, call: Call, plan: MemoryPlan) -> Running:
         """Arranges everything as a plan wants it, and computes what does not depend on the noise.
 
@@ -164,6 +187,7 @@ class Engine:
         self._running.append(running)
         return running
 
+    @isolated
     def step(self, *running: Running) -> None:
         """Takes the next step of each call; steps of finished ones are no error."""
         for one in running:
@@ -174,6 +198,7 @@ class Engine:
             call.steps_done += 1
             call.finished = call.steps_done == len(call.schedule)
 
+    @isolated
     def finish(self, running: Running) -> Tensor:
         """The latents of a call whose steps are over, checked; its rows are given back.
 
@@ -192,6 +217,7 @@ class Engine:
             )
         return call.latents
 
+    @isolated
     def decode(self, latents: Tensor, plan: MemoryPlan) -> Tensor:
         """Images [pictures, 3, height, width] in [0, 1] of a call that is finished.
 
@@ -211,6 +237,7 @@ class Engine:
             )
         return images
 
+    @isolated
     def drop(self, running: Running) -> None:
         """Ends a call at any point; what it has computed of its condition stays for later ones."""
         if running in self._running:
@@ -223,6 +250,7 @@ class Engine:
             running.loop.busy = False
             running.loop = running.runner = None
 
+    @isolated
     def recover(self) -> None:
         """After a failure: no copy is under way any more, what is kept can be used again."""
         self.cache.reset()
@@ -231,6 +259,7 @@ class Engine:
         if self._model is not None and self._model.stream is not None:
             self._model.stream.reset()
 
+    @isolated
     def free(self) -> None:
         """Gives up what another plan may need the memory of and no call under way uses."""
         self.image_latents.clear()
@@ -246,6 +275,7 @@ class Engine:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
+    @isolated
     def forget(self) -> None:
         """Drops what is kept between calls: keys and values, image latents, positions, captures."""
         self.image_latents.clear()
@@ -257,6 +287,7 @@ class Engine:
 
     # Weights
 
+    @isolated
     def load(self, precision: Precision, resident: int) -> None:
         """Reads the weights, loaded adapters included; those that were there go first."""
         assert not self._running
@@ -274,6 +305,7 @@ class Engine:
         self._model, self._store = model, LayerStore(model, self._read, self.host)
         self.refresh(*self.adapters.values())
 
+    @isolated
     def refresh(self, *adapters: Adapter) -> None:
         """Sets the weights that some adapters touch to what the loaded ones make of them.
 
@@ -289,6 +321,7 @@ class Engine:
         self.store.refresh(sorted(self._stale))
         self._stale.clear()
 
+    @isolated
     def to(self, device: torch.device) -> None:
         """Moves everything to a device; what is kept is dropped."""
         self.host = HostMemory(device)

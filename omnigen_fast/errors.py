@@ -1,11 +1,11 @@
-"""The errors that this package raises about what it was given."""
+"""The errors that this package raises."""
 
 
 class OmniGenError(Exception):
-    """Base of this package's errors: one line with what was given, what is allowed, what to do."""
+    """Base of this package's errors: one line with the value, what is allowed and how to fix it."""
 
     def __init__(self, message: str) -> None:
-        # a name or another library's message may hold line breaks
+        # names and other libraries' messages may contain line breaks
         super().__init__(" ".join(message.splitlines()))
 
 
@@ -22,11 +22,11 @@ class ProfileError(OmniGenError, ValueError):
 
 
 class MemoryBudgetError(OmniGenError):
-    """No plan fits the memory that there is.
+    """No plan fits the available memory.
 
     Attributes:
-        least_bytes: the least memory that a plan under the same switches needs.
-        budget_bytes: what there is.
+        least_bytes: memory that the smallest plan with the same switches needs.
+        budget_bytes: available memory.
     """
 
     def __init__(self, message: str, least_bytes: int, budget_bytes: int) -> None:
@@ -36,5 +36,5 @@ class MemoryBudgetError(OmniGenError):
 
 
 def first_line(error: BaseException) -> str:
-    """A failure in one line."""
+    """The first line of an error's message, or its type if it has none."""
     return str(error).strip().partition("\n")[0] or type(error).__name__

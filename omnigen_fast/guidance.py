@@ -1,31 +1,27 @@
-"""The guidance branches of a prompt and their coefficients."""
+"""The guidance branches of a prompt and their weights."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from .images import InputImage
 from .request import Guidance, Prompt
 
-if TYPE_CHECKING:
-    pass
-
 
 @dataclass(frozen=True)
 class Branch:
-    """A guidance branch: the condition of one velocity that guidance combines."""
+    """A guidance branch: the condition of one of the velocities that guidance combines."""
 
     text: str
     images: tuple[InputImage, ...] = ()
 
 
 def guidance_branches(prompt: Prompt, guidance: Guidance) -> list[tuple[Branch, float]]:
-    """The branches of one prompt and what the velocity of each counts.
+    """The guidance branches of a prompt and their weights.
 
     `v = uncond + w_img (img - uncond) + w (cond - img)` with image guidance, else
-    `v = uncond + w (cond - uncond)`, collected by branch; a branch that counts 0 is left out, which
-    changes no value.
+    `v = uncond + w (cond - uncond)`, with terms collected by branch. Branches of weight 0 are left
+    out; the result is the same.
     """
     text, image = guidance.text, guidance.image
     cond, uncond = Branch(prompt.text, prompt.images), Branch(prompt.negative)

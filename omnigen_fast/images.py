@@ -1,4 +1,4 @@
-"""Input images: from whatever the caller has to the pixels that the model sees."""
+"""Input images: from any accepted source to the pixels that the model sees."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from .config import TOKEN_PIXELS, tokens
 from .errors import RequestError
 
 if TYPE_CHECKING:
+    import torch
     from PIL.Image import Image as PILImage
 
-# A photograph of 9,459 x 9,459 pixels; a larger one is taken for a decompression bomb.
+# 9,459 x 9,459 pixels; larger images are treated as decompression bombs.
 MAX_PIXELS = 89_478_485
-# Pillow's own decoders for these need no outside program (EPS, for one, would start Ghostscript).
-# MPO has no opener of its own: JPEG's finds out.
+# Pillow decodes these itself (EPS, for example, would start Ghostscript). MPO files open as JPEG.
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "ICO", "TGA")
 _KINDS = "a path, bytes, a PIL image or a numpy array"
 
@@ -44,21 +44,26 @@ class InputImage:
 
     @cached_property
     def digest(self) -> str:
-        """Names the content: equal pixels, equal digest."""
-        content = hashlib.blake2b(repr(self.pixels.shape).encode(), digest_size=16)
-        content.update(np.ascontiguousarray(self.pixels))
-        return content.hexdigest()
+        """Identifies the content: equal pixels have equal digests."""
+        return content_digest(self.pixels)
+
+
+def content_digest(array: np.ndarray) -> str:
+    """Identifies an array by its shape and values."""
+    digest = hashlib.blake2b(repr(array.shape).encode(), digest_size=16)
+    digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
 
 
 def read_image(source: Any, max_size: int, max_side: int, name: str) -> InputImage:
-    """Loads an image and shrinks and crops it as OmniGen does.
+    """Loads an image, and shrinks and crops it as OmniGen does.
 
     Args:
         source: a path, bytes of an image file, a PIL image, or a numpy array [height, width] or
             [height, width, 1, 3 or 4] of uint8, uint16, bool, or float in [0, 1].
-        max_size: the longer side is shrunk to this many pixels.
-        max_side: longest side in pixels that the model's position table covers.
-        name: what the caller calls this image, for errors.
+        max_size: the longer side is shrunk to at most this many pixels.
+        max_side: the longest side in pixels that the model's position table covers.
+        name: of the image in error messages.
 
     Raises:
         RequestError: not an image, unreadable, truncated, too large or too narrow.
@@ -66,18 +71,18 @@ def read_image(source: Any, max_size: int, max_side: int, name: str) -> InputIma
     pixels = np.array(fit(to_rgb(source, name), max_size))
     height, width = pixels.shape[:2]
     if max(height, width) > max_side:
-        # a sliver is made 16 pixels wide, and longer with it
+        # a sliver is widened to 16 pixels, which makes it longer too
         sliver = max(height, width) > max_size
         way_out = "crop it" if sliver else f"give max_input_image_size={max_side} or less"
         raise RequestError(
-            f"{name} is {width} x {height} pixels after resizing, the model takes at most "
+            f"{name} is {width} x {height} pixels after resizing; the model takes at most "
             f"{max_side} a side; {way_out}"
         )
     return InputImage(pixels)
 
 
 def to_rgb(source: Any, name: str = "image") -> PILImage:
-    """Any accepted image as 8-bit RGB: upright (EXIF), alpha on white, deep and CMYK converted."""
+    """Any accepted image as 8-bit RGB: turned upright (EXIF), with alpha on white."""
     from PIL import Image
 
     if isinstance(source, np.ndarray):
@@ -109,7 +114,7 @@ def fit(image: PILImage, max_size: int) -> PILImage:
     from PIL import Image
 
     while min(image.size) >= 2 * max_size:
-        image = image.resize(tuple(side // 2 for side in image.size), Image.Resampling.BOX)
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     if max(image.size) > max_size:
         image = _scale(image, max_size / max(image.size))
     if min(image.size) < TOKEN_PIXELS:
@@ -120,12 +125,27 @@ def fit(image: PILImage, max_size: int) -> PILImage:
     return image.crop((left, top, image.width - right, image.height - bottom))
 
 
+def normalized(pixels: np.ndarray, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Pixels as the autoencoder takes them.
+
+    Args:
+        pixels: [height, width, 3], uint8.
+        device: where to put them.
+
+    Returns:
+        [3, height, width], float32 in [-1, 1].
+    """
+    import torch
+
+    return torch.from_numpy(pixels).to(device, torch.float32).permute(2, 0, 1) / 255 * 2 - 1
+
+
 def _scale(image: PILImage, scale: float) -> PILImage:
     from PIL import Image
 
-    # a sliver of an image would round to a side of no pixels
-    sides = tuple(max(1, round(side * scale)) for side in image.size)
-    return image.resize(sides, Image.Resampling.BICUBIC)
+    # at least 1: the short side of a sliver would round to 0
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
 def _open(file: Any, name: str) -> PILImage:
@@ -142,7 +162,7 @@ def _open(file: Any, name: str) -> PILImage:
         raise RequestError(
             f"{name} is not an image this build can read; use PNG, JPEG, WebP, BMP, GIF or TIFF"
         ) from error
-    except Exception as error:  # decoders raise nearly anything on malformed files
+    except Exception as error:  # decoders raise almost anything on malformed files
         raise RequestError(f"{name} can't be read: {error}; save it again as PNG") from error
     with image:
         return _decode(image, name)
@@ -154,7 +174,7 @@ def _decode(image: PILImage, name: str) -> PILImage:
     if image.width * image.height > MAX_PIXELS:
         raise _too_large(name, image.width, image.height)
     if not image.width * image.height:
-        raise RequestError(f"{name} is {image.width} x {image.height} pixels; give one with some")
+        raise RequestError(f"{name} is {image.width} x {image.height} pixels; an image needs some")
     try:
         image.load()
         image = ImageOps.exif_transpose(image)
@@ -169,7 +189,7 @@ def _decode(image: PILImage, name: str) -> PILImage:
         return image.convert("RGB")
     except RequestError:
         raise
-    except Exception as error:  # decoders raise nearly anything on malformed files
+    except Exception as error:  # decoders raise almost anything on malformed files
         raise RequestError(
             f"{name} is damaged or cut short ({error}); save or download it again"
         ) from error
@@ -193,7 +213,7 @@ def _from_array(array: np.ndarray, name: str) -> PILImage:
     if array.dtype == np.bool_:
         array = array.astype(np.uint8) * 255
     elif array.dtype == np.uint16:
-        wide = array.astype(np.uint32)  # array / 257, to the nearest, in half a float's memory
+        wide = array.astype(np.uint32)  # array / 257, rounded, in half the memory of float64
         wide += 128
         wide //= 257
         array = wide.astype(np.uint8)
@@ -209,7 +229,5 @@ def _from_array(array: np.ndarray, name: str) -> PILImage:
 
 
 def _too_large(name: str, width: int = 0, height: int = 0) -> RequestError:
-    size = f"{width} x {height} pixels" if width else "enormous by its own header"
-    return RequestError(
-        f"{name} is {size}; at most {MAX_PIXELS:,} pixels are read, shrink it first"
-    )
+    size = f"{width} x {height} pixels" if width else "enormous according to its header"
+    return RequestError(f"{name} is {size}; the limit is {MAX_PIXELS:,} pixels, shrink it first")

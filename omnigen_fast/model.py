@@ -461,11 +461,12 @@ class Transformer(nn.Module):
             )
             block.finish(residual, attended, groups.delta, space)
 
-    def _split(self, qkv: Tensor) -> tuple[Tensor, ...]:
+    def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v, [rows, heads, head_dim] views of the fused product."""
         config = self.config
         by_head = qkv.unflatten(1, (-1, config.head_dim))
-        return by_head.split((config.num_heads, config.num_kv_heads, config.num_kv_heads), dim=1)
+        q, k, v = by_head.split((config.num_heads, config.num_kv_heads, config.num_kv_heads), dim=1)
+        return q, k, v
 
     def _embed_noise(
         self, latents: Tensor, pos_embed: Tensor, passes: Sequence[StepGroups]

@@ -6,7 +6,7 @@ import math
 
 from .config import LATENT_CHANNELS, PATCH, TIME_FREQUENCIES, ModelConfig
 
-PATCH_VALUES = LATENT_CHANNELS * PATCH * PATCH  # of a token
+PATCH_VALUES = LATENT_CHANNELS * PATCH * PATCH  # latent values of a token
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -44,7 +44,7 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-ALIGNED_BYTES = 256  # where a parameter begins in a layer's buffer
+ALIGNED_BYTES = 256  # alignment of parameters in a layer's buffer
 
 
 def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

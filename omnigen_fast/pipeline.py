@@ -5,16 +5,16 @@ from __future__ import annotations
 import inspect
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .call import Call, Memory, StepCallback, encoded, workload_of
+from .call import Call, Memory, encoded, workload_of
 from .config import ModelConfig
 from .engine import Engine
 from .errors import OmniGenError, RequestError, first_line
@@ -28,10 +28,16 @@ from .request import Request, finite, make_request
 from .run import SMALLER, AfterStep, decide, first_plan, generate
 from .schedule import StepSchedule
 from .streaming import is_out_of_memory
+from .surroundings import isolated
 from .vae.vae import Vae
 from .weights.checkpoint import Checkpoint
 from .weights.files import SDXL_VAE, VAE_FILES, resolve
 from .weights.lora import read_adapter
+
+# Called after each step with (pipeline, step, time, {"latents": ...}); may return new latents.
+StepCallback: TypeAlias = Callable[
+    ["OmniGenPipeline", int, float, dict[str, Any]], Mapping[str, Any] | None
+]
 
 _DTYPES = (torch.bfloat16, torch.float32)
 
@@ -62,6 +68,7 @@ class OmniGenPipeline:
         self._interrupt = False
 
     @classmethod
+    @isolated
     def from_pretrained(
         cls,
         model_name: str | os.PathLike[str],
@@ -152,7 +159,7 @@ class OmniGenPipeline:
         """Whether the running call was told to stop; set `_interrupt` from a callback to do so."""
         return self._interrupt
 
-    @torch.no_grad()
+    @isolated
     def __call__(
         self,
         prompt: str | Sequence[str],
@@ -285,6 +292,7 @@ class OmniGenPipeline:
         switches = given.request.switches
         return decide(self.engine, workload, switches, given.memory, given.precision)
 
+    @isolated
     def make_call(self, prompt: str | Sequence[str], input_images: Any = None, **call: Any) -> Call:
         """What a call would carry out, for those who drive `engine` themselves.
 
@@ -299,6 +307,7 @@ class OmniGenPipeline:
         given = self._bound(prompt, input_images, call)
         return self._start(given.request, given.precision)
 
+    @isolated
     def load_lora_weights(
         self,
         path: str | os.PathLike[str],
@@ -332,6 +341,7 @@ class OmniGenPipeline:
                 engine.refresh()  # undoes what was set
                 raise
 
+    @isolated
     def unload_lora_weights(self, adapter_name: str | None = None) -> None:
         """Takes one LoRA, or all, out again; the weights are the checkpoint's to the bit.
 

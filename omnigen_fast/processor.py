@@ -1,4 +1,4 @@
-"""From prompts and images to the condition sequences that the transformer reads."""
+"""Processor: prompts to tokens."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import numpy as np
 
 from .config import ModelConfig
 from .errors import CheckpointError, RequestError
+from .guidance import Branch
 from .request import PLACEHOLDER
+from .sequence import EncodedBranch
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-from .guidance import Branch
-from .sequence import EncodedBranch
 
 _BEFORE = "<|user|>\nGenerate an image according to the following instructions\n"
 _AFTER = "<|end|>\n<|assistant|>\n<|diffusion|>"
@@ -25,21 +25,22 @@ _SPECIAL = ("<|user|>", "<|end|>", "<|assistant|>", "<|diffusion|>", "<img>", "<
 
 
 class Processor:
-    """Tokenizes branches; remembers the latest 256 texts."""
+    """Tokenizes branches; caches the latest 256 texts."""
 
     def __init__(self, tokenizer: Tokenizer, config: ModelConfig) -> None:
         self.config = config
         self._tokenizer = tokenizer
-        self._bos = tokenizer.token_to_id(_BOS)
-        if self._bos is None:
+        bos = tokenizer.token_to_id(_BOS)
+        if bos is None:
             raise CheckpointError(
                 f"the tokenizer has no token {_BOS}; this is not OmniGen's tokenizer.json"
             )
-        lacking = [token for token in _SPECIAL if tokenizer.token_to_id(token) is None]
-        if lacking:
-            # the original would spell them out in smaller tokens, and so does this
+        self._bos: int = bos
+        missing = [token for token in _SPECIAL if tokenizer.token_to_id(token) is None]
+        if missing:
+            # they are split into smaller tokens, as in the original
             warnings.warn(
-                f"the tokenizer has no token {', '.join(lacking)}; is it OmniGen's tokenizer.json?",
+                f"the tokenizer has no token {', '.join(missing)}; is it OmniGen's tokenizer.json?",
                 UserWarning,
                 stacklevel=3,
             )
@@ -64,10 +65,15 @@ class Processor:
         return cls(tokenizer, config)
 
     def encode(self, branch: Branch, noise_tokens: int, steps: int) -> EncodedBranch:
-        """Tokens of one branch that is followed by a time token and `noise_tokens` noise tokens.
+        """Tokenizes one branch.
+
+        Args:
+            branch: text and images.
+            noise_tokens: that follow the branch and its time token; they decide the rotary factor.
+            steps: becomes part of the branch's key.
 
         Raises:
-            RequestError: the branch is longer than the model's positions.
+            RequestError: the branch has more tokens than the model has positions.
         """
         ids, kv_end, places = self._tokens(branch.text, tuple(i.tokens for i in branch.images))
         total = len(ids) + 1 + noise_tokens
@@ -79,25 +85,26 @@ class Processor:
         return EncodedBranch(ids, kv_end, spans, long, (branch.text, images, long, steps))
 
     def clear(self) -> None:
-        """Forgets the remembered texts."""
+        """Drops the cached texts."""
         self._tokens.cache_clear()
 
     def _tokenize(
         self, text: str, image_tokens: tuple[int, ...]
     ) -> tuple[np.ndarray, np.ndarray, tuple[tuple[int, int, int], ...]]:
-        """Token ids, kv_end, and the (first, past the last) slot and index of each image."""
-        # split() with a group: text, image number, text, image number, ..., text
+        """Token ids, kv_end, and of each image (first slot, slot after the last, index)."""
+        # splitting at a group gives text, image number, text, ..., image number, text
         pieces = PLACEHOLDER.split(_BEFORE + text + _AFTER)
         texts, numbers = pieces[::2], [int(piece) - 1 for piece in pieces[1::2]]
         try:
             encoded = [self._tokenizer.encode(one, add_special_tokens=False).ids for one in texts]
-        except Exception as error:  # the library's own, if a word is in no vocabulary
+        except Exception as error:  # the library raises its own, for example for unknown words
             raise CheckpointError(f"the tokenizer can't encode the prompt: {error}") from error
         length = 1 + sum(map(len, encoded)) + sum(image_tokens[number] for number in numbers)
         if length > self.config.max_position_embeddings:
-            # before a place is made for each: one image may be named many times
+            # checked before the slots are allocated: a prompt may name an image many times
             raise self._too_long(length)
-        ids, kv_end, places = [self._bos], [1], []
+        ids, kv_end = [self._bos], [1]
+        places: list[tuple[int, int, int]] = []
         for index, words in enumerate(encoded):
             ids += words
             kv_end += range(len(kv_end) + 1, len(ids) + 1)
@@ -108,8 +115,8 @@ class Processor:
                 places.append((start, start + slots, numbers[index]))
         if max(ids) >= self.config.vocab_size:
             raise CheckpointError(
-                f"the tokenizer gives token {max(ids)}, the model has {self.config.vocab_size}; "
-                "tokenizer.json and the weights do not belong together"
+                f"the tokenizer gives token {max(ids)}, but the model has {self.config.vocab_size} "
+                "tokens; tokenizer.json and the weights do not belong together"
             )
         return np.array(ids, np.int64), np.array(kv_end, np.int32), tuple(places)
 

@@ -1,4 +1,4 @@
-"""Request: one call's arguments, validated once, on the way in."""
+"""Request: the arguments of a call, validated once."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ DEFAULT_NEGATIVE_PROMPT = (
 )
 OUTPUT_TYPES = ("pil", "pt", "np", "latent")
 MAX_STEPS = 1000
-MAX_GUIDANCE = 1000  # beyond it float32 velocities and then pictures are nothing but noise
-MAX_IMAGES = 1024  # in one call; far beyond any memory, and a guard against a slipped digit
-_MAX_CHARACTERS = 1 << 20  # of a prompt; several times what the model's positions hold
-_MAX_NUMERAL = 9  # digits in the name of an image
+MAX_GUIDANCE = 1000  # larger scales give nothing but noise in float32
+MAX_IMAGES = 1024  # in one call; guards against a typo
+_MAX_CHARACTERS = 1 << 20  # of a prompt; several times more than the model's positions hold
+_MAX_NUMERAL = 9  # digits of an image's number in a prompt
 
 PLACEHOLDER = re.compile(r"<\|image_(\d+)\|>")
 _TAG = re.compile(r"<img>|</img>|<\|image_(?:\d+\|>)?")
@@ -39,7 +39,7 @@ _WELL_FORMED = re.compile(r"<img>\s*<\|image_\d+\|>\s*</img>")
 
 @dataclass(frozen=True)
 class Guidance:
-    """Classifier-free guidance over text and, after InstructPix2Pix (2023), over input images."""
+    """Scales of classifier-free guidance: text, and input images (InstructPix2Pix, 2023)."""
 
     text: float
     image: float
@@ -48,7 +48,7 @@ class Guidance:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt with the images that its placeholders name, and what to steer away from."""
+    """A prompt, the images that its placeholders name, and its negative prompt."""
 
     text: str
     images: tuple[InputImage, ...]
@@ -57,7 +57,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Request:
-    """What one call asks for. Nothing downstream checks a user's input again."""
+    """A validated call; nothing downstream checks the user's input again."""
 
     prompts: tuple[Prompt, ...]
     images_per_prompt: int
@@ -65,7 +65,7 @@ class Request:
     width: int
     steps: int
     guidance: Guidance
-    switches: Switches  # what the caller has fixed of the memory plan
+    switches: Switches  # the caller's constraints on the memory plan
     seed: int | None
     generator: Any  # None, a torch.Generator, or one for each image
     latents: Any  # None, or a tensor [images, 4, height / 8, width / 8]
@@ -73,7 +73,7 @@ class Request:
 
     @property
     def images(self) -> int:
-        """How many pictures come out."""
+        """The number of pictures to make."""
         return len(self.prompts) * self.images_per_prompt
 
     @property
@@ -117,11 +117,10 @@ def make_request(
 ) -> Request:
     """Checks every argument of a call and reads its images.
 
-    The arguments are `OmniGenPipeline.__call__`'s, described there.
+    `OmniGenPipeline.__call__` describes the arguments.
 
     Raises:
-        RequestError: the first thing that can't be used: what was given, what is allowed, what to
-            do about it.
+        RequestError: the first invalid argument: its value, what is allowed and how to fix it.
     """
     texts, image_lists = _prompts_and_images(prompt, input_images)
     for index, (text, images) in enumerate(zip(texts, image_lists)):
@@ -185,9 +184,9 @@ def make_request(
     )
     if use_input_image_size_as_output:
         height, width = prompts[0].images[0].size
-    images = len(texts) * per_prompt
-    _check_generator(generator, images)
-    _check_latents(latents, latent_shape(images, height, width))
+    pictures = len(texts) * per_prompt
+    _check_generator(generator, pictures)
+    _check_latents(latents, latent_shape(pictures, height, width))
     return Request(
         prompts=prompts,
         images_per_prompt=per_prompt,
@@ -204,7 +203,7 @@ def make_request(
 
 
 def _prompts_and_images(prompt: Any, input_images: Any) -> tuple[list[str], list[list[Any]]]:
-    """Prompts, and for each the list of its images, from the shapes that a call may take."""
+    """The prompts and the list of images of each."""
     if isinstance(prompt, str):
         if input_images is None:
             images: list[Any] = []
@@ -284,10 +283,10 @@ def _check_text(text: str, name: str) -> None:
             f"{name} has {len(text):,} characters, at most {_MAX_CHARACTERS:,} are read; shorten it"
         )
     try:
-        text.encode()  # strings can hold halves of characters, for instance from undecodable bytes
+        text.encode()  # strings can hold lone surrogates, for example from undecodable bytes
     except UnicodeEncodeError as error:
         raise RequestError(
-            f"{name} holds {text[error.start]!r} at {error.start}, which is no character; "
+            f"{name} holds {text[error.start]!r} at {error.start}, which is not a character; "
             "was it decoded from UTF-8?"
         ) from error
 
@@ -317,6 +316,7 @@ def _negatives(negative_prompt: Any, prompts: int) -> list[str]:
 
 
 def checked_side(name: str, value: Any, config: ModelConfig) -> int:
+    """A height or width in pixels; raises RequestError unless the model can make it."""
     side = _integer(name, value, TOKEN_PIXELS, config.max_image_side, " pixels")
     if side % TOKEN_PIXELS:
         below = side - side % TOKEN_PIXELS
@@ -340,7 +340,7 @@ def _integer(name: str, value: Any, low: int, high: int, unit: str = "") -> int:
 
 
 def finite(name: str, value: Any) -> float:
-    """The number that a caller gave; raises RequestError unless it is finite."""
+    """The value as a float; raises RequestError unless it is a finite number."""
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError, RuntimeError):  # the last: torch's
@@ -361,7 +361,7 @@ def _scale(name: str, value: Any) -> float:
 
 
 def _switch(name: str, value: Any) -> bool:
-    # a string such as "no" would count as true
+    # a string such as "no" is truthy
     if isinstance(value, bool) or type(value).__name__ in ("bool_", "bool"):
         return bool(value)
     raise RequestError(f"{name} must be True or False, got {_show(value)}")
@@ -405,9 +405,9 @@ def _kind(value: Any) -> str:
 
 
 def _show(value: Any) -> str:
-    """A value as an error shows it, cut short."""
+    """A value for an error message, truncated."""
     try:
         text = repr(value)
-    except ValueError:  # Python writes no integer of more than 4300 digits
+    except ValueError:  # Python does not print integers of more than 4300 digits
         return f"an enormous {_kind(value)}"
     return text if len(text) <= 100 else f"{text[:97]}..."

@@ -13,9 +13,9 @@ from .call import Call, Memory
 from .engine import Engine
 from .errors import MemoryBudgetError, OmniGenError, first_line
 from .memory.cost import Cost, Estimate
-from .memory.device import free_bytes, on_host, parse_memory, profile_of
+from .memory.device import free_bytes, parse_memory, profile_of
 from .memory.overview import Report
-from .memory.plan import MemoryPlan, Switches, Workload, typical_workload
+from .memory.plan import MemoryPlan, Switches, Workload, first_workload
 from .memory.planner import Candidate, Decision, describe, front
 from .memory.planner import plan as fastest_plan
 from .precision import Precision
@@ -108,6 +108,7 @@ def _plans(engine: Engine, call: Call, memory: Memory) -> Iterator[tuple[MemoryP
     """What to try, one after the other as memory runs out; ends with one line that says so."""
     if isinstance(memory, MemoryPlan):
         plan = call.request.switches.applied_to(memory, engine.config.num_layers)
+        plan.check(engine.config.num_layers)
         yield replace(plan, precision=call.precision), None
         raise OmniGenError(
             f"out of memory with the plan that was given ({call.failures[-1]}); give "
@@ -152,12 +153,11 @@ def decide(
         budget = free_bytes(engine.device, profile, engine.held_bytes())
     if given is not None:
         plan = switches.applied_to(given, engine.config.num_layers)
+        plan.check(engine.config.num_layers)
         estimate = Estimate(engine.config, engine.vae.shape, precision, workload, profile)
         cost = estimate.cost(plan, engine.arrangement)
         candidate = Candidate(plan, cost.peak_bytes, cost.seconds)
         return Decision(plan, cost, budget, (candidate,), (), estimate)
-    if on_host(engine.device):  # what is offloaded is there already
-        switches = replace(switches, offload_kv_cache=None, offload_model=None)
     return fastest_plan(
         engine.config,
         engine.vae.shape,
@@ -176,11 +176,11 @@ def first_plan(
     checkpoint: Checkpoint, vae: Vae, precision: Precision, device: torch.device, memory: Memory
 ) -> MemoryPlan:
     """Where weights are loaded to, before there is a request: as for one picture of 1024 px."""
-    if isinstance(memory, MemoryPlan):
-        return memory
     config = checkpoint.config
-    side = min(1024, config.max_image_side)
-    workload = typical_workload(side, side, config=config)
+    if isinstance(memory, MemoryPlan):
+        memory.check(config.num_layers)
+        return memory
+    workload = first_workload(config)
     profile = profile_of(device)
     budget = parse_memory(memory)
     budget = free_bytes(device, profile) if budget is None else budget

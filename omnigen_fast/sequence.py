@@ -1,4 +1,4 @@
-"""The tokens of guidance branches as the cache keeps them and as prefill computes them."""
+"""Encoded branches: how the cache shares them and how prefill lays them out."""
 
 from __future__ import annotations
 
@@ -16,43 +16,43 @@ from .memory.plan import SHARED_TOKENS, Condition
 
 @dataclass(frozen=True)
 class EncodedBranch:
-    """A branch as tokens. Equal `key`s have equal keys and values in every layer."""
+    """A tokenized branch. Branches with equal `key`s have equal keys and values in every layer."""
 
     token_ids: np.ndarray  # [condition tokens], int64, 0 in the slots of images
-    kv_end: np.ndarray  # [condition tokens], int32: each sees the tokens before this place
-    spans: tuple[tuple[int, int, InputImage], ...]  # (first, past the last) slot of each image
-    long: bool  # whether its rotary embedding takes the long factor
+    kv_end: np.ndarray  # [condition tokens], int32: each token sees those before this index
+    spans: tuple[tuple[int, int, InputImage], ...]  # (first slot, slot after the last, image)
+    long: bool  # whether its rotary embedding uses the long factor
     key: Hashable
 
     @property
     def length(self) -> int:
-        """Condition tokens."""
+        """The number of condition tokens."""
         return len(self.token_ids)
 
 
 @dataclass(frozen=True)
 class ConditionSequence:
-    """What prefill computes of a branch: `[tokens that no other has | time tokens of all steps]`.
+    """The rows that prefill computes for a branch: `[its own tokens | time tokens of all steps]`.
 
-    Each entry of the cache is computed on its own, so that its keys and values have the same bits
-    whatever else is computed beside it.
+    Every cache entry is computed on its own, so its keys and values are bit-identical whatever the
+    rest of the batch.
     """
 
     branch: EncodedBranch
-    shared: int  # tokens in front of these, computed by the sequence before
-    token_ids: Tensor  # [rows], int64, 0 where an image or a time token stands
-    positions: Tensor  # [rows], int64; time tokens all stand behind the condition
+    shared: int  # tokens before these, computed by the previous sequence
+    token_ids: Tensor  # [rows], int64, 0 for image and time tokens
+    positions: Tensor  # [rows], int64; all time tokens share the position after the condition
     kv_end: Tensor  # [shared + rows], int32, see kernels.reference.attention_prefill
     cu_rows: Tensor  # [2], int32: 0 and shared + rows
-    cache_rows: Tensor  # [rows], int64: where each row's key and value go
+    cache_rows: Tensor  # [rows], int64: cache row of each key and value
 
 
 def pair_up(branches: Sequence[EncodedBranch]) -> list[tuple[EncodedBranch, ...]]:
-    """The branches of one picture as the cache keeps them: alone, or two that begin alike.
+    """Groups the branches of a picture for the cache: single, or two with a common prefix.
 
-    With the image in front of the instruction, the branch of the images begins as the whole
-    condition does: their keys and values are the same up to where they differ, if both have the
-    same rotary factor. Of all pairs the one that shares most is made.
+    If the image comes before the instruction, the image branch and the full condition have a
+    common prefix; its keys and values are equal if both use the same rotary factor. Only the pair
+    with the longest prefix is formed.
     """
     distinct = list({branch.key: branch for branch in branches}.values())
     pairs = [
@@ -68,7 +68,7 @@ def pair_up(branches: Sequence[EncodedBranch]) -> list[tuple[EncodedBranch, ...]
 
 
 def shared_tokens(one: EncodedBranch, other: EncodedBranch) -> int:
-    """How many tokens from the first on have the same keys and values in both branches."""
+    """The length of the common prefix, in tokens with equal keys and values."""
     if one.long != other.long:
         return 0
     most = min(one.length, other.length)
@@ -80,7 +80,7 @@ def shared_tokens(one: EncodedBranch, other: EncodedBranch) -> int:
         {(first, stop, image.digest, image.size) for first, stop, image in branch.spans}
         for branch in (one, other)
     ]
-    # an image's tokens see all of it, so it is shared whole or not at all
+    # an image's tokens see the whole image, so it is shared whole or not at all
     ends = [first for first, *_ in places[0] ^ places[1]]
     ends += [first for first, stop, *_ in places[0] & places[1] if stop > shared]
     return min([shared, *ends])
@@ -92,15 +92,15 @@ def cache_entries(
     share: bool = True,
     form: Callable[[Sequence[EncodedBranch]], Hashable] = lambda branches: None,
 ) -> dict[Entry, tuple[EncodedBranch, ...]]:
-    """What the cache is to hold for some pictures, and the branches of each entry.
+    """The cache entries that pictures need, and the branches of each entry.
 
     Args:
-        pictures: the branches of each.
-        steps: how many time tokens stand behind each branch.
-        share: whether a picture's branches that begin alike are kept together.
+        pictures: the branches of each picture.
+        steps: time tokens after each branch.
+        share: whether branches with a common prefix share its rows.
         form: see `Entry.form`, of the branches of an entry.
     """
-    entries = {}
+    entries: dict[Entry, tuple[EncodedBranch, ...]] = {}
     for branches in pictures:
         for kept in pair_up(branches) if share else [(branch,) for branch in branches]:
             shared = shared_tokens(*kept) if len(kept) == 2 else 0
@@ -115,7 +115,7 @@ def lay_out_all(
     cache: Cache,
     device: torch.device,
 ) -> list[ConditionSequence]:
-    """What prefill is to compute for some entries of the cache, in its order."""
+    """The sequences that prefill computes for entries of the cache, in order."""
     return [
         lay_out(branch, entry.steps, span, device)
         for entry, branches in entries.items()
@@ -129,10 +129,10 @@ def lay_out(
     """Lays a branch out for prefill.
 
     Args:
-        branch: what to compute.
-        steps: how many time tokens stand behind it.
+        branch: the branch.
+        steps: time tokens after it.
         span: its rows in the cache.
-        device: where the sequence is to be.
+        device: of the sequence.
     """
     length, shared = branch.length, span.shared
     kv_end = torch.full((length + steps,), length, dtype=torch.int32)

@@ -1,8 +1,8 @@
-"""Layers that do not fit: they pass through a ring of buffers, copied in ahead of their use.
+"""Streaming of layers that do not fit: a ring of buffers, filled ahead of their use.
 
-Copies run on a lane of their own beside the computation, and events order the two: a buffer is read
-only after its copy, and overwritten only after its last reader. Nothing is copied back but what was
-computed for the first time: the host's copy is the master.
+Copies overlap with the computation on a lane of their own, and events order the two: a buffer is
+read only after its copy and overwritten only after its last reader. The host's copy is the master;
+only newly computed keys and values are copied to it.
 """
 
 from __future__ import annotations
@@ -12,37 +12,36 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from .memory.device import free_host_bytes
-
 _log = logging.getLogger("omnigen_fast")
 
 T = TypeVar("T")
-Mark = Any  # a place in the computation's or the lane's order of work
+Mark = Any  # a point in the computation's or the lane's order of work
 
 
 class Lane(Protocol):
-    """Copies beside the computation, in the order they are submitted."""
+    """Runs copies concurrently with the computation, in order of submission."""
 
     def submit(self, copy: Callable[[], None], after: Mark) -> Mark:
-        """Runs `copy` after the computation has passed `after`; returns the copy's own mark."""
+        """Runs `copy` once the computation has passed `after`; returns the mark of the copy."""
 
     def mark(self) -> Mark:
-        """The place that the computation has reached in its order of work."""
+        """The point that the computation has reached."""
 
     def wait(self, mark: Mark) -> None:
-        """Makes the computation wait for a copy; raises what the copy raised."""
+        """Makes the computation wait for a copy; raises the copy's exception."""
 
     def drain(self) -> None:
-        """Returns when nothing that was submitted is still to run."""
+        """Returns once all submitted copies are done."""
 
 
 class StreamLane:
-    """A CUDA stream, ordered with the current one by events: the host waits for neither."""
+    """A CUDA stream, ordered with the current one by events; the host never waits."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -66,9 +65,9 @@ class StreamLane:
 
 
 class ThreadLane:
-    """A thread that copies while the CPU computes; on a CPU a computation is done when it returns.
+    """A thread that copies while the CPU computes; there a computation is done when it returns.
 
-    Copies and file reads release Python's lock.
+    Copies and file reads release the GIL.
     """
 
     def __init__(self) -> None:
@@ -91,22 +90,22 @@ class ThreadLane:
 
 
 def _without_gradients(work: Callable[[], None]) -> None:
-    with torch.no_grad():  # a setting of each thread
+    with torch.no_grad():  # a thread's own setting
         work()
 
 
 def lane_for(device: torch.device) -> Lane:
-    """The lane that a device's copies take."""
+    """The lane for a device's copies."""
     return StreamLane(device) if device.type == "cuda" else ThreadLane()
 
 
 class Ring:
-    """Buffers through which items pass in a cycle, always in the same order.
+    """Buffers that items pass through cyclically, always in the same order.
 
     Args:
         lane: runs the copies.
-        slots: number of buffers, at least 1; one more than the copies that run ahead.
-        order: the items, without repetition; after the last comes the first again.
+        slots: number of buffers, at least 1; one more than the number of copies in flight.
+        order: the items, without repetition; the last is followed by the first.
         fill: copies an item into a buffer, `fill(slot, item)`.
     """
 
@@ -118,26 +117,26 @@ class Ring:
         self._order = tuple(order)
         self._fill = fill
         self._place = {item: place for place, item in enumerate(order)}
-        # the computation may not be done yet with what the buffers' memory held before
+        # the computation may still read what the buffers' memory held before
         now = lane.mark()
         self._free: deque[tuple[int, Mark]] = deque((slot, now) for slot in range(slots))
-        self._coming: deque[tuple[int, int, Mark]] = deque()  # item, slot, when it is there
+        self._coming: deque[tuple[int, int, Mark]] = deque()  # item, slot, mark of its copy
         self._taken: dict[int, int] = {}
         self._next = 0
 
     def take(self, item: int) -> int:
-        """The slot in which the computation finds an item from here on."""
+        """The slot that holds an item from here on, for the computation."""
         if not self._coming or self._coming[0][0] != item:
             self._give_up()
             self._next = self._place[item]
         self._load()
         _, slot, there = self._coming.popleft()
-        self._taken[item] = slot  # from here on `reset` frees it, whatever the copy has raised
+        self._taken[item] = slot  # from here on `reset` frees it, even if the copy has failed
         self._lane.wait(there)
         return slot
 
     def lend(self, item: int) -> int:
-        """A slot for the computation to write an item into."""
+        """A slot that the computation writes an item into."""
         self._give_up()
         slot, free = self._free.popleft()
         if free is not None:
@@ -150,17 +149,17 @@ class Ring:
 
         Args:
             item: that was taken or lent.
-            store: copies it from its slot before another one comes there.
+            store: copies it out of its slot before the slot is reused.
         """
         slot, done = self._taken.pop(item), self._lane.mark()
         if store is None:
             self._free.append((slot, done))
             self._load()
         else:
-            self._free.append((slot, self._lane.submit(lambda: store(slot), done)))
+            self._free.append((slot, self._lane.submit(partial(store, slot), done)))
 
     def reset(self) -> None:
-        """Forgets what the buffers hold and who had them: items have changed, or a step failed."""
+        """Forgets contents and users of all buffers: items have changed, or a step failed."""
         self._lane.drain()
         slots = [slot for slot, _ in self._free]
         slots += [slot for _, slot, _ in self._coming]
@@ -174,24 +173,24 @@ class Ring:
         while self._free:
             slot, free = self._free[0]
             item = self._order[self._next]
-            there = self._lane.submit(lambda slot=slot, item=item: self._fill(slot, item), free)
-            self._free.popleft()  # only now: a copy that can't be submitted leaves all as it was
+            there = self._lane.submit(partial(self._fill, slot, item), free)
+            self._free.popleft()  # only now: a copy that can't be submitted changes nothing
             self._coming.append((item, slot, there))
             self._next = (self._next + 1) % len(self._order)
 
     def _give_up(self) -> None:
-        """Frees the slots of items that come but are not wanted next; a lane keeps its order."""
+        """Frees the slots of prefetched items that are not needed next; a lane keeps its order."""
         while self._coming:
             _, slot, there = self._coming.popleft()
             self._free.append((slot, there))
 
 
 class Streamed(Generic[T]):
-    """Layers of which some are on the device and the others come through a ring.
+    """Layers, some on the device and the others streamed through a ring.
 
     Args:
         ring: of the layers that are not resident.
-        slots: what the computation uses of each of the ring's buffers.
+        slots: the computation's view of each of the ring's buffers.
         resident: the other layers.
     """
 
@@ -214,7 +213,7 @@ class Streamed(Generic[T]):
 
 
 def spread(resident: int, layers: int) -> frozenset[int]:
-    """Which layers stay on the device: so many, evenly between those that are streamed."""
+    """Which layers stay on the device: `resident` of them, spread evenly over all layers."""
     return frozenset(
         layer
         for layer in range(layers)
@@ -223,7 +222,7 @@ def spread(resident: int, layers: int) -> frozenset[int]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a failure is one of memory, on the device or on the host."""
+    """Whether an error means that the device or the host ran out of memory."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     signs = (
@@ -236,14 +235,14 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 class HostMemory:
-    """Buffers on the host, page-locked while that leaves enough for the rest of the system.
+    """Buffers on the host, page-locked as far as the rest of the system allows.
 
-    Copies from page-locked memory run beside the computation. Memory is locked where it was
-    allocated, in its exact size: the allocator for locked memory would round up to a power of two.
+    Copies from page-locked memory overlap with the computation. Memory is locked after it was
+    allocated, in its exact size: PyTorch's allocator for pinned memory rounds up to powers of two.
 
     Args:
         device: that copies go to; only memory for CUDA is locked.
-        most_locked_bytes: how much may be locked; half of what is free unless given.
+        most_locked_bytes: how much may be locked; half of the free memory by default.
     """
 
     def __init__(self, device: torch.device, most_locked_bytes: int | None = None) -> None:
@@ -256,12 +255,14 @@ class HostMemory:
         """An uninitialised tensor on the host."""
         tensor = torch.empty(*shape, dtype=dtype)
         if self._cuda and tensor.nbytes:
-            if self._most is None:
-                self._most = free_host_bytes() // 2
             self._lock(tensor)
         return tensor
 
     def _lock(self, tensor: Tensor) -> None:
+        if self._most is None:
+            from .memory.device import free_host_bytes
+
+            self._most = free_host_bytes() // 2
         size, address = tensor.nbytes, tensor.data_ptr()
         locked = self._locked + size <= self._most and self._register(address, size)
         if locked:
@@ -270,8 +271,8 @@ class HostMemory:
         elif not self._noticed:
             self._noticed = True
             _log.warning(
-                "%.1f GB of host memory are page-locked and no more can be; what is streamed from "
-                "the rest does not overlap with the computation",
+                "%.1f GB of host memory are page-locked and no more can be; copies from the rest "
+                "do not overlap with the computation",
                 self._locked / 1e9,
             )
 

@@ -1,8 +1,8 @@
-"""What the runtime knows of each device: a JSON file each, beside this one or the user's own.
+"""Device profiles: one JSON file per device, bundled in this folder or the user's own.
 
 A file must have `name`, `memory_bytes`, `bandwidth_bytes_per_second`, `bf16_flops_per_second` and
-`source` (a text, or an object with a text for each figure); what else `Profile` has is optional,
-and a cautious value stands in for it, which `Profile.source` names as such.
+`source` (a text, or an object with a text for each figure). The other fields of `Profile` are
+optional; conservative defaults are marked as such in `Profile.source`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from ..errors import ProfileError
 
@@ -24,7 +24,7 @@ _CELL = re.compile(r"OOM|(?P<gigabytes>\d+)G, ?(?:(?P<minutes>\d+)m)?(?:(?P<seco
 
 @dataclass(frozen=True)
 class DocumentedCell:
-    """One cell of the original's tables: what it documents to need on a device, for 50 steps."""
+    """One cell of the original's tables: documented memory and time on a device, at 50 steps."""
 
     table: str  # its title
     settings: str  # the row's text
@@ -55,13 +55,13 @@ class DocumentedCell:
 
     def _parse(self) -> dict[str, str | None]:
         found = _CELL.fullmatch(self.text)
-        assert found, self.text  # checked when it was read
+        assert found, self.text  # checked on reading
         return found.groupdict()
 
 
 @dataclass(frozen=True)
 class Profile:
-    """A device's limits, and what well-written programs attain on it."""
+    """A device's limits, and the rates that well-written programs attain on it."""
 
     name: str
     memory_bytes: float
@@ -70,18 +70,18 @@ class Profile:
     attained_product_flops_per_second: float  # large matrix products
     attained_attention_flops_per_second: float
     attained_bandwidth_share: float  # of the bandwidth, by elementwise kernels
-    fp32_flops_per_second: float  # attained by products without TF32: what the VAE runs at
+    fp32_flops_per_second: float  # attained by products without TF32, such as the VAE's
     # attained by copies from pinned host memory; on a CPU, by reading mapped weights
     link_bytes_per_second: float
-    context_bytes: float  # taken before the first tensor: driver context, libraries' work spaces
+    context_bytes: float  # used before the first tensor: driver context, libraries' workspaces
     source: Mapping[str, str] = field(compare=False)  # of each figure
     capability: str | None = None  # of CUDA, such as "8.0"
-    on_host: bool = False  # whether the device's memory is the host's
+    on_host: bool = False  # the device computes in the host's memory
     device_names: tuple[str, ...] = ()  # what `torch.cuda.get_device_name` calls the device
-    documented: tuple[DocumentedCell, ...] = ()  # what the original is documented to need on it
+    documented: tuple[DocumentedCell, ...] = ()  # of the original on this device
 
     def seconds(self, bytes_moved: float, flops: float = 0, attention: bool = False) -> float:
-        """Roofline (Williams et al., 2009) with attained rates: the larger of both times."""
+        """Roofline (Williams et al., 2009) with attained rates: the longer of the two times."""
         rate = (
             self.attained_attention_flops_per_second
             if attention
@@ -93,7 +93,7 @@ class Profile:
 
 _LIMITS = ("memory_bytes", "bandwidth_bytes_per_second", "bf16_flops_per_second")
 _REQUIRED = ("name", *_LIMITS, "source")
-# What stands in for a figure that a file lacks, and why.
+# Default of each optional figure, and its source.
 _DEFAULTS: dict[str, tuple[str, Callable[[Mapping[str, Any]], float]]] = {
     "attained_product_flops_per_second": (
         "80 % of the peak, as on an A100",
@@ -105,7 +105,7 @@ _DEFAULTS: dict[str, tuple[str, Callable[[Mapping[str, Any]], float]]] = {
     ),
     "attained_bandwidth_share": ("0.85, as on an H100", lambda given: 0.85),
     "fp32_flops_per_second": (
-        "5 % of the bfloat16 peak, less than any device that ships",
+        "5 % of the bfloat16 peak, less than any bundled device",
         lambda given: 0.05 * given["bf16_flops_per_second"],
     ),
     "link_bytes_per_second": ("12e9, as over PCIe 4.0 x8 or 3.0 x16", lambda given: 12e9),
@@ -117,13 +117,13 @@ _SWITCHES = ("use_kv_cache", "offload_kv_cache", "separate_cfg_infer", "offload_
 
 
 def names() -> list[str]:
-    """The devices that ship."""
+    """The bundled devices."""
     return sorted(path.stem for path in _FOLDER.glob("*.json"))
 
 
 def by_device_name(name: str) -> Profile | None:
-    """The profile that ships for what `torch.cuda.get_device_name` returned, or None."""
-    # drivers before 2021 leave the maker out
+    """The bundled profile of a device by its `torch.cuda.get_device_name`, or None."""
+    # drivers before 2021 omit the vendor
     key = name.strip().removeprefix("NVIDIA ")
     for device in names():
         profile = load(device)
@@ -133,10 +133,10 @@ def by_device_name(name: str) -> Profile | None:
 
 
 def load(name: str | Path) -> Profile:
-    """A profile by the name of a device that ships, or from a JSON file like theirs.
+    """A bundled device's profile by name, or a profile from a JSON file.
 
     Raises:
-        ProfileError: there is no such device or file, or it lacks a figure or has a wrong one.
+        ProfileError: there is no such device or file, or a figure is missing or invalid.
     """
     if str(name) in names():
         return _shipped(str(name))
@@ -165,7 +165,7 @@ def _read(path: Path) -> Profile:
 
 
 class _Wrong(Exception):
-    """Something in a file, before the file's name is known."""
+    """An invalid value; the caller adds the file's name."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -187,7 +187,9 @@ def _profile(values: Any) -> Profile:
     if unknown:
         raise _Wrong(f"there is no {', '.join(unknown)}; a profile has {', '.join(known)}")
     _require(_is_text(values["name"]), values, "name", "a text")
-    figures = {key: values[key] for key in (*_LIMITS, *_DEFAULTS) if key in values}
+    figures: dict[str, float] = {
+        key: values[key] for key in (*_LIMITS, *_DEFAULTS) if key in values
+    }
     for key in figures:
         _require(_is_positive(figures[key]), figures, key, "a positive number")
     source = _source(values, figures.keys() | values.keys() & {"documented"})
@@ -201,16 +203,23 @@ def _profile(values: Any) -> Profile:
     for key in ("attained_product_flops_per_second", "attained_attention_flops_per_second"):
         _require(figures[key] <= peak, figures, key, f"at most the peak of {peak:g}")
     capability = values.get("capability")
-    good = _is_text(capability) and re.fullmatch(r"\d+\.\d", capability)
-    _require(capability is None or good, values, "capability", 'null or a text like "8.0"')
+    good = capability is None or (_is_text(capability) and re.fullmatch(r"\d+\.\d", capability))
+    _require(good, values, "capability", 'null or a text like "8.0"')
     on_host = values.get("on_host", False)
     _require(isinstance(on_host, bool), values, "on_host", "true or false")
     devices = values.get("device_names", [])
-    good = _is_list(devices) and all(map(_is_text, devices))
-    _require(good, values, "device_names", "a list of texts")
+    _require(_are_texts(devices), values, "device_names", "a list of texts")
     return Profile(
         name=values["name"],
-        **figures,
+        memory_bytes=figures["memory_bytes"],
+        bandwidth_bytes_per_second=figures["bandwidth_bytes_per_second"],
+        bf16_flops_per_second=figures["bf16_flops_per_second"],
+        attained_product_flops_per_second=figures["attained_product_flops_per_second"],
+        attained_attention_flops_per_second=figures["attained_attention_flops_per_second"],
+        attained_bandwidth_share=figures["attained_bandwidth_share"],
+        fp32_flops_per_second=figures["fp32_flops_per_second"],
+        link_bytes_per_second=figures["link_bytes_per_second"],
+        context_bytes=figures["context_bytes"],
         source=source,
         capability=capability,
         on_host=on_host,
@@ -220,7 +229,7 @@ def _profile(values: Any) -> Profile:
 
 
 def _source(values: dict[str, Any], figures: set[str]) -> dict[str, str]:
-    """The source of each figure that is given."""
+    """The source of each given figure."""
     source = values["source"]
     if _is_text(source):
         return dict.fromkeys(figures, source)
@@ -235,15 +244,13 @@ def _documented(values: Any) -> tuple[DocumentedCell, ...]:
     """All cells of a file's `documented`: {columns, tables: [{title, rows}]}."""
     _keys(values, "documented", ("columns", "tables"))
     columns, tables = values["columns"], values["tables"]
-    _require(
-        _is_list(columns) and all(map(_is_text, columns)), values, "columns", "a list of texts"
-    )
-    _require(_is_list(tables), values, "tables", "a list of objects")
-    cells = []
+    _require(_are_texts(columns), values, "columns", "a list of texts")
+    _require(isinstance(tables, list), values, "tables", "a list of objects")
+    cells: list[DocumentedCell] = []
     for table in tables:
         _keys(table, "a table", ("title", "rows"))
         _require(_is_text(table["title"]), table, "title", "a text")
-        _require(_is_list(table["rows"]), table, "rows", "a list of objects")
+        _require(isinstance(table["rows"], list), table, "rows", "a list of objects")
         for row in table["rows"]:
             cells += _row(table["title"], columns, row)
     return tuple(cells)
@@ -258,12 +265,23 @@ def _row(table: str, columns: list[str], row: Any) -> list[DocumentedCell]:
     for key in _SWITCHES:
         _require(isinstance(row[key], bool), row, key, "true or false")
     texts = row["cells"]
-    good = _is_list(texts) and len(texts) == len(columns)
-    good = good and all(_is_text(text) and _CELL.fullmatch(text) for text in texts)
+    good = _are_texts(texts) and len(texts) == len(columns) and all(map(_CELL.fullmatch, texts))
     _require(good, row, "cells", f'{len(columns)} texts like "12G, 1m6s" or "OOM"')
-    same = {key: row[key] for key in ("settings", *_SIZES, *_SWITCHES)}
     return [
-        DocumentedCell(table=table, column=column, images=images, text=text, **same)
+        DocumentedCell(
+            table=table,
+            settings=row["settings"],
+            column=column,
+            images=images,
+            max_input_image_size=row["max_input_image_size"],
+            height=row["height"],
+            width=row["width"],
+            use_kv_cache=row["use_kv_cache"],
+            offload_kv_cache=row["offload_kv_cache"],
+            separate_cfg_infer=row["separate_cfg_infer"],
+            offload_model=row["offload_model"],
+            text=text,
+        )
         for images, (column, text) in enumerate(zip(columns, texts, strict=True))
     ]
 
@@ -273,19 +291,20 @@ def _keys(value: Any, what: str, keys: tuple[str, ...]) -> None:
         raise _Wrong(f"{what} must be an object with exactly {', '.join(keys)}")
 
 
-def _require(good: Any, values: Mapping[str, Any], key: str, allowed: str) -> None:
+def _require(good: object, values: Mapping[str, Any], key: str, allowed: str) -> None:
     if not good:
         raise _Wrong(f"{key} can't be {values[key]!r}: it must be {allowed}")
 
 
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list)
-
-
-def _is_text(value: Any) -> bool:
+def _is_text(value: object) -> TypeGuard[str]:
     return isinstance(value, str) and bool(value.strip())
 
 
-def _is_positive(value: Any) -> bool:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and 0 < value <= sys.float_info.max
+def _are_texts(value: object) -> TypeGuard[list[str]]:
+    return isinstance(value, list) and all(map(_is_text, value))
+
+
+def _is_positive(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return 0 < value <= sys.float_info.max

@@ -142,7 +142,7 @@ def test_commands_are_right(command, tmp_path, monkeypatch):
     elif program == "pip":
         assert arguments[0] == "install"
         for extra in re.findall(r"\.\[(\w+)\]", command):
-            assert f'"{extra}": [' in (ROOT / "setup.py").read_text()
+            assert f"\n{extra} = [" in (ROOT / "pyproject.toml").read_text()
     else:
         pytest.fail(f"no way to check: {command}")
 
@@ -234,5 +234,5 @@ def test_the_readme_is_short_and_its_figures_are_of_their_sources():
         r"([\d.]+ %) of the requested.*?([\d.]+ %) in edits, ([\d.]+ %) in", text, re.S
     )
     assert shown.groups() == (right["text to image"], right["edits"], right["composition"])
-    (oldest,) = re.findall(r'"torch>=([\d.]+)', (ROOT / "setup.py").read_text())
+    (oldest,) = re.findall(r'"torch>=([\d.]+)', (ROOT / "pyproject.toml").read_text())
     assert f"PyTorch {oldest} or later" in text

@@ -17,7 +17,6 @@ from omnigen_fast.kernels import ops
 from bench import gpu_check
 from bench.gpu import exact, pictures, run
 from omnigen_fast.graph import StepGraphs
-from omnigen_fast.pipeline import OmniGenPipeline
 
 ROOT = Path(__file__).parents[1]
 
@@ -39,10 +38,20 @@ def whole(tmp_path_factory):
 
 
 @pytest.fixture
-def capturing(monkeypatch):
-    """Captures on the CPU: the work itself, which reads the tensors that it was captured on."""
-    graphs = lambda _: StepGraphs(lambda work: work)  # noqa: E731
-    monkeypatch.setattr(OmniGenPipeline, "_new_graphs", graphs)
+def capture_by(monkeypatch):
+    """Captures on the CPU, by a function: `capture_by(capture)`."""
+
+    def use(capture):
+        on = classmethod(lambda graphs, _: graphs(capture))
+        monkeypatch.setattr(StepGraphs, "on", on)
+
+    return use
+
+
+@pytest.fixture
+def capturing(capture_by):
+    """A capture is the work itself, which reads the tensors that it was captured on."""
+    capture_by(lambda work: work)
 
 
 def test_every_part_runs(whole):
@@ -114,15 +123,15 @@ def test_captured_steps_are_checked_and_timed(tmp_path, capturing):
     assert all(one["step_seconds"] > 0 for one in steps.values()) and len(steps) == 6
 
 
-def test_a_capture_that_changes_the_result_is_found(tmp_path, capturing, monkeypatch):
+def test_a_capture_that_changes_the_result_is_found(tmp_path, capture_by):
     def late(work):
         def replay():
             work()
-            work.__self__.latents.mul_(1.001)
+            work.func.__self__.values.latents.mul_(1.001)
 
         return replay
 
-    monkeypatch.setattr(OmniGenPipeline, "_new_graphs", lambda _: StepGraphs(late))
+    capture_by(late)
     status, result = check(tmp_path, "--parts", "model")
     assert status == 1
     assert [row["status"] for row in result["parts"]["model"]["rows"]] == ["ok"] * 2 + [
@@ -130,11 +139,11 @@ def test_a_capture_that_changes_the_result_is_found(tmp_path, capturing, monkeyp
     ] * 3
 
 
-def test_a_refused_capture_is_a_failure(tmp_path, monkeypatch):
+def test_a_refused_capture_is_a_failure(tmp_path, capture_by):
     def refuse(work):
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(OmniGenPipeline, "_new_graphs", lambda _: StepGraphs(refuse))
+    capture_by(refuse)
     status, result = check(tmp_path, "--parts", "model,pictures")
     assert status == 1 and result["parts"]["model"]["status"] == "failed"
     rows = result["parts"]["pictures"]["rows"]

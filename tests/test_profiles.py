@@ -11,7 +11,12 @@ from pathlib import Path
 import pytest
 
 from omnigen_fast import profiles
+from omnigen_fast.config import released_sizes
 from omnigen_fast.errors import ProfileError
+from omnigen_fast.memory.autoencoder import VaeShape
+from omnigen_fast.memory.plan import typical_workload
+from omnigen_fast.memory.planner import plan
+from omnigen_fast.precision import Precision
 
 ROOT = Path(__file__).parents[1]
 GOOD = {
@@ -216,6 +221,32 @@ def test_a_users_file_needs_little(tmp_path):
         if other.capability:
             assert profile.fp32_flops_per_second / profile.bf16_flops_per_second < share
             assert profile.link_bytes_per_second < other.link_bytes_per_second
+
+
+def test_a_users_device_is_discrete_without_a_capability(tmp_path):
+    """A plan asks whether the host is the device, not which CUDA it has."""
+    with_it, without, host = (
+        profiles.load(write(tmp_path, {**GOOD, "memory_bytes": 24e9, **more}))
+        for more in ({"capability": "8.6"}, {}, {"on_host": True})
+    )
+    assert not with_it.on_host and not without.on_host and host.on_host
+    first, second, third = (
+        plan(
+            released_sizes(),
+            VaeShape(),
+            Precision.of("bfloat16"),
+            typical_workload(1024, 1024, images=1),
+            profile,
+            int(12e9),
+        )
+        for profile in (with_it, without, host)
+    )
+    assert (first.plan, first.cost, first.candidates) == (
+        second.plan,
+        second.cost,
+        second.candidates,
+    )
+    assert third.candidates != first.candidates
 
 
 def test_a_users_file_may_have_all(tmp_path):

@@ -13,8 +13,10 @@ ROOT = Path(__file__).parents[1]
 # Each module may import those before it. `errors` and `config` stand under all.
 ORDER = [
     "errors",
+    "surroundings",
     "config",
     "precision",
+    "schedule",
     "parameters",
     "memory.plan",
     "memory.terms",
@@ -33,6 +35,7 @@ ORDER = [
     "streamed_cache",
     "sequence",
     "processor",
+    "linear",
     "model",
     "weights.files",
     "weights.names",
@@ -42,12 +45,18 @@ ORDER = [
     "vae.strips",
     "vae.vae",
     "vae.preview",
+    "placement",
     "denoise",
     "graph",
+    "engine",
+    "run",
     "for_diffusers.conditions",
     "for_diffusers.binding",
     "for_diffusers.processor",
     "for_diffusers.enable",
+    "call",
+    "engine",
+    "run",
     "pipeline",
     "page.demo",
     "page.gallery",
@@ -60,7 +69,7 @@ ORDER = [
     "cli.main",
     "app",
 ]
-USE_KERNELS = {"for_diffusers.enable", "model", "denoise", "graph", "vae.vae"}
+USE_KERNELS = {"for_diffusers.enable", "call", "model", "denoise", "graph", "vae.vae"}
 USE_PROFILES = {
     "memory.estimate",
     "memory.seconds",

@@ -237,7 +237,7 @@ def _check_precision(run: Run, half: dict[str, Tensor], rows: list[dict[str, Any
 
     def moved(pipe: OmniGenPipeline, choice: AbstractContextManager) -> Tensor:
         """How far three steps take the latents."""
-        pipe._graphs = StepGraphs(None)
+        pipe.engine.graphs = StepGraphs()
         with choice:
             return pipe(**arguments) - noise
 
@@ -267,20 +267,24 @@ _PROMPTS = (
 )
 
 
+class CountedGraphs(StepGraphs):
+    """Counts how often a capture of a step is tried."""
+
+    captures = 0
+
+    def record(self, *given: Any) -> bool:
+        """See `StepGraphs.record`."""
+        self.captures += 1
+        return super().record(*given)
+
+
 def _check_captures(run: Run, half: dict[str, Tensor], rows: list[dict[str, Any]]) -> None:
     eager, captured = (make_pipeline(run.sizes.check, half, run.device) for _ in range(2))
-    eager._graphs = StepGraphs(None)
-    graphs = captured._graphs
-    if graphs._capture is None:
+    eager.engine.graphs = StepGraphs()
+    graphs = captured.engine.graphs = CountedGraphs.on(run.device)
+    if not graphs.possible():
         rows.append({"check": "captured = eager", "status": NOT_MEASURED, "why": NO_GPU})
         return
-    captures, capture = [], graphs._capture
-
-    def counted(work: Callable[[], None]) -> Callable[[], None]:
-        captures.append(1)
-        return capture(work)
-
-    graphs._capture = counted
     for name, images, separate in (
         ("text", 0, False),
         ("one image", 1, False),
@@ -289,7 +293,7 @@ def _check_captures(run: Run, half: dict[str, Tensor], rows: list[dict[str, Any]
         calls = []
         for number, prompt in enumerate(2 * _PROMPTS):
             if number == len(_PROMPTS):
-                captures.clear()  # the cache has room for all prompts from here on
+                graphs.captures = 0  # the cache has room for all prompts from here on
             given = arguments_of(run.sizes.check_side, images, 5)
             tags = given["prompt"].partition("</img>")
             given["prompt"] = (tags[0] + tags[1] if images else "") + prompt
@@ -301,12 +305,12 @@ def _check_captures(run: Run, half: dict[str, Tensor], rows: list[dict[str, Any]
             "calls": len(calls),
             "equal": [torch.equal(*pair) for pair in calls],
             "finite": all(bool(pair[1].isfinite().all()) for pair in calls),
-            "captures_of_second_round": len(captures),
-            "refused": len(graphs._refused),
+            "captures_of_second_round": graphs.captures,
+            "refused": graphs.refused,
         }
         if not all(row["equal"]):
             row["difference"] = max(_relative(*pair) for pair in calls)
-        good = all(row["equal"]) and row["finite"] and not graphs._refused and not captures
+        good = all(row["equal"]) and row["finite"] and not graphs.refused and not graphs.captures
         row["status"] = OK if good else FAILED
         rows.append(row)
         run.save()

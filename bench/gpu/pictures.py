@@ -7,27 +7,25 @@ as latents, so the VAE is left out.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import pairwise
-from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
 from omnigen_fast.kernels import ops
 from torch import Tensor
 
-from omnigen_fast import pipeline
 from omnigen_fast.config import PATCH, TOKEN_PIXELS, ModelConfig
-from omnigen_fast.denoise import Loop, denoise, schedule
+from omnigen_fast.engine import Engine, Running
 from omnigen_fast.memory.plan import MemoryPlan
 from omnigen_fast.model import Transformer
 from omnigen_fast.pipeline import OmniGenPipeline
 from omnigen_fast.processor import Processor
 from omnigen_fast.sequence import EncodedBranch
+from omnigen_fast.vae.vae import Vae
 
 from ..cases import COLUMNS, PROMPTS
 from ..common import TOKENIZER, random_weights
@@ -39,27 +37,50 @@ from .run import FAILED, NO_GPU, NO_TIME, NOT_MEASURED, OK, NotMeasured, Run, fi
 _PEER_BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 
-def make_pipeline(
-    config: ModelConfig,
-    weights: dict[str, Tensor],
-    device: torch.device,
-    condition_cache_bytes: int = 2 << 30,
-) -> OmniGenPipeline:
-    """A pipeline without checkpoint and VAE."""
+@dataclass(frozen=True)
+class HeldWeights:
+    """Weights in memory, read as those of a `Checkpoint` are."""
+
+    config: ModelConfig
+    sources: Mapping[str, Tensor]  # by our names
 
     def read(
-        dtype: torch.dtype, device: torch.device, names: Sequence[str] | None = None
+        self, dtype: torch.dtype, device: torch.device, names: Iterable[str] | None = None
     ) -> dict[str, Tensor]:
-        wanted = weights if names is None else names
-        return {name: weights[name].to(device, dtype) for name in wanted}
+        """See `Checkpoint.read`."""
+        wanted = self.sources if names is None else names
+        return {name: self.sources[name].to(device, dtype) for name in wanted}
 
-    return OmniGenPipeline(
-        SimpleNamespace(config=config, read=read),
+
+def make_pipeline(
+    config: ModelConfig,
+    weights: Mapping[str, Tensor],
+    device: torch.device,
+    condition_cache_bytes: int = 2 << 30,
+    vae: Vae | None = None,
+) -> OmniGenPipeline:
+    """A pipeline without a checkpoint, everything on the device; without a VAE latents are drawn.
+
+    Args:
+        config: sizes of the model.
+        weights: by our names, on the device.
+        device: where to run.
+        condition_cache_bytes: how much memory to keep for the conditions of earlier calls.
+        vae: on the device.
+    """
+    engine = Engine.of(
         Transformer(config, weights),
-        KeptVae(device),
-        Processor.from_file(TOKENIZER, config),
-        memory=MemoryPlan.plain(config.num_layers, condition_cache_bytes, capture=True),
+        HeldWeights(config, weights),
+        KeptVae(device) if vae is None else vae,
+        condition_cache_bytes,
     )
+    processor = Processor.from_file(TOKENIZER, config)
+    return OmniGenPipeline(engine, processor, memory=plain_plan(engine, capture=True))
+
+
+def plain_plan(engine: Engine, capture: bool) -> MemoryPlan:
+    """Everything on the device and at once."""
+    return MemoryPlan.plain(engine.config.num_layers, engine.cache_bytes, capture)
 
 
 def arguments_of(side: int, images: int, steps: int) -> dict[str, Any]:
@@ -86,7 +107,6 @@ class Taken:
     """A picture that was made, and its times in seconds."""
 
     latents: Tensor
-    loop: Loop | None  # dropped to free what it holds
     branches: list[EncodedBranch]
     prepare: float  # all before the first step
     steps: list[float]
@@ -97,35 +117,39 @@ class Taken:
 def take(
     pipe: OmniGenPipeline, arguments: dict[str, Any], clock: Clock, captured: bool, most: int
 ) -> Taken:
-    """A call of the pipeline, its parts timed, and at most so many steps.
+    """Makes a picture's latents, its parts timed, with at most so many steps.
 
     Args:
-        pipe: the pipeline.
+        pipe: of `make_pipeline`.
         arguments: of the call.
         clock: of the pipeline's device.
         captured: whether steps may be captured and replayed.
         most: steps to take.
     """
-    loops, marks, prepared = [], [], []
-
-    def timed(loop: Loop, run: Callable[[], None], after_step: Any, *rest: Any) -> None:
-        def after(step: int, latents: Tensor) -> bool:
+    engine = pipe.engine
+    begin = clock.wait()
+    call = pipe.make_call(**arguments)
+    running = engine.start(call, plain_plan(engine, captured))
+    try:
+        prepare = clock.wait() - begin
+        marks = [clock.mark()]
+        while not running.finished and call.steps_done < most:
+            engine.step(running)
             marks.append(clock.mark())
-            return after_step(step, latents) and step + 1 < most
-
-        prepared.append(clock.wait())
-        loops.append(loop)
-        marks.append(clock.mark())
-        denoise(loop, run if captured else loop.step, after, *rest)
-
-    with mock.patch.object(pipeline, "denoise", timed):
-        begin = clock.wait()
-        latents = pipe(**arguments)
-        end = clock.wait()
-    (loop,), (before,) = loops, prepared
+        latents = engine.finish(running)
+        total = clock.wait() - begin
+    finally:
+        engine.drop(running)
     steps = [clock.between(*pair) for pair in pairwise(marks)]
-    branches = [velocity.branch for velocity in loop.plan.branches]
-    return Taken(latents, loop, branches, before - begin, steps, end - begin)
+    branches = [branch for branch, _ in call.pictures[0]]
+    return Taken(latents, branches, prepare, steps, total)
+
+
+def again(running: Running) -> None:
+    """Makes the first step the one that comes next; the latents stay as they are."""
+    assert running.loop is not None
+    running.call.steps_done, running.call.finished = 0, False
+    running.loop.values.seek(0)
 
 
 def _layer_flops(config: ModelConfig) -> tuple[int, int]:
@@ -240,16 +264,16 @@ def _picture(
         eager_peaks=_peaks(run),
         clocks=clocks(run.device),
     )
-    eager.loop = None
     _fresh(run, pipe)
     first = take(pipe, arguments, clock, captured=True, most=steps_run)
     row["peaks"] = _peaks(run)
     row.update(steps_of_a_picture=steps, steps_run=steps_run)
-    row["captured"] = bool(pipe._graphs._captured)
+    row["captured"] = pipe.engine.graphs.captured
     if row["captured"]:
         row["captured_step"] = described(first.steps[2:])  # one eager, one with the capture
     else:
-        row["why_not_captured"] = "the capture was refused" if pipe._graphs._refused else NO_GPU
+        refused = pipe.engine.graphs.refused
+        row["why_not_captured"] = "the capture was refused" if refused else NO_GPU
     step = row["captured_step" if row["captured"] else "eager_step"]["seconds"]
     row["share_of_measured_rate"] = flops / step / run.limits.flops_per_second
     peak = datasheet_rate(run.device)
@@ -319,28 +343,29 @@ def _agreement(run: Run) -> float:
     return difference
 
 
-@torch.no_grad()
 def _start(
-    run: Run, pipe: OmniGenPipeline, other: Any, side: int, images: int, most: int
-) -> tuple[Taken, Tensor]:
-    """Both at the same picture; ours took `most` steps, diffusers none. And the noise."""
-    steps = run.sizes.steps
+    run: Run, pipe: OmniGenPipeline, other: Any, side: int, images: int
+) -> tuple[Running, Tensor]:
+    """Both at the first step of the same picture, and its noise."""
     noise = torch.randn(1, 4, side // 8, side // 8, device=run.device).bfloat16().float()
-    arguments = arguments_of(side, images, steps) | {"seed": None, "latents": noise}
-    taken = take(pipe, arguments, Clock(run.device), captured=most > 1, most=most)
-    spans = [(branch, image) for branch in taken.branches for _, _, image in branch.spans]
-    latents = {image.digest: pipe._image_latents[image.digest] for _, image in spans}
-    coefficients = taken.loop.plan.coefficient.tolist()
-    branches = list(zip(taken.branches, coefficients))
-    other.start(branches, latents, noise, schedule(steps))
-    return taken, noise
+    arguments = arguments_of(side, images, run.sizes.steps) | {"seed": None, "latents": noise}
+    call, engine = pipe.make_call(**arguments), pipe.engine
+    running = engine.start(call, plain_plan(engine, capture=True))
+    latents = {digest: found for (digest, _), found in engine.image_latents.items()}
+    other.start(call.pictures[0], latents, noise, call.schedule.tensor())
+    return running, noise
 
 
 @torch.no_grad()
 def _first_difference(run: Run, pipe: OmniGenPipeline, other: Any, side: int, images: int) -> float:
-    taken, noise = _start(run, pipe, other, side, images, 1)
+    """Of the latents after a step, relative to how far it takes them."""
+    running, noise = _start(run, pipe, other, side, images)
+    try:
+        pipe.engine.step(running)
+        ours = running.latents - noise
+    finally:
+        pipe.engine.drop(running)
     theirs = other.run_step(0) - noise
-    ours = taken.latents - noise
     return ((ours - theirs).norm() / theirs.norm()).item()
 
 
@@ -361,22 +386,23 @@ def _beside(
     if not difference <= _PEER_BOUNDS[torch.bfloat16]:
         why = f"results differ by {difference:.1e}; no times are reported"
         return {"status": FAILED, "why": why, "difference": difference}
-    taken, _ = _start(run, pipe, other, side, images, 3)
-    loop = taken.loop
-    step = pipe._graphs.runner(loop, pipe._cache)
+    running, _ = _start(run, pipe, other, side, images)
     ours: list[float] = []
     theirs: list[float] = []
-    for index in range(4):
-        loop.index.zero_()
-        marks = [clock.mark()]
-        step()
-        marks.append(clock.mark())
-        other.run_step(0)
-        marks.append(clock.mark())
-        if index:  # the first is the warm-up
-            ours.append(clock.between(*marks[:2]))
-            theirs.append(clock.between(*marks[1:]))
+    try:
+        for index in range(6):
+            again(running)
+            marks = [clock.mark()]
+            pipe.engine.step(running)
+            marks.append(clock.mark())
+            other.run_step(0)
+            marks.append(clock.mark())
+            if index > 2:  # one eager, one with the capture, and the first replay
+                ours.append(clock.between(*marks[:2]))
+                theirs.append(clock.between(*marks[1:]))
+    finally:
+        pipe.engine.drop(running)
     result = {"status": OK, "difference": difference}
     result |= {"ours": described(ours), "diffusers": described(theirs)}
-    result["captured"] = bool(pipe._graphs._captured)
+    result["captured"] = pipe.engine.graphs.captured
     return result | {"ratio": result["diffusers"]["seconds"] / result["ours"]["seconds"]}

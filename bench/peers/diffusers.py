@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from omnigen_fast.config import PATCH, ModelConfig
-from omnigen_fast.denoise import schedule
+from omnigen_fast.schedule import StepSchedule
 from omnigen_fast.sequence import EncodedBranch
 
 from ..contenders import Start, Taken, peak_memory, weight_bytes
@@ -148,7 +148,8 @@ class Diffusers:
         with peak_memory(self._device, tracked) as peak:
             begin = clock.wait()
             noise = start.noise.to(self._device)
-            transformer.start(start.branches, start.images, noise, schedule(task.steps))
+            times = StepSchedule.euler(task.steps).tensor()
+            transformer.start(start.branches, start.images, noise, times)
             marks = [clock.wait()]
             for index in range(last):
                 transformer.run_step(index)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from omnigen_fast.config import ModelConfig
-from omnigen_fast.weights.names import _DIFFUSERS, _ORIGINAL, _sources
+from omnigen_fast.weights.names import DIFFUSERS, ORIGINAL, Layout, layout_sources
 
 Weights = Mapping[str, Tensor]  # by the names of `parameter_shapes`
 
@@ -19,15 +19,15 @@ def diffusers_tensors(
     config: ModelConfig, weights: Weights, dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """In diffusers' layout; views of the weights where those have the dtype."""
-    return _renamed(config, weights, _DIFFUSERS, dtype)
+    return _renamed(config, weights, DIFFUSERS, dtype)
 
 
 def _renamed(
-    config: ModelConfig, weights: Weights, names: Mapping, dtype: torch.dtype
+    config: ModelConfig, weights: Weights, layout: Layout, dtype: torch.dtype
 ) -> dict[str, Tensor]:
     return {
         part.name: weights[name][part.start : part.start + part.shape[0]].to(dtype)
-        for name, parts in _sources(config, names).items()
+        for name, parts in layout_sources(config, layout).items()
         for part in parts
     }
 
@@ -60,7 +60,7 @@ def write_original(folder: Path, config: ModelConfig, weights: Weights) -> None:
 
     (folder / "config.json").write_text(json.dumps(phi3_config(config)))
     tensors = {}
-    for name, parts in _sources(config, _ORIGINAL).items():
+    for name, parts in layout_sources(config, ORIGINAL).items():
         for part in parts:
             tensor = weights[name][part.start : part.start + part.shape[0]]
             tensors[part.name] = tensor.cpu().reshape(part.shape).contiguous()

@@ -22,7 +22,7 @@ from torch import Tensor
 from omnigen_fast.config import ModelConfig
 from omnigen_fast.processor import Processor
 from omnigen_fast.request import DEFAULT_NEGATIVE_PROMPT
-from omnigen_fast.weights.names import _ORIGINAL
+from omnigen_fast.weights.names import ORIGINAL
 
 from .autoencoder import (
     encode_scenes,
@@ -186,11 +186,11 @@ def original_name(name: str) -> str:
     head, _, tail = name.partition(".")
     if head == "layers":
         layer, _, kind = tail.partition(".")
-        return _ORIGINAL[kind][0].format(layer)
-    if name in _ORIGINAL:
-        return _ORIGINAL[name][0]
+        return ORIGINAL[kind][0].format(layer)
+    if name in ORIGINAL:
+        return ORIGINAL[name][0]
     module, _, kind = name.rpartition(".")
-    return f"{_ORIGINAL[module][0]}.{kind}"
+    return f"{ORIGINAL[module][0]}.{kind}"
 
 
 def learning_fraction(used: float, step: int) -> float:

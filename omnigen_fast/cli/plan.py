@@ -1,29 +1,36 @@
-"""`omnigen-fast plan`: what a request would need, without weights."""
+"""`omnigen-fast plan`: predicts what a request needs, without weights."""
 
 from __future__ import annotations
 
 import click
 
 from ..errors import OmniGenError
+from ..memory.plan import PROMPT_TOKENS, Switches, typical_workload
 from ..request import checked_side
 from .files import _Failure
 
 
 @click.command()
 @click.option(
-    "--device", help="A profile that ships (a800, rtx3090, ...) or a file; else this one."
+    "--device", help="A bundled profile (a800, rtx3090, cpu, ...) or a file; default: this device."
 )
-@click.option("--images", default=0, show_default=True, type=click.IntRange(0, 64))
+@click.option(
+    "--images",
+    default=0,
+    show_default=True,
+    type=click.IntRange(0, 64),
+    help="Input images per prompt.",
+)
 @click.option("--size", default=1024, show_default=True, help="Height and width in pixels.")
-@click.option("--height", type=int, help="Instead of --size.")
-@click.option("--width", type=int, help="Instead of --size.")
+@click.option("--height", type=int, help="Overrides --size.")
+@click.option("--width", type=int, help="Overrides --size.")
 @click.option(
     "--max-input-image-size",
     "--max-input-size",
     default=1024,
     show_default=True,
     type=click.IntRange(16, 3072),
-    help="Pixels a side of each input image.",
+    help="Height and width of each input image in pixels.",
 )
 @click.option(
     "--num-inference-steps",
@@ -34,15 +41,28 @@ from .files import _Failure
     type=click.IntRange(1, 1000),
 )
 @click.option("--batch", default=1, show_default=True, type=click.IntRange(1, 64), help="Prompts.")
-@click.option("--prompt-tokens", default=60, show_default=True, type=click.IntRange(1, 10000))
-@click.option("--image-first/--no-image-first", help="Images stand before the instruction.")
-@click.option("--memory", default="auto", show_default=True, help='"auto", "8GiB", "7.5 GB", ...')
-@click.option("--dtype", default="bfloat16", type=click.Choice(("bfloat16", "float32")))
+@click.option(
+    "--prompt-tokens",
+    default=PROMPT_TOKENS,
+    show_default=True,
+    type=click.IntRange(1, 10000),
+    help="Length of each prompt.",
+)
+@click.option("--image-first/--no-image-first", help="Images come before the instruction.")
+@click.option(
+    "--memory", default="auto", show_default=True, help='"auto", or an amount such as "8GiB".'
+)
+@click.option(
+    "--dtype",
+    default="bfloat16",
+    show_default=True,
+    type=click.Choice(("bfloat16", "float32")),
+)
 @click.option("--separate-cfg-infer/--joint-cfg-infer", default=None)
 @click.option("--use-kv-cache/--no-kv-cache", default=None)
-@click.option("--offload-kv-cache/--keep-kv-cache", default=None)
-@click.option("--offload-model/--keep-model", default=None)
-@click.option("--explain", is_flag=True, help="Where the chosen plan's bytes and seconds go.")
+@click.option("--offload-kv-cache/--keep-kv-cache", default=None, help="No effect on a CPU.")
+@click.option("--offload-model/--keep-model", default=None, help="No effect on a CPU.")
+@click.option("--explain", is_flag=True, help="Itemise the chosen plan's bytes and seconds.")
 def plan(
     device: str | None,
     images: int,
@@ -56,24 +76,38 @@ def plan(
     image_first: bool,
     memory: str,
     dtype: str,
+    separate_cfg_infer: bool | None,
+    use_kv_cache: bool | None,
+    offload_kv_cache: bool | None,
+    offload_model: bool | None,
     explain: bool,
-    **switches: bool | None,
 ) -> None:
-    """Predicts memory and time of a request, on this device or another, without any weights."""
-    from .. import profiles
+    """Predicts memory and time of a request, on this device or another, without weights."""
     from ..config import released_sizes
     from ..memory.autoencoder import VaeShape
-    from ..memory.device import free_bytes, less_margin, parse_memory, profile_of
+    from ..memory.device import (
+        free_bytes,
+        host_profile,
+        less_margin,
+        parse_memory,
+        profile_of,
+    )
     from ..memory.overview import report
-    from ..memory.plan import Switches, typical_workload
     from ..memory.planner import plan as plan_for
     from ..precision import Precision
+    from ..profiles import load
 
     try:
         config = released_sizes()
-        height, width = (
-            checked_side(name, size if side is None else side, config)
-            for name, side in (("height", height), ("width", width))
+        workload = typical_workload(
+            checked_side("height", size if height is None else height, config),
+            checked_side("width", size if width is None else width, config),
+            images=images,
+            max_input_image_size=max_input_image_size,
+            steps=steps,
+            pictures=batch,
+            prompt_tokens=prompt_tokens,
+            image_first=image_first,
         )
         budget = parse_memory(memory)
         if device is None:
@@ -83,28 +117,17 @@ def plan(
             profile = profile_of(here)
             budget = free_bytes(here, profile) if budget is None else budget
         else:
-            profile = profiles.load(device)
+            profile = host_profile() if device == "cpu" else load(device)
             budget = less_margin(profile.memory_bytes) if budget is None else budget
-        workload = typical_workload(
-            height,
-            width,
-            images=images,
-            max_input_image_size=max_input_image_size,
-            steps=steps,
-            pictures=batch,
-            prompt_tokens=prompt_tokens,
-            image_first=image_first,
-        )
         precision = Precision.of(dtype)
+        switches = Switches(
+            use_kv_cache=use_kv_cache,
+            offload_kv_cache=offload_kv_cache,
+            offload_model=offload_model,
+            separate_cfg_infer=separate_cfg_infer,
+        )
         decision = plan_for(
-            config,
-            VaeShape(),
-            precision,
-            workload,
-            profile,
-            budget,
-            Switches(**switches),
-            kept_bytes=0,
+            config, VaeShape(), precision, workload, profile, budget, switches, kept_bytes=0
         )
         click.echo(report(profile, workload, decision, precision, explain))
     except (OmniGenError, OSError) as error:

@@ -1,1 +1,1 @@
-"""How a request fits a device: its cost, the fastest plan that fits, and its execution."""
+"""How a request fits a device: its cost, and the fastest plan that fits."""

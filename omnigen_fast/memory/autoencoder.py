@@ -1,8 +1,8 @@
-"""What the autoencoder costs: its layers as data, and the bytes and operations of each way to run.
+"""Cost of the autoencoder: its layers as data, and the bytes and operations of each way to run.
 
-Pure arithmetic on sizes, for plans. Bytes are those of live tensors (`strips.py` and diffusers'
-AutoencoderKL allocate them in this order); the work space that a convolution takes and returns
-inside, and the allocator's rounding, come on top.
+Arithmetic on sizes only, for plans. Bytes are those of live tensors, which `strips.py` and
+diffusers' AutoencoderKL allocate in this order, without the workspace that a convolution allocates
+temporarily and without the allocator's rounding.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..config import LATENT_CHANNELS, VAE_SCALE
 
 FLOAT = 4  # bytes: the autoencoder always runs in float32
 IMAGE_CHANNELS = 3
-MIN_QUERIES = 64  # of the attention at once: fewer leave its products too thin
+MIN_QUERIES = 64  # per chunk of attention: with fewer, its products are too small
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,12 @@ class Layer:
     kind: Literal["conv", "resnet", "attention", "up", "down", "out"]
     inputs: int  # channels
     outputs: int
-    scale: int  # rows that go out for each row of latents
-    held: int = 0  # floats for each latent of the block's input, which diffusers keeps meanwhile
+    scale: int  # output rows per row of latents
+    held: int = 0  # floats per latent of the block's input, which diffusers keeps until its end
 
     @property
     def size(self) -> int:
-        """Floats that go out for each latent."""
+        """Output floats per latent."""
         return self.outputs * self.scale**2
 
     @property
@@ -76,7 +76,7 @@ def decoder_layers(shape: VaeShape) -> tuple[Layer, ...]:
 
 @lru_cache
 def encoder_layers(shape: VaeShape) -> tuple[Layer, ...]:
-    """From pixels to mean and logarithm of the variance (before `quant_conv`)."""
+    """From pixels to mean and log-variance (before `quant_conv`)."""
     scale, inputs = VAE_SCALE, shape.channels[0]
     layers = [Layer("conv", IMAGE_CHANNELS, inputs, scale)]
     for index, outputs in enumerate(shape.channels):
@@ -102,11 +102,10 @@ def _middle(shape: VaeShape, scale: int) -> list[Layer]:
 
 
 def keeps(layer: Layer, layers: tuple[Layer, ...], recompute: bool) -> bool:
-    """Whether strips keep what a layer makes for the layer itself, or compute it again.
+    """Whether strips keep a layer's intermediate result rather than compute it twice.
 
-    That is the inside of a residual block (between its convolutions) and the output of an
-    upsampling. With `recompute`, what would need more than the largest output that is kept in any
-    case is computed again.
+    That is the inside of a residual block (between its convolutions), or the output of an
+    upsampling. `recompute` drops results that are larger than the largest output that must be kept.
     """
     if not recompute:
         return True
@@ -115,18 +114,18 @@ def keeps(layer: Layer, layers: tuple[Layer, ...], recompute: bool) -> bool:
 
 
 def query_count(channels: int, height: int, rows: int) -> int:
-    """Queries of the attention at once: as many as make the scores as large as a strip."""
+    """Queries per chunk of attention: the scores are then as large as a strip."""
     return max(MIN_QUERIES, channels * rows // height)
 
 
 def spans(height: int, rows: int) -> Iterator[tuple[int, int]]:
-    """(first, last + 1) of the strips of `height` rows."""
+    """(first, last + 1) of each strip of `height` rows."""
     for first in range(0, height, rows):
         yield first, min(first + rows, height)
 
 
 def weight_bytes(shape: VaeShape) -> int:
-    """Of encoder and decoder, with the convolutions at the latents."""
+    """Of encoder and decoder, including the convolutions on latents."""
     total = LATENT_CHANNELS * (LATENT_CHANNELS + 1) + 2 * LATENT_CHANNELS * (
         2 * LATENT_CHANNELS + 1
     )
@@ -154,13 +153,13 @@ def decode_bytes(
     recompute: bool = False,
     pictures: int = 1,
 ) -> int:
-    """Peak on the device, beyond weights and input, of decoding to `height` x `width` pixels.
+    """Peak on the device, without weights and input, of decoding to `height` x `width` pixels.
 
     Args:
-        strip_rows: as for `Vae.decode`; None for the whole.
-        host_store: activations are kept on the host and only strips are on the device.
+        strip_rows: as for `Vae.decode`; None for the whole image.
+        host_store: activations are kept on the host, and only strips are on the device.
         recompute: as for `Vae.decode`.
-        pictures: that are decoded, one after the other.
+        pictures: how many are decoded, one at a time.
     """
     rows, columns = height // VAE_SCALE, width // VAE_SCALE
     # the images, and latents before and after `post_quant_conv`
@@ -180,10 +179,10 @@ def encode_bytes(
     host_store: bool = False,
     recompute: bool = False,
 ) -> int:
-    """Peak on the device, beyond weights, of encoding `height` x `width` pixels.
+    """Peak on the device, without weights, of encoding `height` x `width` pixels.
 
-    The pixels are on the host: the whole encode brings them to the device, strips a strip.
-    Arguments as for `decode_bytes`.
+    The pixels are on the host and are copied whole, or strip by strip. Arguments as for
+    `decode_bytes`.
     """
     rows, columns = height // VAE_SCALE, width // VAE_SCALE
     layers = encoder_layers(shape)
@@ -204,7 +203,7 @@ def decode_flops(
 ) -> int:
     """Operations (a multiplication and an addition are two) of decoding a picture.
 
-    Convolutions and attention alone; strips compute some of them again with `recompute`.
+    Convolutions and attention only. With `recompute`, strips compute some of them twice.
     """
     return _flops(decoder_layers(shape), height, width, strip_rows, recompute)
 
@@ -228,7 +227,7 @@ def _flops(
     rows = height // VAE_SCALE
     strip = VAE_SCALE * (strip_rows or rows)
     total = 0
-    lazy: Layer | None = None  # an upsampling whose rows are computed whenever they are read
+    lazy: Layer | None = None  # an upsampling that is recomputed at every read
     for layer in layers:
         high, wide = rows * layer.scale, columns * layer.scale
         once = 2 * 9 * layer.inputs * layer.outputs * wide  # a row of a 3 x 3 convolution
@@ -262,7 +261,7 @@ def _inside(first: int, last: int, height: int) -> int:
 def _whole_bytes(layers: tuple[Layer, ...], latents: int) -> int:
     """Peak of diffusers' forward pass, in the order of its statements.
 
-    Its fused attention keeps no scores. The image and the moments are not in it.
+    Its fused attention keeps no scores. The image and the moments come on top.
     """
     peak = 0
     for layer in layers:
@@ -294,15 +293,15 @@ class _Kept:
         self.strip, self.host = strip, host
 
     def made(self, rows: int) -> int:
-        """Floats on the device once so many rows are there."""
+        """Floats on the device once this many rows are computed."""
         return 0 if self.host else rows * self.width * self.channels
 
     def live(self, before: int) -> int:
-        """Floats on the device once the rows before are no longer needed."""
+        """Floats on the device once the rows before `before` are freed."""
         return self.made(self.height - max(before, 0) // self.strip * self.strip)
 
     def read(self, first: int, last: int, right: int = 0) -> int:
-        """Peak of reading rows: what is read and, from the host, a piece of it on its way."""
+        """Peak of reading rows: the rows and, from the host, a copy of one strip of them."""
         floats = (last - first) * (self.width + right) * self.channels
         if self.host:
             pieces = [
@@ -314,11 +313,12 @@ class _Kept:
 
 
 class _Upsampled:
-    """An upsampling that is computed whenever it is read, as `strips.Upsampled`."""
+    """An upsampling that is recomputed at every read, as `strips.Upsampled`."""
 
     def __init__(self, source: _Kept | _Upsampled, channels: int) -> None:
         self.source, self.channels = source, channels
-        self.height, self.width = 2 * source.height, 2 * source.width
+        self.height: int = 2 * source.height
+        self.width: int = 2 * source.width
 
     def live(self, before: int) -> int:
         return self.source.live((before - 1) // 2)
@@ -342,12 +342,12 @@ def _strips_bytes(
     host: bool,
     recompute: bool,
 ) -> int:
-    """Peak of `strips.run`: it takes the same steps over sizes instead of tensors."""
+    """Peak of `strips.run`, by the same steps on sizes instead of tensors."""
     strip = VAE_SCALE * strip_rows
     start = layers[0]
     high, wide = rows * start.scale, columns * start.scale
-    # pixels come from the host and latents are few: both as if they were kept there
-    source: Any = _Kept(start.inputs, high, wide, strip, host=True)
+    # pixels are on the host, and latents are so few that they may count as there
+    source: _Kept | _Upsampled = _Kept(start.inputs, high, wide, strip, host=True)
     peak = 0
     for index, layer in enumerate(layers):
         high, wide = rows * layer.scale, columns * layer.scale
@@ -375,13 +375,18 @@ def _lazy_steps(source: _Upsampled, strip: int) -> Iterator[int]:
         yield source.live(-1) + max(source.read(first, last), 2 * out)
 
 
-def _convolution(layer: Layer, source: Any, kept: _Kept, measured: bool) -> Iterator[int]:
-    reader = _Upsampled(source, layer.outputs) if layer.kind == "up" else source
+def _convolution(
+    layer: Layer, source: _Kept | _Upsampled, kept: _Kept, measured: bool
+) -> Iterator[int]:
+    reader = source
+    if layer.kind == "up":
+        reader = _Upsampled(source, layer.outputs)
     for first, last in spans(kept.height, kept.strip):
         out = (last - first) * kept.width * kept.channels
         if layer.kind == "up":
             read, before = reader.read(first, last), first
         elif layer.kind == "down":
+            assert isinstance(source, _Kept)  # an upsampling is never followed by a downsampling
             given = (2 * (last - first) + 1) * (source.width + 1) * source.channels
             read, before = max(source.read(2 * first, 2 * last + 1, 1), given + out), 2 * first - 1
         else:
@@ -391,7 +396,7 @@ def _convolution(layer: Layer, source: Any, kept: _Kept, measured: bool) -> Iter
         yield reader.live(before) + done + max(read, out * (2 if measured else 1))
 
 
-def _resnet(layer: Layer, source: Any, kept: _Kept, measured: bool) -> Iterator[int]:
+def _resnet(layer: Layer, source: _Kept | _Upsampled, kept: _Kept, measured: bool) -> Iterator[int]:
     hidden = skip = kept
     for first, last in spans(kept.height, kept.strip):
         out = (last - first) * kept.width * kept.channels
@@ -413,7 +418,9 @@ def _resnet(layer: Layer, source: Any, kept: _Kept, measured: bool) -> Iterator[
         yield before + max(old + out + (out if skip.host else 0), skip.live(last) + 2 * out)
 
 
-def _resnet_again(layer: Layer, source: Any, kept: _Kept, measured: bool) -> Iterator[int]:
+def _resnet_again(
+    layer: Layer, source: _Kept | _Upsampled, kept: _Kept, measured: bool
+) -> Iterator[int]:
     row = source.width * source.channels
     for first, last in spans(kept.height, kept.strip):
         out = (last - first) * kept.width * kept.channels
@@ -436,7 +443,7 @@ def _resnet_again(layer: Layer, source: Any, kept: _Kept, measured: bool) -> Ite
         )
 
 
-def _attention(source: Any, kept: _Kept, measured: bool) -> Iterator[int]:
+def _attention(source: _Kept | _Upsampled, kept: _Kept, measured: bool) -> Iterator[int]:
     tokens = kept.height * kept.width
     keys = 2 * tokens * kept.channels
     queries = query_count(kept.channels, kept.height, kept.strip)

@@ -1,4 +1,4 @@
-"""What a request costs under a plan: bytes of each phase, and where the seconds go."""
+"""Cost of a request under a plan: the bytes of each phase and the seconds of each part."""
 
 from __future__ import annotations
 
@@ -16,19 +16,24 @@ from .terms import Duration, Term, total_bytes, total_seconds
 
 @dataclass(frozen=True)
 class Cost:
-    """Bytes of each phase, and where the seconds go."""
+    """The bytes of each phase and the seconds of each part."""
 
-    encode: tuple[Term, ...]  # none without input images
-    prefill: tuple[Term, ...]  # none where the condition is recomputed
+    encode: tuple[Term, ...]  # empty without input images
+    prefill: tuple[Term, ...]  # empty if every step recomputes the condition
     denoise: tuple[Term, ...]
     decode: tuple[Term, ...]
     durations: tuple[Duration, ...]
 
     @property
     def phases(self) -> dict[str, tuple[Term, ...]]:
-        """Terms of the phases that the request has, in their order."""
-        names = ("encode", "prefill", "denoise", "decode")
-        return {name: getattr(self, name) for name in names if getattr(self, name)}
+        """Terms of the phases that the request has, in order."""
+        every = {
+            "encode": self.encode,
+            "prefill": self.prefill,
+            "denoise": self.denoise,
+            "decode": self.decode,
+        }
+        return {name: terms for name, terms in every.items() if terms}
 
     @property
     def peak_phase(self) -> str:
@@ -48,7 +53,7 @@ class Estimate:
 
     Args:
         config: sizes of the transformer.
-        vae: those of the autoencoder, which is always float32.
+        vae: sizes of the autoencoder, which is always float32.
         precision: of weights, arithmetic and cache.
         workload: sizes of the request.
         profile: of the device.
@@ -89,15 +94,15 @@ def cost(
     profile: Profile,
     current: MemoryPlan | None = None,
 ) -> Cost:
-    """Cost of a request of which nothing is kept from earlier ones.
+    """Cost of a request that finds nothing kept from earlier ones.
 
     Args:
         config: sizes of the transformer.
-        vae: those of the autoencoder, which is always float32.
+        vae: sizes of the autoencoder, which is always float32.
         precision: of weights, arithmetic and cache.
         workload: sizes of the request.
-        plan: how it is carried out.
+        plan: that it runs by.
         profile: of the device.
-        current: the plan by which weights lie now; None where they lie as `plan` wants them.
+        current: the plan that weights are placed by now; None if that is `plan`.
     """
     return Estimate(config, vae, precision, workload, profile).cost(plan, current)

@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import math
+import os
 import re
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from .. import profiles
 from ..errors import RequestError
-from ..profiles import Profile
+from ..profiles import Profile, by_device_name
+from ..profiles import load as load_profile
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
 _MARGIN_SHARE, _MARGIN_BYTES = 0.03, 256 << 20  # of a device, left to others
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _UNITS |= {"ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
 _AMOUNT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", re.IGNORECASE)
+_LEAST_BYTES = 1 << 20  # a smaller number without a unit was meant in GiB
+# What /proc/cpuinfo calls instructions for bfloat16, the fastest first.
+_INSTRUCTIONS = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-bf16"}
+# Mapped "files" that are memory: devices, shared memory, huge pages.
+_NO_FILES = ("/dev/", "/memfd:", "/SYSV", "/anon_hugepage")
+_ABSENT = bytes(range(128))  # highest bytes of /proc/self/pagemap's entries without a page
 
 
 def on_host(device: torch.device) -> bool:
@@ -30,10 +39,10 @@ def on_host(device: torch.device) -> bool:
 def parse_memory(amount: str | int) -> int | None:
     """Bytes of an amount of memory, such as "8GiB", "7.5 GB" or a number; None for "auto".
 
-    Raises RequestError for anything else.
+    Raises RequestError for anything else, and for numbers too small to be bytes.
     """
     if isinstance(amount, int) and not isinstance(amount, bool) and amount > 0:
-        return amount
+        return _enough(amount, str(amount))
     if isinstance(amount, str):
         if amount.strip().lower() == "auto":
             return None
@@ -41,59 +50,162 @@ def parse_memory(amount: str | int) -> int | None:
         if found and found[2].lower() in _UNITS:
             size = float(found[1]) * _UNITS[found[2].lower()]
             if 0.5 < size < math.inf:
-                return round(size)
+                return round(size) if found[2] else _enough(round(size), found[1])
     raise RequestError(
         f'memory must be "auto", or an amount such as "8GiB" or a number of bytes, got {amount!r}'
     )
 
 
+def _enough(size: int, number: str) -> int:
+    """Refuses a number that has no unit and can't have been meant as bytes."""
+    if size < _LEAST_BYTES:
+        raise RequestError(
+            f"memory must be at least 1 MiB, got {number} bytes; for {number} GiB write "
+            f'"{number}GiB"'
+        )
+    return size
+
+
 def free_bytes(device: torch.device, profile: Profile, held: int = 0) -> int:
-    """What a plan may use of a device: what is free or held by this process, less a margin.
+    """What a plan may use of a device: what is free or the pipeline's own, less a margin.
+
+    Whatever else the process holds, another model or the caller's arrays, is not free.
 
     Args:
         device: a `torch.device`.
-        profile: whose `context_bytes` count as held, since a plan's bytes include them.
+        profile: of the device. Its `context_bytes` are added: a plan counts them, and the context
+            is in place.
+        held: bytes of the pipeline's own that a plan counts again: weights and what is kept for
+            later calls; see `held_bytes`. What a plan does not count, such as latents of earlier
+            calls' images, must not be in it.
     """
     if device.type == "cuda":
         import torch
 
         free, total = torch.cuda.mem_get_info(device)
-        ours = torch.cuda.memory_reserved(device) + round(profile.context_bytes)
+        # cached blocks that PyTorch reuses
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     else:
-        free, total, ours = free_host_bytes(), _host_bytes(), _own_bytes()
-    return max(free + ours - total + less_margin(total), 0)
+        # pages of mapped files, of checkpoints among them, are available already
+        free, total = free_host_bytes(), _host_bytes()
+    usable = less_margin(total)
+    ours = held + round(profile.context_bytes)
+    return max(0, min(free + ours - (total - usable), usable))
+
+
+def held_bytes(tensors: Iterable[Tensor], device: torch.device | None = None) -> int:
+    """Bytes that tensors take of their devices; a storage that several share counts once.
+
+    On the host, only pages in use count, and none of mapped files: the system can drop those, so
+    they are available as they are. Where the system does not tell (there is no /proc), all count.
+
+    Args:
+        tensors: on any devices; meta tensors take nothing.
+        device: count only tensors on it; all unless given.
+    """
+    # the storages themselves are kept meanwhile, so that no address is used twice
+    storages = {
+        storage._cdata: storage
+        for tensor in tensors
+        if not tensor.is_meta and _is_on(tensor, device)
+        for storage in (tensor.untyped_storage(),)
+    }
+    mapped = _file_mappings()
+    total = 0
+    for storage in storages.values():
+        size = storage.nbytes()
+        if storage.device.type == "cpu" and size:
+            size = _anonymous_bytes(storage.data_ptr(), size, mapped)
+        total += size
+    return total
+
+
+def _is_on(tensor: Tensor, device: torch.device | None) -> bool:
+    """Whether a tensor is on a device; one without an index is any of its type."""
+    if device is None:
+        return True
+    there = tensor.device
+    return there.type == device.type and device.index in (None, there.index)
+
+
+def _file_mappings() -> list[tuple[int, int]]:
+    """(first address, last + 1) of mapped files in ascending order."""
+    try:
+        lines = Path("/proc/self/maps").read_text(errors="replace").splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        addresses, _, _, _, _, *path = line.split(maxsplit=5)
+        if path and path[0].startswith("/") and not path[0].startswith(_NO_FILES):
+            first, last = addresses.split("-")
+            found.append((int(first, 16), int(last, 16)))
+    return found
+
+
+def _anonymous_bytes(address: int, size: int, mapped: list[tuple[int, int]]) -> int:
+    """What a storage on the host takes: nothing in a mapped file, else its pages in use."""
+    place = bisect_right(mapped, address, key=lambda one: one[0]) - 1
+    if place >= 0 and address < mapped[place][1]:
+        return 0
+    try:
+        page = os.sysconf("SC_PAGE_SIZE")
+        first, last = address // page, -(-(address + size) // page)
+        with open("/proc/self/pagemap", "rb") as pages:
+            pages.seek(8 * first)
+            entries = pages.read(8 * (last - first))
+    except (AttributeError, OSError, ValueError):
+        return size
+    # the highest bit of an entry (64 bits, little-endian) says that the page is in memory
+    present = len(entries[7::8].translate(None, _ABSENT))
+    return min(size, present * page)
 
 
 def less_margin(memory_bytes: float) -> int:
-    """What plans may use of a device of which nothing else is used."""
+    """What plans may use of a device that nothing else uses."""
     return round(memory_bytes - max(_MARGIN_BYTES, _MARGIN_SHARE * memory_bytes))
 
 
 def free_host_bytes(root: Path = Path("/")) -> int:
-    """What can still be allocated on the host: what is available, within its groups' limits."""
+    """What can still be allocated on the host, within the limits of the process's groups."""
     available = _meminfo(root).get("MemAvailable")
     if available is None:
         available = _pages("SC_AVPHYS_PAGES")
     return max(0, min([available, *(most - used for most, used in _cgroups(root))]))
 
 
+def host_profile(root: Path = Path("/")) -> Profile:
+    """The profile that ships for CPUs, named after this processor's own instructions."""
+    found = load_profile("cpu")
+    try:
+        text = (root / "proc/cpuinfo").read_text()
+    except OSError:
+        text = ""
+    flags = {
+        flag for line in re.findall(r"^flags\s*:(.*)", text, re.MULTILINE) for flag in line.split()
+    }
+    fastest = next((name for flag, name in _INSTRUCTIONS.items() if flag in flags), None)
+    name = f"CPU with {fastest}" if fastest else "CPU"
+    return replace(found, name=f"{name} (rates of {found.name})")
+
+
 def profile_of(device: torch.device) -> Profile:
-    """The profile that ships for a `torch.device`, or the nearest stand-in, with its own memory."""
-    if on_host(device):
-        return replace(profiles.load("cpu"), memory_bytes=float(_host_bytes()))
+    """The profile that ships for a device, or the nearest one, with the device's own memory."""
+    if device.type != "cuda":
+        return replace(host_profile(), memory_bytes=float(_host_bytes()))
     import torch
 
     properties = torch.cuda.get_device_properties(device)
-    found = profiles.by_device_name(properties.name)
+    found = by_device_name(properties.name)
     if found is None:
-        # Choices depend on how rates compare with the link's more than on the rates themselves.
-        found = profiles.load("a100-40gb" if properties.total_memory > 33e9 else "rtx3090")
+        # Choices depend more on how rates compare with the link's than on the rates themselves.
+        found = load_profile("a100-40gb" if properties.total_memory > 33e9 else "rtx3090")
         found = replace(found, name=f"{properties.name} (rates of {found.name})", documented=())
     return replace(found, memory_bytes=float(properties.total_memory))
 
 
 def _meminfo(root: Path) -> dict[str, int]:
-    """Bytes of each line of /proc/meminfo; nothing where there is no such file."""
+    """Bytes of each line of /proc/meminfo; empty where there is no such file."""
     try:
         text = (root / "proc/meminfo").read_text()
     except OSError:
@@ -126,7 +238,7 @@ def _cgroups(root: Path) -> Iterator[tuple[int, int]]:
                 )
             except (OSError, ValueError):  # "max" where there is none
                 continue
-            # pages that can be dropped; version 1 counts those of groups below apart
+            # pages that can be dropped; version 1 lists those of child groups separately
             pages = stat.get("total_inactive_file", stat.get("inactive_file", 0))
             yield most, now - int(pages)
 
@@ -137,24 +249,8 @@ def _host_bytes(root: Path = Path("/")) -> int:
     return min([total, *(most for most, _ in _cgroups(root))])
 
 
-def _own_bytes() -> int:
-    """What this process holds beside mapped files."""
-    try:
-        text = Path("/proc/self/status").read_text()
-    except OSError:
-        return 0
-    found = re.search(r"RssAnon:\s+(\d+) kB", text)
-    return int(found[1]) << 10 if found else 0
-
-
 def _pages(name: str) -> int:
-    import os
-
     try:
         return os.sysconf(name) * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):  # Windows has none of it
         return 8 << 30
-
-
-def held_bytes(tensors: Any, device: torch.device) -> int:
-    return 0

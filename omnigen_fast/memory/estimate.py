@@ -1,9 +1,8 @@
-"""Bytes that a request takes under a plan, phase by phase, as terms that can be printed.
+"""Bytes that a request takes under a plan, phase by phase, as terms for printing.
 
-They are those of the tensors that the runtime makes, in the order in which it makes them (on meta
-tensors it can be watched doing so), with two things on top: the device's context, and the work
-space of the autoencoder's convolutions. Where the device computes in the host's memory, weights
-are streamed from the mapped checkpoint.
+These are the tensors that the runtime allocates, in its order (a test compares them with a run on
+meta tensors), plus the device's context and the workspace of the autoencoder's convolutions. A
+device that computes in the host's memory streams weights from the mapped checkpoint.
 """
 
 from __future__ import annotations
@@ -24,8 +23,8 @@ from .terms import Term
 
 _FLOAT = 4  # bytes
 _INDEX_BYTES = 28  # of a prefill row: token, position and cache row (int64), last key (int32)
-# A whole decode was seen to reserve about 1.5 times what it allocates; the rest is the work space
-# of convolutions and what the allocator can't give back in time.
+# A whole decode reserved about 1.5 times what it allocated; the rest is the workspace of
+# convolutions and what the allocator can't return in time.
 _WORKSPACE_SHARE = 0.5
 
 _decode_bytes, _encode_bytes = lru_cache(256)(decode_bytes), lru_cache(256)(encode_bytes)
@@ -33,7 +32,7 @@ _vae_weights = lru_cache(weight_bytes)
 
 
 class ByteEstimate:
-    """Bytes of one request on one device under any plan; what plans share is computed once."""
+    """Bytes of one request on one device under any plan; shared parts are computed once."""
 
     def __init__(
         self,
@@ -69,11 +68,11 @@ class ByteEstimate:
 
     @cached_property
     def other_bytes(self) -> int:
-        """Weights beside the layers, without the position table, which stays on the host."""
+        """Weights other than the layers. The position table is always on the host."""
         elements = sum(
             math.prod(shape)
             for name, shape in parameter_shapes(self.config).items()
-            if name != "pos_embed" and not name.startswith("layers.")
+            if not name.startswith("layers.") and (self.on_host or name != "pos_embed")
         )
         return elements * self.precision.storage_bytes
 
@@ -88,7 +87,7 @@ class ByteEstimate:
 
     @cached_property
     def branch_rows(self) -> list[tuple[int, int]]:
-        """(rows that prefill computes, rows of keys) of every branch, time tokens left out."""
+        """(rows that prefill computes, rows of keys) of every branch, without time tokens."""
         found = []
         for condition in self.workload.conditions:
             for place, tokens in enumerate(condition.tokens):
@@ -114,7 +113,7 @@ class ByteEstimate:
         return self.workload.cache_rows()
 
     def row_bytes(self, plan: MemoryPlan) -> int:
-        """Of one row's keys and values in all layers that are kept."""
+        """Of one row's keys and values, in all layers that the cache holds."""
         layers = 1 if plan.cache == "none" else self.config.num_layers
         return layers * self.pair
 
@@ -129,8 +128,8 @@ class ByteEstimate:
         yield self.times()
         yield from self.moved_vae(plan)
         maps, work = self.encode_maps(plan)
-        yield Term("encode", maps, self._strips(plan) + ", one input image after the other")
-        yield Term("VAE work space", work, "of convolutions and the allocator, half of the above")
+        yield Term("encode", maps, self._strips(plan) + ", one input image at a time")
+        yield Term("VAE workspace", work, "of convolutions and the allocator, half of the above")
 
     def prefill(self, plan: MemoryPlan) -> Iterator[Term]:
         if plan.cache == "none":
@@ -147,7 +146,7 @@ class ByteEstimate:
         yield self.times()
         if plan.cache == "none":
             yield from self._prefill(1, plan.mlp_rows, share=False)
-        why = "a pass's workspace; of all groups residual stream, what is to be added, rotary"
+        why = "a pass's workspace; of all groups residual stream, delta and rotary"
         yield Term("loop", self.loop_bytes(plan), why)
 
     def decode(self, plan: MemoryPlan) -> Iterator[Term]:
@@ -155,16 +154,20 @@ class ByteEstimate:
         yield from self.captured(plan)
         yield from self.moved_vae(plan)
         maps, work = self.decode_maps(plan)
-        yield Term("decode", maps, self._strips(plan) + ", one picture after the other")
-        yield Term("VAE work space", work, "of convolutions and the allocator, half of the above")
+        yield Term("decode", maps, self._strips(plan) + ", one picture at a time")
+        yield Term("VAE workspace", work, "of convolutions and the allocator, half of the above")
 
     def held(self, plan: MemoryPlan) -> Iterator[Term]:
-        """What is there in every phase, but for a condition that is not kept."""
+        """What is there in every phase; a cache of one layer is not."""
         work, layers = self.workload, self.config.num_layers
         yield Term("context", self.context_bytes, "driver and libraries")
         resident = f"{plan.resident_layers} of {layers} on the device"
         yield Term("layers", plan.resident_layers * self.layer_bytes, resident)
-        yield Term("other weights", self.other_bytes, "token embeddings, time, modulation, output")
+        yield Term(
+            "other weights",
+            self.other_bytes,
+            "token embeddings, time, modulation, output" + ", positions" * self.on_host,
+        )
         if plan.vae_resident:
             yield Term("VAE", self.vae_bytes, "in float32, on the device")
         if plan.cache == "device":
@@ -180,27 +183,29 @@ class ByteEstimate:
         yield Term("latents", self.latent_bytes, "of input images, and twice of the pictures")
 
     def rings(self, plan: MemoryPlan) -> Iterator[Term]:
-        """What is there until the decode."""
+        """What is freed before the decode."""
         slots = min(RING, self.config.num_layers - plan.resident_layers)
         if slots:
-            yield Term("ring of layers", slots * self.slot_bytes, f"{slots} that are streamed")
+            yield Term("ring of layers", slots * self.slot_bytes, f"{slots} streamed layers")
         if plan.cache == "ring":
             rows = self.cache_rows(plan)
             yield Term("ring of caches", RING * rows * self.pair, f"{RING} layers of {rows} rows")
         elif plan.cache == "none":
             rows = self.cache_rows(plan)
             yield Term(
-                "cache", rows * self.pair, f"one layer of {rows} rows, computed in every step"
+                "cache", rows * self.pair, f"one layer of {rows} rows, recomputed in every step"
             )
 
     def captured(self, plan: MemoryPlan) -> Iterator[Term]:
-        """What a recording holds outside the loop."""
+        """What a CUDA graph holds outside the loop."""
         if plan.capture:
-            yield Term("captured step", self.loop_bytes(plan), "a loop's, kept for later calls")
+            yield Term(
+                "captured step", self.loop_bytes(plan), "a loop's tensors, kept for later calls"
+            )
 
     def moved_vae(self, plan: MemoryPlan) -> Iterator[Term]:
         if not plan.vae_resident:
-            yield Term("VAE", self.vae_bytes, "in float32, brought to the device meanwhile")
+            yield Term("VAE", self.vae_bytes, "in float32, on the device for this phase")
 
     def times(self) -> Term:
         size = 3 * self.workload.steps * self.unit
@@ -218,12 +223,12 @@ class ByteEstimate:
         return LATENT_CHANNELS * _FLOAT * pixels // VAE_SCALE**2
 
     def arena_bytes(self, plan: MemoryPlan) -> int:
-        """Keys and values of this request, or all that may be kept."""
+        """Keys and values of this request, or the room for earlier ones if that is more."""
         row = self.row_bytes(plan)
         return row * max(plan.kept_bytes // row, self.cache_rows(plan))
 
     def loop_bytes(self, plan: MemoryPlan) -> int:
-        """What all steps use again."""
+        """What every step reuses."""
         noise, value = self.workload.noise_tokens, self.precision.arithmetic_bytes
         # cosines and sines of half a head each, of every kind of step
         rotary, longest, rows, several = 0, 0, 0, 0
@@ -246,7 +251,7 @@ class ByteEstimate:
         return (rows * width + gate_up) * self.precision.arithmetic_bytes
 
     def encode_maps(self, plan: MemoryPlan) -> tuple[int, int]:
-        """Bytes of the largest image's activations, and of work space."""
+        """Bytes of the largest image's activations, and of workspace."""
         return max(
             (self._maps(_encode_bytes, plan, *image) for image in self.workload.images),
             default=(0, 0),
@@ -254,7 +259,7 @@ class ByteEstimate:
         )
 
     def decode_maps(self, plan: MemoryPlan) -> tuple[int, int]:
-        """Bytes of a picture's activations with all that is decoded, and of work space."""
+        """Bytes of a picture's activations and all decoded pictures, and of workspace."""
         work = self.workload
         maps, space = self._maps(_decode_bytes, plan, work.height, work.width)
         others = len(work.branches) - 1
@@ -266,7 +271,7 @@ class ByteEstimate:
         host = plan.strips_on_host and not self.on_host
         maps = of(self.vae, height, width, plan.strip_rows, host_store=host)
         at_once = maps
-        if plan.strip_rows is not None:  # what is kept between strips needs no work space
+        if plan.strip_rows is not None:  # activations kept between strips need no workspace
             at_once = of(self.vae, height, width, plan.strip_rows, host_store=True)
         return maps, round(_WORKSPACE_SHARE * at_once)
 
@@ -274,7 +279,7 @@ class ByteEstimate:
         own = [(rows if share else tokens) + steps for rows, tokens in self.branch_rows]
         longest = max(tokens for _, tokens in self.branch_rows) + steps
         row = 2 * self.unit + self.config.head_dim * _FLOAT + _INDEX_BYTES
-        why = f"{sum(own)} rows of all branches: residual stream, what is to be added, rotary"
+        why = f"{sum(own)} rows of all branches: residual stream, delta and rotary"
         yield Term("condition", sum(own) * row, why)
         why = f"for the {longest} rows of the longest branch"
         yield Term("prefill workspace", self.workspace_bytes(longest, mlp_rows), why)
@@ -289,4 +294,4 @@ class ByteEstimate:
         needed = self.cache_rows(plan)
         kept = self.arena_bytes(plan) // self.row_bytes(plan) - needed
         more = f" and {kept} for earlier requests" if kept else ""
-        return f"keys and values of {needed} rows in all layers{more}"
+        return f"keys and values of {needed} rows, all layers{more}"

@@ -1,4 +1,4 @@
-"""What a device would need for a request, in tables: without weights, prompts or the device."""
+"""Tables of what a request needs on a device, made without weights, prompts or the device."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from .planner import Candidate, Decision, describe, gigabytes, plan
 
 @dataclass(frozen=True)
 class Report:
-    """The plan by which a call ran."""
+    """How a call ran."""
 
     plan: MemoryPlan
-    predicted: Cost | None  # None for a plan that the caller gave
-    cached_share: float  # of the rows of a run without a cache, those that were kept
-    measured_bytes: int | None = None  # peak that the allocator reserved; None where it can't tell
+    predicted: Cost | None  # None if the caller gave the plan
+    cached_share: float  # of the rows that a run without a cache computes, those saved
+    measured_bytes: int | None = None  # peak that the allocator reserved; None if unknown
 
     def text(self, config: ModelConfig) -> str:
-        """A few lines for people."""
+        """A few lines for printing."""
         lines = [describe(self.plan, config)]
         lines.append(
             f"kept between steps: {self.cached_share:.0%} of the rows of a run without cache"
@@ -33,8 +33,8 @@ class Report:
         if self.predicted is not None:
             cost = self.predicted
             lines.append(
-                f"predicted: peak {gigabytes(cost.peak_bytes)} ({cost.peak_phase}, the device's "
-                f"context included), {cost.seconds:.1f} s"
+                f"predicted: peak {gigabytes(cost.peak_bytes)} ({cost.peak_phase}, including the "
+                f"device's context), {cost.seconds:.1f} s"
             )
         if self.measured_bytes is None:
             lines.append("measured peak: not measured on this device")
@@ -43,7 +43,7 @@ class Report:
         return "\n".join(lines)
 
 
-_SHOWN = 12  # plans of a table
+_SHOWN = 12  # plans in a table
 # The settings of the original's second table.
 _SETTINGS = {
     "kv": Switches(True, False, False, False),
@@ -52,11 +52,16 @@ _SETTINGS = {
     "kv, offload_kv, offload_model": Switches(True, True, True, False),
     "all four": Switches(True, True, True, True),
 }
+# Those that differ where the host is the device.
+_HOST_SETTINGS = {
+    "kv": Switches(use_kv_cache=True, separate_cfg_infer=False),
+    "kv, separate_cfg": Switches(use_kv_cache=True, separate_cfg_infer=True),
+}
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One of the original's settings: what we take under it, and what it is documented to."""
+    """One of the original's settings: our plan under it, and what the original documents."""
 
     name: str
     decision: Decision | MemoryBudgetError
@@ -70,9 +75,10 @@ def settings(
     precision: Precision,
     config: ModelConfig | None = None,
 ) -> Iterator[Setting]:
-    """Our plans under the original's settings, in no more memory than it is documented to need."""
+    """Our plans under the original's settings, within the memory that it is documented to need."""
     config = config or released_sizes()
-    for name, switches in _SETTINGS.items():
+    every = _HOST_SETTINGS if profile.on_host else _SETTINGS
+    for name, switches in every.items():
         cell = _documented(profile, workload, switches)
         most = budget_bytes
         if cell and cell.gigabytes is not None:
@@ -100,7 +106,7 @@ def report(
     """The table that `omnigen-fast plan` prints."""
     config = decision.estimate.config
     lines = [_headline(profile, workload, decision.budget_bytes), ""]
-    lines.append("      GB        s  plan (predicted; * the chosen one, - does not fit)")
+    lines.append("      GB        s  plan (predicted; * chosen, - does not fit)")
     for one in _selection(decision):
         mark = "-" if not decision.fits(one) else " "
         if one == decision.chosen:
@@ -110,7 +116,7 @@ def report(
         )
     lines += [
         "",
-        "under the original's settings, in no more memory than it documents (ours predicted)",
+        "under the original's settings, within the memory that it documents (ours predicted)",
         "",
     ]
     lines.append("      GB        s   documented       settings")
@@ -133,7 +139,7 @@ def _headline(profile: Profile, workload: Workload, budget_bytes: int) -> str:
     if images:
         sides = sorted({f"{width} x {height}" for height, width in workload.images})
         words.append(f"{images} input image{'s' * (images > 1)} of {', '.join(sides)} px")
-    return f"{profile.name}, {budget_bytes / 1e9:.2f} GB to use: {', '.join(words)}"
+    return f"{profile.name}, {budget_bytes / 1e9:.2f} GB usable: {', '.join(words)}"
 
 
 def _documented(profile: Profile, workload: Workload, switches: Switches) -> DocumentedCell | None:
@@ -156,7 +162,7 @@ def _documented(profile: Profile, workload: Workload, switches: Switches) -> Doc
 
 
 def _selection(decision: Decision) -> Sequence[Candidate]:
-    """The chosen candidate and some others, evenly from the largest to the smallest."""
+    """The chosen candidate and some others, spread evenly from the largest to the smallest."""
     every = decision.candidates
     largest, smallest = every[0].peak_bytes, every[-1].peak_bytes
     shown = {every.index(decision.chosen), 0, len(every) - 1}

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal, TypeAlias
 
 from ..config import ModelConfig, released_sizes, tokens
+from ..errors import RequestError
 from ..precision import Precision
 from ..schedule import StepKind, StepSchedule
 
-RING = 2  # layers of streamed weights, or of streamed keys and values, that are on the device
-MLP_ROWS = 4096  # large enough that a product loses nothing, small enough to bound its memory
-SHARED_TOKENS = 128  # branches that begin with so many equal tokens share their keys and values
+RING = 2  # layers on the device at once, of streamed weights or of streamed keys and values
+MLP_ROWS = 4096  # large enough for full speed, small enough to bound the memory
+SHARED_TOKENS = 128  # branches that begin with this many equal tokens share keys and values
+# Typical tokens of a wrapped prompt without its images, and of the built-in negative prompt.
+PROMPT_TOKENS, NEGATIVE_TOKENS = 60, 121
+
+CachePlace: TypeAlias = Literal["device", "ring", "none"]
+CACHE_PLACES: tuple[CachePlace, ...] = ("device", "ring", "none")
 
 
 @dataclass(frozen=True)
@@ -21,7 +27,7 @@ class Condition:
     One branch, or two that begin with the same `shared` tokens, which are computed and kept once.
     """
 
-    tokens: tuple[int, ...]  # of each branch, the shared ones included
+    tokens: tuple[int, ...]  # of each branch, including the shared ones
     shared: int = 0
 
     def rows(self, steps: int) -> int:
@@ -31,7 +37,7 @@ class Condition:
 
 @dataclass(frozen=True)
 class Workload:
-    """The sizes of a request, all that its cost depends on."""
+    """The sizes of a request: everything that its cost depends on."""
 
     height: int  # of the output, pixels
     width: int
@@ -59,14 +65,14 @@ class Workload:
         return tokens(self.height, self.width)
 
     def cache_rows(self) -> int:
-        """Rows of keys and values that all conditions need."""
+        """Rows of keys and values for all conditions."""
         return sum(condition.rows(self.steps) for condition in self.conditions)
 
     def cached_share(self) -> float:
-        """Of the rows that all steps of a run without a cache compute, those that are kept, 0 to 1.
+        """The share of rows, 0 to 1, that the cache saves over all steps of a run without one.
 
-        Conditions are computed once, and so is every step's time token; branches that other
-        pictures share count where they are kept.
+        Conditions are computed once, and so is every step's time token. A branch that several
+        pictures share is computed once, too.
         """
         noise, uncached, steps = self.noise_tokens, 0, 0
         for kind, count in self.schedule.counts.items():
@@ -74,7 +80,7 @@ class Workload:
             if kind.computed:
                 uncached += count * sum(tokens + 1 + noise for tokens in branches)
                 steps += count * len(branches)
-        # a cache row for each branch is the current step's time token: a copy
+        # one cache row of each branch is a copy: the current step's time token
         filled = self.cache_rows() - sum(len(condition.tokens) for condition in self.conditions)
         computed = filled + steps * noise
         return 1 - computed / uncached
@@ -82,24 +88,51 @@ class Workload:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Where everything lives and in what portions it is worked off; no value of it changes a bit
-    of what is computed, but for the order in which sums are taken.
+    """Where weights, cache and activations live, and the sizes of the chunks they are processed in.
+
+    Images match under all plans up to floating-point rounding: chunks change the order of sums.
+
+    Raises RequestError for a value that no request can run with; `check` compares a plan with a
+    model.
     """
 
     resident_layers: int  # layers whose weights stay on the device; the others are streamed
-    cache: Literal["device", "ring", "none"]  # keys and values: there, streamed, or recomputed
+    cache: CachePlace  # keys and values: on the device, streamed, or recomputed in every step
     branches_per_pass: int | None  # None for all branches of every picture at once
-    mlp_rows: int  # rows of the MLP's widest product
-    vae_resident: bool  # or moved to the device to encode and to decode
-    strip_rows: int | None  # latent rows that the VAE works off at once; None for all
+    mlp_rows: int  # rows that the MLP processes at once
+    vae_resident: bool  # False moves the VAE to the device only to encode and to decode
+    strip_rows: int | None  # latent rows that the VAE processes at once; None for all
     capture: bool  # record a step as a CUDA graph
     kept_bytes: int  # for conditions of earlier requests
-    strips_on_host: bool = False  # what the VAE keeps between strips is on the host
+    strips_on_host: bool = False  # the VAE keeps activations on the host between strips
     precision: Precision | None = None  # None for the one that the weights are in
+
+    def __post_init__(self) -> None:
+        _check_whole("resident_layers", self.resident_layers, 0)
+        if not isinstance(self.cache, str) or self.cache not in CACHE_PLACES:
+            allowed = ", ".join(map(repr, CACHE_PLACES))
+            raise RequestError(f"MemoryPlan: cache must be one of {allowed}, got {self.cache!r}")
+        _check_whole("branches_per_pass", self.branches_per_pass, 1, "None for all branches")
+        _check_whole("mlp_rows", self.mlp_rows, 1)
+        _check_whole("strip_rows", self.strip_rows, 1, "None for the whole image")
+        _check_whole("kept_bytes", self.kept_bytes, 0)
+        if self.precision is not None and not isinstance(self.precision, Precision):
+            raise RequestError(
+                f"MemoryPlan: precision must be a Precision or None, got {self.precision!r}"
+            )
+        for name in ("vae_resident", "capture", "strips_on_host"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise RequestError(f"MemoryPlan: {name} must be True or False, got {value!r}")
+        if self.capture and self.cache != "device":
+            raise RequestError(
+                f"MemoryPlan: capture=True needs cache='device', got cache={self.cache!r}; set "
+                "capture=False to stream or recompute keys and values"
+            )
 
     @classmethod
     def plain(cls, layers: int, kept_bytes: int = 0, capture: bool = False) -> MemoryPlan:
-        """Everything on the device and at once."""
+        """This many layers and everything else on the device, all processed at once."""
         return cls(
             resident_layers=layers,
             cache="device",
@@ -111,28 +144,84 @@ class MemoryPlan:
             kept_bytes=kept_bytes,
         )
 
+    def check(self, layers: int) -> None:
+        """Raises RequestError if a model of this many layers can't run by this plan."""
+        if self.resident_layers > layers:
+            raise RequestError(
+                f"MemoryPlan: resident_layers must be at most {layers}, the model's layers, got "
+                f"{self.resident_layers}"
+            )
+        if self.capture and self.resident_layers < layers:
+            raise RequestError(
+                f"MemoryPlan: capture=True needs all {layers} layers resident, got "
+                f"resident_layers={self.resident_layers}; a CUDA graph can't record the copies of "
+                "streamed layers, so set capture=False"
+            )
+
+
+def _check_whole(name: str, value: object, least: int, otherwise: str = "") -> None:
+    """Refuses what is not a whole number; None is allowed where it means something."""
+    if value is None and otherwise:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        way = f" (or {otherwise})" if otherwise else ""
+        raise RequestError(
+            f"MemoryPlan: {name} must be a whole number of at least {least}{way}, got {value!r}"
+        )
+
 
 @dataclass(frozen=True)
 class Switches:
-    """What the caller has fixed, under the original's names; None leaves it to the planner."""
+    """What the caller has set, under the original's names; None leaves it to the planner."""
 
     use_kv_cache: bool | None = None
     offload_kv_cache: bool | None = None
     offload_model: bool | None = None
     separate_cfg_infer: bool | None = None
 
+    @property
+    def given(self) -> dict[str, bool]:
+        """The switches that are set, by name."""
+        values = {
+            "use_kv_cache": self.use_kv_cache,
+            "offload_kv_cache": self.offload_kv_cache,
+            "offload_model": self.offload_model,
+            "separate_cfg_infer": self.separate_cfg_infer,
+        }
+        return {name: value for name, value in values.items() if value is not None}
+
+    def without(self, *names: str) -> Switches:
+        """These switches with some left to the planner."""
+        return Switches(**{name: value for name, value in self.given.items() if name not in names})
+
+    def for_device(self, on_host: bool) -> Switches:
+        """The switches that count: offloading does nothing where the host is the device."""
+        return self.without("offload_kv_cache", "offload_model") if on_host else self
+
     def applied_to(self, plan: MemoryPlan, layers: int) -> MemoryPlan:
-        """The plan with what is fixed here, for a model of so many layers."""
-        changes: dict[str, Any] = {}
+        """The plan with these switches, for a model of this many layers.
+
+        A switch that streams or recomputes anything drops the plan's CUDA graph.
+        """
+        cache, resident, branches = plan.cache, plan.resident_layers, plan.branches_per_pass
         if self.offload_kv_cache is not None:
-            changes["cache"] = "ring" if self.offload_kv_cache else "device"
-        if self.use_kv_cache is not None and not (self.use_kv_cache and plan.cache != "none"):
-            changes["cache"] = "device" if self.use_kv_cache else "none"
+            cache = "ring" if self.offload_kv_cache else "device"
+        if self.use_kv_cache is False:
+            cache = "none"
+        elif self.use_kv_cache and cache == "none":
+            cache = "device"
         if self.offload_model is not None:
-            changes["resident_layers"] = 0 if self.offload_model else layers
+            resident = 0 if self.offload_model else layers
         if self.separate_cfg_infer is not None:
-            changes["branches_per_pass"] = 1 if self.separate_cfg_infer else None
-        return replace(plan, **changes)
+            branches = 1 if self.separate_cfg_infer else None
+        streams = cache != "device" or self.offload_model is True
+        return replace(
+            plan,
+            cache=cache,
+            resident_layers=resident,
+            branches_per_pass=branches,
+            capture=plan.capture and not streams,
+        )
 
 
 # Wrapped around a prompt of input images alone, and around each image, in tokens (about).
@@ -141,18 +230,14 @@ _WRAPPING, _IMAGE_TAGS = 27, 3
 
 @dataclass(frozen=True)
 class Sizes:
-    """All that the original's cost depends on, beside its switches.
-
-    `text_tokens` are those of the wrapped prompt without its images' own; `negative_tokens` about
-    those of the built-in negative prompt.
-    """
+    """Everything that the original's cost depends on, beside its switches."""
 
     height: int  # pixels
     width: int
     images: tuple[tuple[int, int], ...] = ()  # (height, width) of each input image, preprocessed
     steps: int = 50
-    text_tokens: int = 60
-    negative_tokens: int = 121
+    text_tokens: int = PROMPT_TOKENS  # of the wrapped prompt, without its images' own
+    negative_tokens: int = NEGATIVE_TOKENS
 
     @property
     def noise_tokens(self) -> int:
@@ -183,7 +268,7 @@ def typical_workload(
     max_input_image_size: int = 1024,
     steps: int = 50,
     pictures: int = 1,
-    prompt_tokens: int = 60,
+    prompt_tokens: int = PROMPT_TOKENS,
     image_first: bool = False,
     config: ModelConfig | None = None,
 ) -> Workload:
@@ -194,10 +279,10 @@ def typical_workload(
         images: how many input images each prompt has.
         max_input_image_size: their side.
         steps: Euler steps.
-        pictures: how many prompts there are, with a picture each.
+        pictures: how many prompts there are, with one picture each.
         prompt_tokens: of a wrapped prompt, without its images' own.
-        image_first: whether the images stand in front of the instruction, so that the branches of
-            prompt and images begin alike.
+        image_first: the images come before the instruction, so that the branch of the whole prompt
+            and that of the images begin alike.
         config: decides which branches take the same rotary factor; the released model's.
     """
     config = config or released_sizes()
@@ -218,7 +303,13 @@ def typical_workload(
         width=width,
         schedule=StepSchedule.euler(steps),
         branches=(sizes.branches,) * pictures,
-        # the negative prompt is one for all
+        # all prompts share the negative one
         conditions=(Condition((uncond,)), *(one for picture in conditions for one in picture)),
         images=sizes.images * pictures,
     )
+
+
+def first_workload(config: ModelConfig) -> Workload:
+    """What weights are placed for before there is a request: one picture of 1024 px."""
+    side = min(1024, config.max_image_side)
+    return typical_workload(side, side, config=config)

@@ -1,14 +1,14 @@
-"""Which plan is the fastest that fits: candidates, their costs, the choice and its reasons.
+"""The fastest plan that fits: candidates, their costs, the choice and its reasons.
 
-Candidates that another one beats in both bytes and seconds can never be chosen, whatever the
-budget. What is left, the front, is sorted from the fastest to the smallest: the choice is its first
-one that fits, and what is tried after an out-of-memory stands further down.
+No budget chooses a candidate that another one beats in both bytes and seconds. The others, the
+front, are sorted from the fastest to the smallest: the first that fits is chosen, and later ones
+are tried after an out-of-memory error.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 
@@ -18,17 +18,16 @@ from ..precision import Precision
 from ..profiles import Profile
 from .autoencoder import VaeShape
 from .cost import Cost, Estimate
-from .plan import MLP_ROWS, RING, MemoryPlan, Switches, Workload
+from .plan import MLP_ROWS, RING, CachePlace, MemoryPlan, Switches, Workload
 from .terms import table, total_bytes
 
 ANY = Switches()
 KEPT_BYTES = 2 << 30  # for conditions of earlier requests, where there is room
-_KEPT_UNIT = 256 << 20  # so that a little more or less free memory does not move the cache
-# Of the MLP's widest product, and of the autoencoder at once: (latent rows, kept on the host).
+_KEPT_UNIT = 256 << 20  # small changes of free memory must not move the cache
+# Rows that the MLP processes at once; for the autoencoder (latent rows, kept on the host).
 _MLP_CHOICES = (MLP_ROWS, 1024)
 _STRIP_CHOICES = ((None, False), (16, False), (16, True), (4, True))
-_CACHES = ("device", "ring", "none")
-_LESS = 0.95  # of what failed: the next attempt must need clearly less
+_LESS = 0.95  # the next attempt must need clearly less than what failed
 
 
 @dataclass(frozen=True)
@@ -42,13 +41,13 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Decision:
-    """The plan for a request, and what else there was to choose from."""
+    """The plan for a request, and the candidates it was chosen from."""
 
     plan: MemoryPlan
     cost: Cost
     budget_bytes: int
     candidates: tuple[Candidate, ...]  # each needs less and takes longer than the one before
-    fixed: tuple[str, ...]  # what the caller's switches have settled
+    fixed: tuple[str, ...]  # the caller's switches that count
     estimate: Estimate
 
     def fits(self, candidate: Candidate) -> bool:
@@ -60,9 +59,9 @@ class Decision:
         return next(one for one in self.candidates if self.fits(one))
 
     def after(self, failed: Sequence[MemoryPlan]) -> Candidate | None:
-        """What to try after these plans ran out of memory: it needs less than all of them.
+        """The next candidate after these plans ran out of memory; it needs less than each of them.
 
-        None if there is nothing left.
+        None if there is none.
         """
         limit = min(
             (self.estimate.cost(plan).peak_bytes for plan in failed), default=self.budget_bytes + 1
@@ -81,7 +80,7 @@ class Decision:
             f"of {gigabytes(self.budget_bytes)}, {cost.seconds:.1f} s"
         ]
         if self.fixed:
-            lines.append(f"as asked for: {', '.join(self.fixed)}")
+            lines.append(f"as requested: {', '.join(self.fixed)}")
         faster = [one for one in self.candidates if one.peak_bytes > self.budget_bytes]
         if faster:
             one = faster[0]
@@ -117,14 +116,16 @@ def plan(
         workload: sizes of the request.
         profile: of the device.
         budget_bytes: what may be used at most, the device's context included.
-        switches: what the caller has fixed; never overridden.
-        current: the plan by which weights lie now; moving them costs time.
+        switches: what the caller has set; never overridden, but offloading does nothing where the
+            host is the device.
+        current: the plan that weights are placed by now; moving them costs time.
         kept_bytes: how much to keep for the conditions of earlier requests, where there is room.
-        capture: whether a step can be recorded as a CUDA graph; None for what the profile says.
+        capture: whether a step can be recorded as a CUDA graph; None for the profile's answer.
 
     Raises:
         MemoryBudgetError: nothing fits; says what would, and what to change.
     """
+    switches = switches.for_device(profile.on_host)
     estimate = _estimate(config, vae, precision, workload, profile)
     if current is not None:
         current = replace(current, kept_bytes=0)  # moves no weights
@@ -133,13 +134,12 @@ def plan(
     if chosen is None:
         raise _nothing_fits(estimate, switches, candidates[-1].peak_bytes, budget_bytes)
     chosen = replace(chosen, kept_bytes=_kept(estimate, chosen, budget_bytes, kept_bytes))
-    given = [(one.name, getattr(switches, one.name)) for one in fields(switches)]
     return Decision(
         plan=chosen,
         cost=estimate.cost(chosen, current),
         budget_bytes=budget_bytes,
         candidates=candidates,
-        fixed=tuple(f"{name}={value}" for name, value in given if value is not None),
+        fixed=tuple(f"{name}={value}" for name, value in switches.given.items()),
         estimate=estimate,
     )
 
@@ -151,7 +151,10 @@ def front(
     current: MemoryPlan | None = None,
     capture: bool | None = None,
 ) -> tuple[Candidate, ...]:
-    """The candidates that some budget would choose, from the fastest to the smallest."""
+    """The candidates that some budget would choose, from the fastest to the smallest.
+
+    Arguments as for `plan`, with switches that count on the device (`Switches.for_device`).
+    """
     candidates = sorted(
         _candidates(estimate, switches, current, capture), key=lambda one: (one[1], one[0])
     )
@@ -171,14 +174,18 @@ def describe(plan: MemoryPlan, config: ModelConfig) -> str:
         streamed = layers - plan.resident_layers
         words = ["all layers streamed" if streamed == layers else f"{streamed} layers streamed"]
     words.append(
-        {"device": "cache there", "ring": "cache streamed", "none": "no cache"}[plan.cache]
+        {
+            "device": "KV cache on device",
+            "ring": "KV cache streamed",
+            "none": "no KV cache",
+        }[plan.cache]
     )
     if plan.branches_per_pass is not None:
         words.append(f"passes of {plan.branches_per_pass}")
     if plan.mlp_rows != MLP_ROWS:
         words.append(f"MLP {plan.mlp_rows}")
     if not plan.vae_resident:
-        words.append("VAE moved")
+        words.append("VAE offloaded")
     if plan.strip_rows is not None:
         words.append(f"strips of {plan.strip_rows}{' on host' * plan.strips_on_host}")
     if plan.capture:
@@ -190,7 +197,7 @@ def gigabytes(size: float) -> str:
     return f"{size / 1e9:.2f} GB"
 
 
-# Requests of the same sizes follow one another.
+# Requests often have the sizes of the one before.
 _estimate = lru_cache(maxsize=16)(Estimate)
 
 
@@ -209,8 +216,8 @@ def _candidates(
 ) -> Iterator[tuple[int, float, MemoryPlan, int, MemoryPlan]]:
     """(peak bytes, seconds, plan of the transformer, resident layers, plan of the VAE) of each.
 
-    Bytes and seconds are put together from parts that many candidates share: thousands of sums
-    rather than thousands of estimates.
+    Bytes and seconds are sums of parts that many candidates share: thousands of sums rather than
+    thousands of estimates.
     """
     layers = _layer_choices(estimate, switches)
     autoencoders = [_VaeParts(estimate, one, current) for one in _vae_plans(estimate)]
@@ -218,7 +225,7 @@ def _candidates(
         parts = _TransformerParts(estimate, transformer)
         for resident in layers:
             if transformer.capture and resident < estimate.config.num_layers:
-                continue  # copies on another stream, ahead of the step, can't be recorded with it
+                continue  # a CUDA graph can't record copies that run ahead on another stream
             weights = resident * estimate.bytes.layer_bytes
             ring = min(RING, estimate.config.num_layers - resident) * estimate.bytes.slot_bytes
             seconds = estimate.seconds.of_transformer(
@@ -238,7 +245,7 @@ class _TransformerParts:
     """Bytes of each phase without layers and VAE."""
 
     def __init__(self, estimate: Estimate, plan: MemoryPlan) -> None:
-        # with all layers resident there is no ring; their own bytes are added by the caller
+        # with all layers resident there is no ring; the caller adds the layers' own bytes
         plan = replace(plan, resident_layers=estimate.config.num_layers, vae_resident=False)
         layers = estimate.config.num_layers * estimate.bytes.layer_bytes
         held = total_bytes(estimate.bytes.held(plan)) - layers
@@ -264,17 +271,7 @@ class _VaeParts:
         self.seconds = estimate.seconds.of_vae(plan, current)
 
 
-# What candidates are made of, by replacing.
-PLAIN = MemoryPlan(
-    resident_layers=0,
-    cache="device",
-    branches_per_pass=None,
-    mlp_rows=MLP_ROWS,
-    vae_resident=True,
-    strip_rows=None,
-    capture=False,
-    kept_bytes=0,
-)
+_PLAIN = MemoryPlan.plain(layers=0)  # candidates replace its values
 
 
 def _layer_choices(estimate: Estimate, switches: Switches) -> Sequence[int]:
@@ -298,18 +295,18 @@ def _transformer_plans(
     ):
         if not captured or (capture and cache == "device"):
             yield replace(
-                PLAIN, cache=cache, branches_per_pass=branches, mlp_rows=rows, capture=captured
+                _PLAIN, cache=cache, branches_per_pass=branches, mlp_rows=rows, capture=captured
             )
 
 
-def _cache_choices(estimate: Estimate, switches: Switches) -> Sequence[str]:
+def _cache_choices(estimate: Estimate, switches: Switches) -> Sequence[CachePlace]:
     use, offload = switches.use_kv_cache, switches.offload_kv_cache
     if use is False:
         return ("none",)
     if offload is not None:
         return ("ring",) if offload else ("device",) if use else ("device", "none")
-    # where the host's memory is the device's, a ring beside the cache only adds to it
-    kept = ("device",) if estimate.on_host else ("device", "ring")
+    # on the host, a ring would only add to the cache's own memory
+    kept: tuple[CachePlace, ...] = ("device",) if estimate.on_host else ("device", "ring")
     return kept if use else (*kept, "none")
 
 
@@ -317,11 +314,11 @@ def _vae_plans(estimate: Estimate) -> Iterator[MemoryPlan]:
     for resident in (True,) if estimate.on_host else (True, False):
         for rows, host in _STRIP_CHOICES:
             if not host or not estimate.on_host:
-                yield replace(PLAIN, vae_resident=resident, strip_rows=rows, strips_on_host=host)
+                yield replace(_PLAIN, vae_resident=resident, strip_rows=rows, strips_on_host=host)
 
 
 def _kept(estimate: Estimate, plan: MemoryPlan, budget_bytes: int, kept_bytes: int) -> int:
-    """How much may be kept for later requests beside what this one needs."""
+    """How much may be kept for later requests, besides what this one needs."""
     if plan.cache == "none":
         return 0
     if plan.cache == "ring":  # on the host
@@ -333,25 +330,23 @@ def _kept(estimate: Estimate, plan: MemoryPlan, budget_bytes: int, kept_bytes: i
 def _nothing_fits(
     estimate: Estimate, switches: Switches, least: int, budget_bytes: int
 ) -> MemoryBudgetError:
-    """Says what would do, and which switches to leave to the planner."""
+    """Says how much is enough, and which switches to leave to the planner."""
     message = (
-        f"this request needs at least {gigabytes(least)} of memory and there are "
-        f"{gigabytes(budget_bytes)}"
+        f"this request needs at least {gigabytes(least)} of memory and "
+        f"{gigabytes(budget_bytes)} can be used"
     )
-    given = [one.name for one in fields(switches) if getattr(switches, one.name) is not None]
-    left_out = [([name], replace(switches, **{name: None})) for name in given]
-    if len(given) > 1:
-        left_out.append((given, ANY))
+    given = switches.given
+    left_out = [(name,) for name in given] + ([tuple(given)] if len(given) > 1 else [])
     ways = []
-    for names, others in left_out:
-        needed = front(estimate, others, capture=False)[-1].peak_bytes
+    for names in left_out:
+        needed = front(estimate, switches.without(*names), capture=False)[-1].peak_bytes
         if needed < _LESS * least:
-            values = ", ".join(f"{name}={getattr(switches, name)}" for name in names)
-            ways.append(f"leave out {values} (then {gigabytes(needed)} would do)")
+            values = ", ".join(f"{name}={given[name]}" for name in names)
+            ways.append(f"leave out {values} (then {gigabytes(needed)} is enough)")
     ways.append("make height and width smaller")
     if estimate.workload.images:
         ways.append("make max_input_image_size smaller")
     if len(estimate.workload.branches) > 1:
         ways.append("ask for fewer pictures per call")
-    ways.append("give more memory")
+    ways.append("give it more memory")
     return MemoryBudgetError(f"{message}; {', or '.join(ways)}", least, budget_bytes)

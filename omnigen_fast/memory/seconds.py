@@ -1,4 +1,4 @@
-"""What a plan costs in seconds, by roofline: predictions from the rates that a profile attains."""
+"""Seconds of a plan by roofline, from the rates that a profile attains."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from .plan import MemoryPlan, Workload
 from .terms import Duration
 
 _FLOAT = 4  # bytes
-# Typical of CUDA, not measured: between two kernels of a graph, between two launched one by one,
-# and what the host needs to launch one.
+# Typical of CUDA, not measured: the gap between two kernels of a graph, the gap between two single
+# launches, and the host's time for a launch.
 _GAP_CAPTURED, _GAP_EAGER, _LAUNCH = 1e-6, 2e-6, 15e-6
-# Reads and writes of each value that a VAE layer makes: two norms, activations, the sum.
+# Reads and writes of each value that a VAE layer outputs: two norms, activations, the sum.
 _VAE_MOVES = 10
 _decode_flops, _encode_flops = lru_cache(256)(decode_flops), lru_cache(256)(encode_flops)
 
 
 def step_flops(config: ModelConfig, workload: Workload) -> int:
-    """Operations of one step with the condition's keys and values kept: products and attention."""
+    """Operations of one step with cached keys and values: products and attention."""
     groups = [tokens for picture in workload.branches for tokens in picture]
     products = product_flops(config, len(groups) * workload.noise_tokens)
     return config.num_layers * (products + attention_flops(config, groups, workload.noise_tokens))
@@ -38,19 +38,19 @@ def product_flops(config: ModelConfig, rows: int) -> int:
 
 
 def attention_flops(config: ModelConfig, tokens: Sequence[int], noise_tokens: int) -> int:
-    """Of a layer's attention in groups whose conditions have so many tokens."""
+    """Of a layer's attention; `tokens` are those of each group's condition."""
     keys = sum(one + 1 + noise_tokens for one in tokens)
     return 4 * noise_tokens * keys * config.num_heads * config.head_dim
 
 
 @dataclass(frozen=True)
 class Work:
-    """Seconds of a pass through all layers, by what limits them."""
+    """Seconds of a pass through all layers, by their limit."""
 
     products: float = 0.0
     attention: float = 0.0
     elementwise: float = 0.0
-    launches: float = 0.0  # gaps between kernels, or what the host needs more than the device
+    launches: float = 0.0  # gaps between kernels, or the host's excess over the device
 
     @property
     def seconds(self) -> float:
@@ -58,7 +58,7 @@ class Work:
 
 
 class SecondsEstimate:
-    """Seconds of one request on one device under any plan; what plans share is computed once.
+    """Seconds of one request on one device under any plan; shared parts are computed once.
 
     Args:
         sizes: the bytes of the same request on the same device.
@@ -79,54 +79,46 @@ class SecondsEstimate:
         self._work: dict[object, Work] = {}
 
     def durations(self, plan: MemoryPlan, current: MemoryPlan | None) -> Iterator[Duration]:
+        """Each part, in order."""
         steps = self._all_steps(plan)
         if current is not None:
             moved = self.layers_moving(plan, current) + self.vae_moving(plan, current)
-            yield Duration("arranging", moved, "weights to their places")
+            yield Duration("arranging", moved, "moving weights")
         if self._workload.images:
             yield Duration("encode", self.encode_seconds(plan), "input images, in float32")
         if plan.cache != "none":
             why = "the condition and all time tokens, once"
             yield Duration("prefill", self.prefill_seconds(plan), why)
-        yield Duration(
-            "products",
-            steps.products,
-            "matrix products of all steps",
-        )
+        yield Duration("products", steps.products, "matrix products of all steps")
         yield Duration("attention", steps.attention, "of all steps")
-        yield Duration(
-            "elementwise",
-            steps.elementwise,
-            "norms, rotary, SwiGLU, guidance",
-        )
-        why = "between the kernels of a recording" if plan.capture else "kernel by kernel"
+        yield Duration("elementwise", steps.elementwise, "norms, rotary, SwiGLU, guidance")
+        why = "gaps in the CUDA graph" if plan.capture else "kernel by kernel"
         yield Duration("launches", steps.launches, why)
         if self.copied_bytes(plan):
             share = self._steps() * self.contention(plan)
-            yield Duration("contention", share, "copies take a part of the memory's bandwidth")
+            yield Duration("contention", share, "copies take some of the memory's bandwidth")
         if plan.cache == "none":
             again = self._steps() * self.condition_work(plan).seconds
             yield Duration("recomputing", again, "the condition in every step")
-        computing = sum(
-            count * self.compute_seconds(plan, kind) for kind, count in self._computed()
-        )
         if self.copied_bytes(plan):
-            yield Duration(
-                "waiting",
-                self.loop_seconds(plan) - computing,
-                "for copies that outlast the computation",
+            computing = sum(
+                count * self.compute_seconds(plan, kind) for kind, count in self._computed()
             )
+            waits = self.loop_seconds(plan) - computing
+            yield Duration("waiting", waits, "for copies that take longer than the computation")
         yield Duration("decode", self.decode_seconds(plan), "in float32")
 
     def of(self, plan: MemoryPlan, current: MemoryPlan | None = None) -> float:
-        """Of all; the sum of `durations` up to rounding."""
+        """The sum of `durations` up to rounding."""
         return self.of_transformer(plan, current) + self.of_vae(plan, current)
 
     def of_transformer(self, plan: MemoryPlan, current: MemoryPlan | None) -> float:
+        """Prefill, all steps, and moving layers."""
         prefill = self.prefill_seconds(plan) if plan.cache != "none" else 0.0
         return self.layers_moving(plan, current) + prefill + self.loop_seconds(plan)
 
     def of_vae(self, plan: MemoryPlan, current: MemoryPlan | None) -> float:
+        """Encode, decode, and moving the VAE."""
         encode = self.encode_seconds(plan) if self._workload.images else 0.0
         return self.vae_moving(plan, current) + encode + self.decode_seconds(plan)
 
@@ -141,7 +133,7 @@ class SecondsEstimate:
         return self._sizes.vae_bytes * comes / self._profile.link_bytes_per_second
 
     def loop_seconds(self, plan: MemoryPlan) -> float:
-        """All steps: computation, or the copies beside it where those take longer."""
+        """All steps: the computation, or its concurrent copies if they take longer."""
         copies = self.copy_seconds(plan)
         steps = sum(
             count * max(self.compute_seconds(plan, kind), copies)
@@ -178,18 +170,18 @@ class SecondsEstimate:
         return seconds + self.contention(plan)
 
     def copied_bytes(self, plan: MemoryPlan) -> int:
-        """What is streamed in one step."""
+        """Streamed in one step."""
         size = (self._config.num_layers - plan.resident_layers) * self._sizes.layer_bytes
         if plan.cache == "ring":
             size += self._sizes.cache_rows(plan) * self._sizes.row_bytes(plan)
         return size
 
     def copy_seconds(self, plan: MemoryPlan) -> float:
-        """Of one step's copies. Evenly spread over the layers, they run beside all of it."""
+        """Of one step's copies; spread over the layers, they overlap with the whole step."""
         return self.copied_bytes(plan) / self._profile.link_bytes_per_second
 
     def contention(self, plan: MemoryPlan) -> float:
-        """What a step loses to its copies, which write to the memory that it reads."""
+        """The step's loss to its copies, which write to the memory that it reads."""
         return self.copied_bytes(plan) / self._bandwidth
 
     def prefill_seconds(self, plan: MemoryPlan) -> float:
@@ -204,7 +196,7 @@ class SecondsEstimate:
         return self._work[key]
 
     def condition_work(self, plan: MemoryPlan) -> Work:
-        """Of the condition: once for all steps, or of one step where it is not kept."""
+        """Of the condition: once for all steps, or of one step without a cache."""
         kept = plan.cache != "none"
         key = (kept, plan.mlp_rows)
         if key not in self._work:
@@ -225,13 +217,13 @@ class SecondsEstimate:
                 size / self._bandwidth,
             )
             moved += layers * rows * self._row_moves
-            # noise in: product, positions, choice of pictures; out: two norms, product, guidance
+            # input: product, positions, choice of pictures; output: two norms, product, guidance
             moved += rows * (13 * self._sizes.unit + 4 * PATCH_VALUES * value)
             kernels += layers * self._kernels(rows, plan.mlp_rows) + 9
         return self._launched(products, attention, moved / self._bandwidth, kernels, plan.capture)
 
     def _condition_work(self, kept: bool, mlp_rows: int) -> Work:
-        """Attention as if every row saw the whole condition: text sees about half."""
+        """As if every row attended to the whole condition; text attends to about half."""
         config = self._config
         layers, steps = config.num_layers, self._workload.steps if kept else 1
         products = attention = moved = kernels = 0.0
@@ -246,7 +238,7 @@ class SecondsEstimate:
 
     @cached_property
     def _row_moves(self) -> int:
-        """Bytes that the elementwise kernels of a layer read and write for a row."""
+        """Bytes that a layer's elementwise kernels read and write per row."""
         config = self._config
         value = self._sizes.precision.arithmetic_bytes
         norms = 8 * self._sizes.unit  # read residual and sum, write residual and normed; twice
@@ -291,11 +283,9 @@ class SecondsEstimate:
         return len(work.branches) * one + self._bringing(plan)
 
     def _bringing(self, plan: MemoryPlan) -> float:
-        return (
-            0.0
-            if plan.vae_resident
-            else self._sizes.vae_bytes / self._profile.link_bytes_per_second
-        )
+        if plan.vae_resident:
+            return 0.0
+        return self._sizes.vae_bytes / self._profile.link_bytes_per_second
 
     def _vae_seconds(
         self,
@@ -306,18 +296,17 @@ class SecondsEstimate:
         width: int,
     ) -> float:
         latents = height * width // VAE_SCALE**2
-        made = sum(layer.size for layer in layers) * latents * _FLOAT
-        moved = _VAE_MOVES * made
+        outputs = sum(layer.size for layer in layers) * latents * _FLOAT
+        moved = float(_VAE_MOVES * outputs)
         seconds = 0.0
         if plan.strip_rows is not None:
-            moved = moved * (1 + 4 / (VAE_SCALE * plan.strip_rows))  # rows that two strips read
+            moved *= 1 + 4 / (VAE_SCALE * plan.strip_rows)  # rows that two strips read
             rows = height // VAE_SCALE
             strips = sum(math.ceil(rows * one.scale / (8 * plan.strip_rows)) for one in layers)
             seconds += strips * 10 * _GAP_EAGER
-            if (
-                plan.strips_on_host and not self._sizes.on_host
-            ):  # out once, in for moments and for use
-                seconds += 3 * made / self._profile.link_bytes_per_second
+            if plan.strips_on_host and not self._sizes.on_host:
+                # written once, read for the moments and read again
+                seconds += 3 * outputs / self._profile.link_bytes_per_second
         flops = flops_of(self._sizes.vae, height, width, plan.strip_rows)
         rate = self._profile.fp32_flops_per_second
         return seconds + flops / rate + moved / self._bandwidth

@@ -1,4 +1,4 @@
-"""What a cost is the sum of: terms that can be printed, each with its reason."""
+"""The terms that a cost is the sum of, each with its reason, for printing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Term:
-    """Bytes that live at the same time as those of the other terms of a sum."""
+    """Bytes in use at the same time as those of the sum's other terms."""
 
     name: str
     bytes: int
@@ -17,7 +17,7 @@ class Term:
 
 @dataclass(frozen=True)
 class Duration:
-    """Seconds that are spent before or after those of the other durations of a sum."""
+    """Seconds spent before or after those of the sum's other durations."""
 
     name: str
     seconds: float
@@ -33,9 +33,9 @@ def total_seconds(durations: Iterable[Duration]) -> float:
 
 
 def table(terms: Sequence[Term] | Sequence[Duration]) -> str:
-    """A line for each term, in GB (10^9 bytes) or seconds, and one for their sum."""
+    """A line for each term, in GB (10^9 bytes) or seconds, and one for the total."""
     rows = [(one.name, _amount(one), one.why) for one in terms]
-    rows.append(("together", sum(amount for _, amount, _ in rows), ""))
+    rows.append(("total", sum(amount for _, amount, _ in rows), ""))
     width = max(len(name) for name, _, _ in rows)
     return "\n".join(f"{name:<{width}} {amount:8.2f}  {why}".rstrip() for name, amount, why in rows)
 

@@ -281,7 +281,7 @@ def _at_most_free(pipe: OmniGenPipeline, memory: Any) -> str | int:
     asked = parse_memory(memory)
     if asked is None:
         return "auto"
-    return max(1, min(asked, free_bytes(pipe.device, profile_of(pipe.device))))
+    return max(1 << 20, min(asked, free_bytes(pipe.device, profile_of(pipe.device))))
 
 
 def _new_file(folder: Path, name: str) -> Path:

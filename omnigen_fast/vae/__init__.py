@@ -1,4 +1,4 @@
-"""The autoencoder: whole, in strips, and a preview without it."""
+"""The autoencoder: whole or in strips, and previews without it."""
 
 from .vae import Vae
 

@@ -1,9 +1,9 @@
-"""Latents to small pictures while they are denoised, by one matrix instead of the VAE.
+"""Previews: small pictures of the latents while they are denoised, by one matrix product.
 
-Each pixel stands for 8 x 8 of the output and is an affine function of its four latents. Its
-coefficients are fitted to the VAE at hand when it is made, on an encoded picture of coloured
-patches: that fits any checkpoint's VAE, costs one small encode, and then a product of [pixels, 4]
-by [4, 3] a step, where decoding takes about as long as a step.
+Each preview pixel covers 8 x 8 pixels of the output and is an affine function of the four latents
+there. The coefficients are fitted to the checkpoint's VAE, on an encoded picture of coloured
+patches. That costs one small encode, then a product of [pixels, 4] by [4, 3] per preview; decoding
+would take about as long as a step.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
     from .vae import Vae
 
-_SIDE = 256  # pixels of the picture that is fitted to
-_PATCH = 32  # pixels of one colour: the VAE's latents see beyond their own 8 x 8
+_SIDE = 256  # pixels of the picture to fit to
+_PATCH = 32  # pixels of one colour: a latent depends on more than its own 8 x 8
 _LONGEST = 512  # pixels of a preview
 
 
@@ -37,7 +37,7 @@ class Preview:
 
     @classmethod
     def fit(cls, vae: Vae) -> Preview:
-        """The least squares fit to a VAE's own latents of a picture."""
+        """Fits a VAE by least squares."""
         image = _patches()
         with vae.loaded():
             latents = vae.encode(image).cpu()
@@ -55,25 +55,25 @@ class Preview:
         return (latents.float().cpu().permute(1, 2, 0) @ self.matrix + self.offset).clamp(0, 1)
 
     def image(self, latents: Tensor) -> Image:
-        """Enlarged to at most 512 pixels a side, or the output's own size if that is less."""
+        """Latents as an image, enlarged to 512 pixels a side, or the output's size if smaller."""
         from PIL import Image
 
         small = Image.fromarray((self.pixels(latents) * 255).to(torch.uint8).numpy())
         scale = min(VAE_SCALE, _LONGEST / max(small.size))
-        size = tuple(max(1, round(side * scale)) for side in small.size)
-        return small.resize(size, Image.Resampling.BICUBIC)
+        width, height = (max(1, round(side * scale)) for side in small.size)
+        return small.resize((width, height), Image.Resampling.BICUBIC)
 
 
 def expected(before: Tensor, latents: Tensor, step: int, steps: int) -> Tensor:
-    """Where the last step's velocity would lead at time 1.
+    """The latents at time 1 if the last step's velocity stayed the same.
 
-    The latents themselves are mostly noise for the better part of the steps; on the straight way
-    from noise to picture (rectified flow) this is the picture.
+    During most steps the latents themselves are mostly noise. Rectified flow goes straight from
+    noise to picture, so extrapolating shows the picture.
 
     Args:
-        before, latents: before and after a step.
-        step: which one, from 0.
-        steps: how many there are, of equal length.
+        before, latents: before and after the step.
+        step: its index, from 0.
+        steps: the number of steps, all of equal length.
     """
     return latents + (latents - before) * (steps - step - 1)
 

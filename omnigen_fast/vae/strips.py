@@ -1,21 +1,21 @@
 """The autoencoder in strips of rows: the image of the whole run, without its memory.
 
-Tiles change an image: each has its own mean and variance in every norm, and its own attention. Here
-every activation is worked off in strips, and what a strip can't know is found out first:
+Tiling changes an image: each tile has its own mean and variance in every norm, and its own
+attention. Here every activation is processed in strips, and the image's statistics come first:
 
-- The mean and variance of a group norm are gathered, in float64, while the strips that it will
-  normalise are made, so a norm is a scale and a shift by the time it is applied.
-- A 3 x 3 convolution reads one row more on either side; at the image's edge these are zeros, as
-  its padding would be. Norm, activation, convolution and upsampling of a strip follow each other,
-  and only what a later norm must wait for is kept.
-- The middle attention has keys and values of the whole image and takes queries by portions.
+- The mean and variance of a group norm are accumulated in float64 while its input is computed, so a
+  norm is a scale and a shift by the time it is applied.
+- A 3 x 3 convolution reads one extra row on either side; at the image's edge these are zeros, like
+  its padding. Norm, activation, convolution and upsampling run strip by strip; an activation is
+  stored only where a later norm must wait for it.
+- The middle attention has the keys and values of the whole image, and processes queries in chunks.
 
-What is kept of an activation goes as soon as no later strip needs it. So at the image's resolution
-two activations are alive where the whole run has six. With a store on the host only strips are on
-the device, and with `recompute` the inside of the largest blocks is computed twice and not kept.
+A stored strip is freed as soon as no later strip needs it. At the image's resolution two
+activations are alive at a time, instead of six. With a store on the host only strips are on the
+device; with `recompute` the inside of the largest blocks is computed twice instead of stored.
 
-Convolutions give the same bits in strips as whole where the backend's kernel sums in the same order
-(oneDNN's does); norm and attention sum in another order, which differs in the last bits.
+Convolutions match the whole-image result bit for bit where the backend's kernel sums in the same
+order (oneDNN's does); norm and attention match up to floating-point rounding.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from ..config import VAE_SCALE
 from ..errors import RequestError
+from ..images import normalized
 from ..memory.autoencoder import (
     Layer,
     VaeShape,
@@ -41,28 +42,28 @@ from ..memory.autoencoder import (
 )
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 
 class Moments:
-    """Mean and variance of each group of channels, over strips that come one by one.
+    """Mean and variance of each group of channels, accumulated strip by strip.
 
-    Merged as Chan, Golub and LeVeque do (1979): nothing cancels, whatever the mean.
+    Merged after Chan, Golub and LeVeque (1979), so that large means cause no cancellation.
     """
 
     def __init__(self, groups: int) -> None:
         self._groups = groups
         self._count = 0
         self._mean: Any = 0.0  # [groups], float64
-        self._squares: Any = 0.0  # [groups], float64: of the distances from the mean
+        self._squares: Any = 0.0  # [groups], float64: squared deviations from the mean, summed
 
     def add(self, strip: Tensor) -> None:
-        """Counts a strip [1, channels, rows, width]."""
+        """Adds a strip [1, channels, rows, width]."""
         values = strip.reshape(self._groups, -1)
         count = values.shape[1]
         mean = values.mean(1, keepdim=True)
         distances = values - mean
-        rest = distances.mean(1).double()  # what float32 left of the mean
+        rest = distances.mean(1).double()  # the rounding error of the float32 mean
         squares = torch.linalg.vector_norm(distances, dim=1).double().square() - count * rest**2
         step = mean[:, 0].double() + rest - self._mean
         total = self._count + count
@@ -71,7 +72,7 @@ class Moments:
         self._count = total
 
     def scale_and_shift(self, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
-        """What the norm multiplies and adds: float32 [1, channels, 1, 1] each."""
+        """The norm as a scale and a shift, float32 [1, channels, 1, 1] each."""
         assert norm.num_groups == self._groups
         deviation = (self._squares / self._count + norm.eps).sqrt()
         repeat = norm.num_channels // self._groups
@@ -81,7 +82,7 @@ class Moments:
 
 
 class Rows(Protocol):
-    """An activation whose rows can be had."""
+    """An activation that can be read by rows."""
 
     channels: int
     height: int
@@ -89,17 +90,17 @@ class Rows(Protocol):
     moments: Moments | None  # None where no norm follows
 
     def rows(self, first: int, last: int, right: int = 0) -> Tensor:
-        """Rows first to last - 1, with zeros where there are none and in `right` more columns.
+        """Rows first to last - 1, zeros outside the image, and `right` more columns of zeros.
 
-        The tensor is the caller's to change.
+        The caller may change the tensor.
         """
 
     def release(self, before: int) -> None:
-        """The rows before won't be read again."""
+        """Rows above `before` won't be read again."""
 
 
 class Stored:
-    """An activation that is kept, strip by strip, on the device of `store`."""
+    """An activation stored strip by strip on the device `store`."""
 
     def __init__(
         self,
@@ -121,7 +122,7 @@ class Stored:
         self._strips.append(strip.to(self._store))
 
     def take(self, first: int) -> Tensor:
-        """The strip that begins there, which won't be read again."""
+        """The strip that begins at row `first`; it won't be read again."""
         index = first // self._strip
         strip = self._strips[index]
         assert strip is not None
@@ -149,9 +150,9 @@ class Stored:
 
 
 class Pixels:
-    """An image on the host, as the encoder wants it: in [-1, 1], channels first."""
+    """An image on the host, read as the encoder takes it: in [-1, 1], channels first."""
 
-    moments = None
+    moments: Moments | None = None
 
     def __init__(self, pixels: np.ndarray, device: torch.device) -> None:
         self._pixels, self._device = pixels, device  # [height, width, 3], uint8
@@ -162,10 +163,8 @@ class Pixels:
             1, self.channels, last - first, self.width + right, device=self._device
         )
         low, high = max(first, 0), min(last, self.height)
-        pixels = torch.from_numpy(self._pixels[low:high]).to(self._device, torch.float32)
-        result[0, :, low - first : high - first, : self.width] = (
-            pixels.permute(2, 0, 1) / 255 * 2 - 1
-        )
+        pixels = normalized(self._pixels[low:high], self._device)
+        result[0, :, low - first : high - first, : self.width] = pixels
         return result
 
     def release(self, before: int) -> None:
@@ -173,7 +172,7 @@ class Pixels:
 
 
 class Upsampled:
-    """Twice the rows and columns of a source, convolved: computed whenever it is read."""
+    """A source with twice the rows and columns, convolved; computed on every read."""
 
     def __init__(self, source: Rows, conv: nn.Conv2d, moments: Moments | None = None) -> None:
         self.channels, self.moments = conv.out_channels, moments
@@ -215,13 +214,15 @@ class _Runner:
         self._device, self._store, self._recompute = device, store, recompute
 
     def run(
-        self, modules: list[nn.Module], source: Rows, write: Callable[[int, int, Tensor], None]
+        self, modules: list[Any], source: Rows, write: Callable[[int, int, Tensor], None]
     ) -> None:
-        """Gives `write` the rows of the last layer's output: first, last + 1, [1, channels, ...].
+        """Runs the layers.
 
         Args:
-            modules: the layers' modules; of the last the norm and the convolution.
-            source: what the first layer reads.
+            modules: the layers' modules; for the last a pair of norm and convolution.
+            source: the input of the first layer.
+            write: receives the output strip by strip: first row, row after the last, values
+                [1, channels, rows, width].
         """
         for index, (layer, module) in enumerate(zip(self._layers, modules, strict=True)):
             if layer.kind == "out":
@@ -260,7 +261,7 @@ class _Runner:
     def _downsampling(self, conv: nn.Conv2d, source: Rows, moments: Moments | None) -> Rows:
         out = self._stored(conv.out_channels, source.height // 2, source.width // 2, moments)
         for first, last in spans(out.height, self._strip):
-            # its only padding is a row below and a column at the right
+            # padded only by a row below and a column on the right
             rows = source.rows(2 * first, 2 * last + 1, right=1)
             out.put(F.conv2d(rows, conv.weight, conv.bias, stride=2))
             del rows
@@ -281,7 +282,7 @@ class _Runner:
         return source
 
     def _resnet(self, block: Any, source: Rows, moments: Moments | None) -> Rows:
-        """Keeps what is between the convolutions."""
+        """Stores the activation between the two convolutions."""
         size = block.conv1.out_channels, source.height, source.width
         before, hidden = _Norm(block.norm1, source), self._stored(*size, Moments(self._groups))
         skip = source if block.conv_shortcut is None else self._stored(*size)
@@ -309,7 +310,7 @@ class _Runner:
         return out
 
     def _resnet_again(self, block: Any, source: Rows, moments: Moments | None) -> Rows:
-        """Computes the first convolution twice: for its moments, and for the second."""
+        """Computes the first convolution twice: for its moments, then for the second."""
         size = block.conv1.out_channels, source.height, source.width
         before, hidden = _Norm(block.norm1, source), Moments(self._groups)
         for first, last in spans(source.height, self._strip):
@@ -340,7 +341,7 @@ class _Runner:
         return out
 
     def _attention(self, block: Any, source: Rows, moments: Moments | None) -> Rows:
-        """One head over all pixels. Channels stand first in every matrix: [channels, tokens]."""
+        """One head over all pixels; matrices are [channels, tokens]."""
         channels, width = source.channels, source.width
         tokens = source.height * width
         norm = _Norm(block.group_norm, source)
@@ -388,7 +389,7 @@ class _Runner:
 
 
 class _Norm:
-    """A group norm whose moments are known."""
+    """A group norm with known moments."""
 
     def __init__(self, norm: nn.GroupNorm, source: Rows, moments: Moments | None = None) -> None:
         moments = moments or source.moments
@@ -397,13 +398,13 @@ class _Norm:
         self._height = source.height
 
     def apply(self, rows: Tensor, first: int) -> Tensor:
-        """Normalises rows in place, but for those outside the image."""
+        """Normalises rows in place, except those outside the image."""
         inside = self._inside(rows, first)
         torch.addcmul(self._shift, inside, self._scale, out=inside)
         return rows
 
     def activate(self, rows: Tensor, first: int, clear: bool = False) -> Tensor:
-        """`apply`, and SiLU; with `clear`, rows outside the image become zeros."""
+        """`apply`, then SiLU; with `clear`, rows outside the image become zeros."""
         F.silu(self._inside(self.apply(rows, first), first), inplace=True)
         if clear:
             rows[:, :, : max(-first, 0)] = 0
@@ -415,7 +416,7 @@ class _Norm:
 
 
 def _convolve(conv: nn.Conv2d, rows: Tensor) -> Tensor:
-    """A 3 x 3 convolution of rows that have one more on either side."""
+    """A 3 x 3 convolution; the rows include one extra on either side."""
     return F.conv2d(rows, conv.weight, conv.bias, padding=(0, 1))
 
 
@@ -428,7 +429,7 @@ def _linear(linear: nn.Linear, columns: Tensor) -> Tensor:
 
 
 def check_strip_rows(strip_rows: Any) -> int:
-    """Refuses what is no number of rows."""
+    """The number of rows; raises RequestError unless it is a positive integer."""
     if isinstance(strip_rows, bool) or not isinstance(strip_rows, int) or strip_rows < 1:
         raise RequestError(
             f"strip_rows must be at least 1 row of latents (or None to run the autoencoder "
@@ -448,21 +449,23 @@ def decode(
     """Decodes into `image`.
 
     Args:
-        latents: [1, 4, height, width], as the autoencoder wants them.
-        image: [3, 8 height, 8 width] on the same device; gets values of about -1 to 1.
-        strip_rows: rows of latents of which a strip at the image's resolution is made; every layer
-            has strips of as many rows.
-        store: where activations are kept; by default with the weights.
-        recompute: compute the inside of the largest blocks twice instead of keeping it.
+        latents: [1, 4, height, width], as the autoencoder takes them.
+        image: [3, 8 height, 8 width] on the same device; receives values of about -1 to 1.
+        strip_rows: rows of latents per strip of the image; strips of every layer have 8 times as
+            many rows.
+        store: where to keep activations; by default with the weights.
+        recompute: compute the inside of the largest blocks twice instead of storing it.
 
     Raises:
-        RequestError: not a number of rows, or an autoencoder of another structure.
+        RequestError: `strip_rows` is not a positive integer, or strips don't support the
+            autoencoder's structure.
     """
     layers = decoder_layers(VaeShape.from_config(autoencoder.config))
     runner = _runner(autoencoder, layers, latents.device, strip_rows, store, recompute)
     if autoencoder.post_quant_conv is not None:
         latents = autoencoder.post_quant_conv(latents)
-    source = Stored(tuple(latents.shape[1:]), latents.shape[2], latents.device, latents.device)
+    _, channels, height, width = latents.shape
+    source = Stored((channels, height, width), height, latents.device, latents.device)
     source.put(latents)
 
     def write(first: int, last: int, rows: Tensor) -> None:
@@ -485,7 +488,7 @@ def encode(
         strip_rows, store, recompute: as for `decode`.
 
     Raises:
-        RequestError: not a number of rows, or an autoencoder of another structure.
+        RequestError: as for `decode`.
     """
     device = autoencoder.encoder.conv_in.weight.device
     layers = encoder_layers(VaeShape.from_config(autoencoder.config))
@@ -510,20 +513,18 @@ def _runner(
 ) -> _Runner:
     strip = VAE_SCALE * check_strip_rows(strip_rows)
     config = autoencoder.config
-    kinds = {*config.down_block_types, *config.up_block_types}
-    if kinds != {"DownEncoderBlock2D", "UpDecoderBlock2D"} or config.act_fn not in (
-        "silu",
-        "swish",
-    ):
+    kinds = {*config["down_block_types"], *config["up_block_types"]}
+    activation = config["act_fn"]
+    if kinds != {"DownEncoderBlock2D", "UpDecoderBlock2D"} or activation not in ("silu", "swish"):
         raise RequestError(
-            f"an autoencoder of {', '.join(sorted(kinds))} with {config.act_fn} can't run in "
-            "strips; run it whole with strip_rows=None"
+            f"an autoencoder of {', '.join(sorted(kinds))} with {activation} can't run in strips; "
+            "run it whole with strip_rows=None"
         )
-    return _Runner(layers, config.norm_num_groups, strip, device, store or device, recompute)
+    return _Runner(layers, config["norm_num_groups"], strip, device, store or device, recompute)
 
 
 def _decoder_modules(autoencoder: AutoencoderKL) -> list[Any]:
-    decoder = autoencoder.decoder
+    decoder: Any = autoencoder.decoder
     modules = [decoder.conv_in, *_middle_modules(decoder.mid_block)]
     for block in decoder.up_blocks:
         modules += [*block.resnets, *(block.upsamplers or [])]
@@ -531,7 +532,7 @@ def _decoder_modules(autoencoder: AutoencoderKL) -> list[Any]:
 
 
 def _encoder_modules(autoencoder: AutoencoderKL) -> list[Any]:
-    encoder = autoencoder.encoder
+    encoder: Any = autoencoder.encoder
     modules = [encoder.conv_in]
     for block in encoder.down_blocks:
         modules += [*block.resnets, *(block.downsamplers or [])]

@@ -1,27 +1,28 @@
-"""The autoencoder: pixels to latents and back, always in float32."""
+"""Vae: pixels to latents and back, always in float32."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config import LATENT_CHANNELS, VAE_SCALE
 from ..errors import CheckpointError
-from ..images import InputImage
+from ..images import InputImage, normalized
 from ..memory.autoencoder import VaeShape
 from ..memory.device import on_host
+from ..weights.files import find_weights, read_json, read_tensors
 from . import strips
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-# diffusers' earlier names of the attention block's parameters
+# the attention block's parameters in earlier versions of diffusers: today's names
 _OLD_NAMES = {
     "query.": "to_q.",
     "key.": "to_k.",
@@ -31,14 +32,14 @@ _OLD_NAMES = {
 
 
 class Vae:
-    """An AutoencoderKL with the scaling that OmniGen's latents have."""
+    """An AutoencoderKL with the scale and shift of OmniGen's latents."""
 
     def __init__(self, autoencoder: AutoencoderKL) -> None:
         self.autoencoder = autoencoder.eval().requires_grad_(False)
         self._device = self.device
         self._resident = True
-        self._scale = autoencoder.config.scaling_factor
-        self._shift = autoencoder.config.shift_factor or 0.0
+        self._scale: float = autoencoder.config["scaling_factor"]
+        self._shift: float = autoencoder.config["shift_factor"] or 0.0
 
     @classmethod
     def from_folder(cls, folder: str | os.PathLike[str], device: torch.device) -> Vae:
@@ -47,8 +48,6 @@ class Vae:
         Raises:
             CheckpointError: files are missing or malformed, or not OmniGen's kind of VAE.
         """
-        from ..weights.files import find_weights, read_json, read_tensors
-
         config = read_json(os.path.join(folder, "config.json"))
         paths = find_weights(os.fspath(folder), "diffusion_pytorch_model")
         autoencoder = _empty_autoencoder(config, folder)
@@ -68,29 +67,29 @@ class Vae:
 
     @property
     def shape(self) -> VaeShape:
-        """Its sizes, all that its cost depends on."""
+        """The sizes that its cost depends on."""
         return VaeShape.from_config(self.autoencoder.config)
 
     def to(self, device: torch.device) -> None:
-        """Where it computes; its weights come there at once, or when they are used (`place`)."""
+        """Sets the device to compute on. Resident weights move now, others on use (`loaded`)."""
         self._device = device
         if self._resident:
-            self.autoencoder.to(device)
+            _move(self.autoencoder, device)
 
     def place(self, resident: bool) -> None:
-        """Keeps the weights on the device, or on the host while `loaded` does not need them."""
+        """Keeps the weights on the device, or on the host outside `loaded`."""
         if resident != self._resident:
             self._resident = False
             try:
-                self.autoencoder.to(self._device if resident else "cpu")
+                _move(self.autoencoder, self._device if resident else torch.device("cpu"))
             except BaseException:
-                self.autoencoder.to("cpu")  # the part that came
+                _move(self.autoencoder, torch.device("cpu"))  # some of it may have moved
                 raise
             self._resident = resident
 
     @contextmanager
     def loaded(self) -> Iterator[None]:
-        """The weights are on the device inside."""
+        """Has the weights on the device inside the block."""
         if self._resident or on_host(self._device):
             yield
             return
@@ -99,7 +98,7 @@ class Vae:
             for parameter, value in kept.items():
                 parameter.data = value.to(self._device)
             yield
-        finally:  # the host's copies are the masters: nothing is copied back
+        finally:  # weights don't change, so nothing is copied back
             for parameter, value in kept.items():
                 parameter.data = value
 
@@ -114,9 +113,9 @@ class Vae:
     ) -> Tensor:
         """Latents [4, height / 8, width / 8], float32.
 
-        Drawn from the posterior as the original does, but with a generator seeded by the image's
-        content: the same image has the same latents in every request, whatever its seed, so that a
-        seeded edit repeats and the condition can be kept.
+        Drawn from the posterior as in the original, but with noise seeded by the image's content:
+        an image has the same latents in every request, whatever its seed. So a seeded edit is
+        repeatable, and the condition can be kept.
 
         Args:
             strip_rows, store, recompute: as for `decode`.
@@ -124,19 +123,15 @@ class Vae:
         from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
         if strip_rows is None:
-            posterior = self.autoencoder.encode(self._pixels(image)).latent_dist
+            pixels = normalized(image.pixels, self.device).unsqueeze(0)
+            posterior = self.autoencoder.encode(pixels).latent_dist
         else:
             posterior = DiagonalGaussianDistribution(
                 strips.encode(self.autoencoder, image.pixels, strip_rows, store, recompute)
             )
-        generator = torch.Generator().manual_seed(int(image.digest[:15], 16))
-        noise = torch.randn(posterior.mean.shape, generator=generator).to(self.device)
+        noise = content_noise(image.digest, posterior.mean.shape).to(self.device)
         latents = posterior.mean + posterior.std * noise
         return ((latents - self._shift) * self._scale)[0]
-
-    def _pixels(self, image: InputImage) -> Tensor:
-        pixels = torch.from_numpy(image.pixels).to(self.device, torch.float32)
-        return pixels.permute(2, 0, 1).unsqueeze(0) / 255 * 2 - 1
 
     @torch.no_grad()
     def decode(
@@ -149,22 +144,23 @@ class Vae:
     ) -> Tensor:
         """Images [pictures, 3, height, width] in [0, 1] of latents [pictures, 4, ...], float32.
 
-        One picture at a time: the memory of one, and the same values in any batch.
+        Decodes one picture at a time: it takes the memory of one, and batches change no value.
 
         Args:
-            strip_rows: rows of latents that are worked off at once, with the same image up to the
-                order of sums; None for the whole image at once.
-            store: where strips are kept; by default with the weights. On the host, a GPU needs
-                memory for a few strips only.
+            strip_rows: rows of latents to process at once; None for the whole image. Images match
+                up to floating-point rounding.
+            store: where to keep the strips; by default with the weights. On the host, a GPU needs
+                memory for only a few strips.
             recompute: keep half as much and compute about a third more.
 
         Raises:
-            RequestError: strips of less than a row, or of an autoencoder of another structure.
+            RequestError: `strip_rows` is less than 1, or strips don't support the autoencoder's
+                structure.
         """
         latents = latents.to(self.device, torch.float32)
         pictures, _, height, width = latents.shape
         size = pictures, 3, VAE_SCALE * height, VAE_SCALE * width
-        images = torch.empty(size, device=self.device)
+        images = torch.empty(size, dtype=torch.float32, device=self.device)
         for one, image in zip(latents.split(1), images, strict=True):
             if strip_rows is None:
                 image.copy_(self.autoencoder.decode(one / self._scale + self._shift).sample[0])
@@ -175,9 +171,20 @@ class Vae:
         return images
 
 
+def content_noise(digest: str, shape: Sequence[int]) -> Tensor:
+    """Standard normal noise, float32 on the host, seeded by an image's content.
+
+    Args:
+        digest: of the image, see `InputImage.digest`.
+        shape: of the noise.
+    """
+    generator = torch.Generator("cpu").manual_seed(int(digest[:15], 16))
+    return torch.randn(tuple(shape), generator=generator, dtype=torch.float32, device="cpu")
+
+
 def _empty_autoencoder(config: dict[str, Any], folder: str | os.PathLike[str]) -> AutoencoderKL:
-    """The model that a config describes, without memory for its weights."""
-    from diffusers import AutoencoderKL
+    """The model that a config describes, on the meta device."""
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     channels = config.get("block_out_channels")
     if config.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
@@ -202,12 +209,18 @@ def _empty_autoencoder(config: dict[str, Any], folder: str | os.PathLike[str]) -
     try:
         with torch.device("meta"):
             return AutoencoderKL.from_config(config)
-    except Exception as error:  # whatever a malformed config makes the constructor raise
+    except Exception as error:  # the constructor raises all kinds on a malformed config
         raise CheckpointError(f"{folder}/config.json describes no VAE: {error}") from error
 
 
 def _current_name(name: str) -> str:
+    """Today's name of a parameter."""
     for old, new in _OLD_NAMES.items():
         if f".attentions.0.{old}" in name:
             return name.replace(old, new)
     return name
+
+
+def _move(module: nn.Module, device: torch.device) -> None:
+    """`module.to(device)`, whose signature diffusers' decorator hides from type checkers."""
+    module.to(device)

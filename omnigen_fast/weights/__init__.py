@@ -1,4 +1,4 @@
-"""Weights: files, names in both layouts, adapters, and where each layer lies."""
+"""Weights: files, tensor names in both layouts, checkpoints, LoRA, and layers on the device."""
 
 from .store import LayerStore
 

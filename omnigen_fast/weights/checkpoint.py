@@ -1,4 +1,4 @@
-"""Find, check and read weights: the original's layout and diffusers', sharded or not, and names."""
+"""Checkpoint: a model folder in the original's layout or in diffusers', checked and read."""
 
 from __future__ import annotations
 
@@ -13,39 +13,39 @@ from torch import Tensor
 
 from ..config import ModelConfig
 from ..errors import CheckpointError
-from .files import _headers, _Reader, check_shapes, find_weights, read_json
-from .names import _DIFFUSERS, _ORIGINAL, Source, _sources
+from .files import TensorReader, check_shapes, find_weights, read_headers, read_json
+from .names import DIFFUSERS, ORIGINAL, TensorRows, layout_sources
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model folder that was found complete and consistent; no weight is read yet."""
+    """A complete and consistent model folder; its weights are read on demand."""
 
     folder: str
     config: ModelConfig
-    sources: Mapping[str, tuple[Source, ...]]  # by our name
-    files: Mapping[str, str]  # path of each tensor's file, by the file's own name of it
+    sources: Mapping[str, tuple[TensorRows, ...]]  # by our name
+    files: Mapping[str, str]  # tensor name in the checkpoint: path of its file
     tokenizer_path: str
     vae_folder: str | None
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> Checkpoint:
-        """Reads configs and headers of a local folder and compares every shape.
+        """Reads the configs and headers of a local folder and checks every shape.
 
         Raises:
-            CheckpointError: a file is missing or malformed, is a pickle, or tensors are missing,
+            CheckpointError: a file is missing, malformed or a pickle, or tensors are missing,
                 unexpected or misshapen (all named).
         """
         folder = os.fspath(folder)
         diffusers = os.path.isdir(os.path.join(folder, "transformer"))
         weights = os.path.join(folder, "transformer") if diffusers else folder
         stem = "diffusion_pytorch_model" if diffusers else "model"
-        shapes, files = _headers(find_weights(weights, stem))
+        shapes, files = read_headers(find_weights(weights, stem))
         table = "patch_embedding.pos_embed" if diffusers else "pos_embed"
         values = read_json(os.path.join(weights, "config.json"))
         read_config = ModelConfig.from_diffusers if diffusers else ModelConfig.from_phi3
         config = read_config(values, _table_side(shapes, table))
-        sources = _sources(config, _DIFFUSERS if diffusers else _ORIGINAL)
+        sources = layout_sources(config, DIFFUSERS if diffusers else ORIGINAL)
         expected = {part.name: part.shape for parts in sources.values() for part in parts}
         check_shapes(weights, shapes, expected)
         tokenizer = os.path.join(folder, "tokenizer") if diffusers else folder
@@ -62,21 +62,22 @@ class Checkpoint:
     def read(
         self, dtype: torch.dtype, device: torch.device, names: Iterable[str] | None = None
     ) -> dict[str, Tensor]:
-        """Reads parameters by our names, all of them unless told.
+        """Reads parameters by our names; all of them by default.
 
-        On a CPU, tensors that have `dtype` already are the mapped file itself: nothing is copied,
-        and pages that no one touches are never read. The position table always stays on the host.
+        On a CPU, tensors stored in `dtype` are views of the mapped file: nothing is copied, and
+        untouched pages are never read. The position table always stays on the host.
         """
         wanted = self.sources if names is None else {name: self.sources[name] for name in names}
         host = torch.device("cpu")
-        whole, parts = {}, {}
+        whole: dict[str, tuple[TensorRows, ...]] = {}
+        stacked: dict[str, tuple[TensorRows, ...]] = {}
         for name, sources in wanted.items():
-            (whole if len(sources) == 1 else parts)[name] = sources
+            (whole if len(sources) == 1 else stacked)[name] = sources
         result: dict[str, Tensor] = {}
-        with _Reader(self.files, dtype) as reader:
+        with TensorReader(self.files, dtype) as reader:
             for name, (source,) in whole.items():
                 result[name] = reader.read(source.name, host if name == "pos_embed" else device)
-            for name, sources in parts.items():
+            for name, sources in stacked.items():
                 last = sources[-1]
                 shape = (last.start + last.shape[0], *last.shape[1:])
                 joined = torch.empty(shape, dtype=dtype, device=device)
@@ -86,27 +87,27 @@ class Checkpoint:
                 result[name] = joined
         return result
 
-    def find(self, tensor: str) -> tuple[str, Source] | None:
-        """Our parameter that holds a layout's tensor, and which rows of it.
+    def find(self, tensor: str) -> tuple[str, TensorRows] | None:
+        """The parameter that holds a tensor, and the rows that it fills; None if there is none.
 
-        Both layouts' names are known, whichever the folder has.
+        Takes the names of both layouts, whichever the folder has.
         """
         return self._parameters.get(tensor)
 
     @cached_property
-    def _parameters(self) -> dict[str, tuple[str, Source]]:
+    def _parameters(self) -> dict[str, tuple[str, TensorRows]]:
         return {
             source.name: (parameter, source)
-            for names in (_DIFFUSERS, _ORIGINAL)
-            for parameter, sources in _sources(self.config, names).items()
+            for layout in (DIFFUSERS, ORIGINAL)
+            for parameter, sources in layout_sources(self.config, layout).items()
             for source in sources
         }
 
 
 def _table_side(shapes: Mapping[str, tuple[int, ...]], name: str) -> int:
-    """Tokens per side of the position table; 1 where the table is missing or odd."""
+    """Tokens per side of the position table; 1 if it is missing or not 3-dimensional."""
     shape = shapes.get(name, ())
     side = isqrt(shape[1]) if len(shape) == 3 else 1
     if len(shape) == 3 and side * side != shape[1]:
-        raise CheckpointError(f"{name} has {shape[1]} places, which is no square")
+        raise CheckpointError(f"{name} has {shape[1]} places, which is not a square")
     return max(1, side)

@@ -1,4 +1,4 @@
-"""Find, check and read safetensors files."""
+"""Model files: where they are, whether they are complete, and what is in them."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, first_line
 
-SDXL_VAE = "stabilityai/sdxl-vae"  # what the original falls back to
-SHIPPED = ("shapes",)  # models inside this package
+SDXL_VAE = "stabilityai/sdxl-vae"  # the original's fallback
+SHIPPED = ("shapes",)  # models bundled with this package
 _MODELS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "models")
 MODEL_FILES = ("*.json", "*.safetensors", "*/*.json", "*/*.safetensors")
 VAE_FILES = ("config.json", "diffusion_pytorch_model*.safetensors*")
-_FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # in safetensors' words
-# Bytes converted before a file's mapping is renewed: its pages must not pile up beside the copies.
+_FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # safetensors' names
+# Bytes to convert before a file is mapped anew, so that its pages don't add to the copies' memory.
 _RENEW_BYTES = 256 << 20
 
 
@@ -33,19 +33,19 @@ def resolve(
     token: str | bool | None = None,
     local_files_only: bool = False,
 ) -> str:
-    """The local folder of a model: `name` itself if it is one, else fetched from the hub.
+    """The local folder of a model: `name` if it is a folder, else a download from the hub.
 
-    Of the hub's files only those that match `patterns` are fetched. A name of `SHIPPED` is always
-    the model inside this package; a folder of that name is given as "./shapes".
+    Downloads only the files that match `patterns`. A name in `SHIPPED` always means the bundled
+    model; pass a folder of that name as "./shapes".
 
     Raises:
-        CheckpointError: neither a folder nor to be had from the hub.
+        CheckpointError: not a folder, and the hub doesn't have it or can't be reached.
     """
     name = os.fspath(name)
     if name in SHIPPED:
         if os.path.isdir(name):
             warnings.warn(
-                f"{name} is the model that ships with this package; for the folder here give "
+                f"{name} means the model bundled with this package; to use the folder {name}, give "
                 f"./{name}",
                 UserWarning,
                 stacklevel=3,
@@ -72,20 +72,20 @@ def resolve(
         return snapshot_download(
             name,
             revision=revision,
-            cache_dir=cache_dir,
+            cache_dir=None if cache_dir is None else os.fspath(cache_dir),
             token=token,
             local_files_only=local_files_only,
             allow_patterns=list(patterns),
         )
-    except Exception as error:  # network, permission, no such repository: all end here alike
+    except Exception as error:  # network, permission, no such repository
         raise CheckpointError(
-            f"{name} is no local folder, and fetching it from the hub failed: "
-            f"{str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
+            f"{name} is not a local folder, and fetching it from the hub failed: "
+            f"{first_line(error)}"
         ) from error
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """A JSON object from a file.
+    """Reads a JSON object from a file.
 
     Raises CheckpointError if it is missing, malformed or not an object.
     """
@@ -102,7 +102,7 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def find_weights(folder: str, stem: str) -> list[str]:
-    """The safetensors files of a folder: `stem`.safetensors or the shards that its index names.
+    """The safetensors files of a folder: `stem`.safetensors or the shards listed in its index.
 
     Raises:
         CheckpointError: there are none, a shard is missing, or there are only pickles.
@@ -116,7 +116,7 @@ def find_weights(folder: str, stem: str) -> list[str]:
         if not isinstance(shards, dict) or not shards:
             raise CheckpointError(f"{index_path} has no weight_map")
         names = sorted({str(name) for name in shards.values()})
-        # an index must not lead out of its folder
+        # an index must not point outside its folder
         bad = [name for name in names if os.path.basename(name) != name]
         if bad:
             raise CheckpointError(f"{index_path} names {bad[0]!r}, which is not a file beside it")
@@ -154,11 +154,11 @@ def read_tensors(
     for path in paths:
         if not os.path.isfile(path):
             raise CheckpointError(f"{path} does not exist; the model folder is not complete")
-    found, files = _headers(paths)
+    found, files = read_headers(paths)
     if shapes is not None:
         renamed = {rename(name): shape for name, shape in found.items()}
         check_shapes(paths[0], renamed, shapes)
-    with _Reader(files, dtype) as reader:
+    with TensorReader(files, dtype) as reader:
         return {rename(name): reader.read(name, device) for name in found}
 
 
@@ -167,7 +167,7 @@ def check_shapes(
     found: Mapping[str, tuple[int, ...]],
     expected: Mapping[str, tuple[int, ...]],
 ) -> None:
-    """Raises one CheckpointError that names all missing, unexpected and misshapen tensors."""
+    """Raises one CheckpointError naming all missing, unexpected and misshapen tensors."""
     faults = []
     if missing := sorted(expected.keys() - found.keys()):
         faults.append(f"missing {_some(missing)}")
@@ -184,17 +184,18 @@ def check_shapes(
 
 
 def _some(names: Sequence[str], most: int = 8) -> str:
+    """The first few names, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
 
-def _headers(paths: Sequence[str]) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
-    """Shape and file of every tensor."""
+def read_headers(paths: Sequence[str]) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """Shapes and files of all tensors, by name."""
     shapes: dict[str, tuple[int, ...]] = {}
     files: dict[str, str] = {}
     odd = []
     for path in paths:
-        with _open(path, torch.device("cpu")) as file:
+        with open_file(path, torch.device("cpu")) as file:
             for name in file.keys():  # noqa: SIM118 - a safetensors file is no dict
                 header = file.get_slice(name)
                 if header.get_dtype() not in _FLOATS:
@@ -206,7 +207,7 @@ def _headers(paths: Sequence[str]) -> tuple[dict[str, tuple[int, ...]], dict[str
     return shapes, files
 
 
-def _open(path: str, device: torch.device) -> Any:
+def open_file(path: str, device: torch.device) -> Any:
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -215,8 +216,8 @@ def _open(path: str, device: torch.device) -> Any:
         raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
 
 
-class _Reader:
-    """Reads tensors from several files into one dtype, file handles kept open meanwhile."""
+class TensorReader:
+    """Reads tensors from several files, converted to one dtype; keeps the files open meanwhile."""
 
     def __init__(self, files: Mapping[str, str], dtype: torch.dtype) -> None:
         self._files = files
@@ -225,7 +226,7 @@ class _Reader:
         self._handles: dict[tuple[str, torch.device], Any] = {}
         self._converted_bytes = 0
 
-    def __enter__(self) -> _Reader:
+    def __enter__(self) -> TensorReader:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -234,7 +235,7 @@ class _Reader:
     def read(self, name: str, device: torch.device) -> Tensor:
         path = self._files[name]
         if (path, device) not in self._handles:
-            self._handles[path, device] = self._stack.enter_context(_open(path, device))
+            self._handles[path, device] = self._stack.enter_context(open_file(path, device))
         tensor = self._handles[path, device].get_tensor(name)
         if tensor.dtype == self._dtype:
             return tensor

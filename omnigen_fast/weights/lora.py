@@ -1,4 +1,4 @@
-"""LoRA adapters: PEFT folders, added to the weights that they change, undone exactly."""
+"""LoRA adapters in PEFT's format: merged into the weights, and removed without a trace."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from .checkpoint import Checkpoint
 from .files import find_weights, read_json, read_tensors
 
 _KEY = re.compile(r"(?:base_model\.model\.|transformer\.)?(.+)\.lora_([AB])(?:\.\w+)?\.weight")
-_NAME_CHARACTERS = 64  # more than a module's name has
+_NAME_CHARACTERS = 64  # longer than any module's name
 _MAX_WAYS, _MAX_PATTERN = 1 << 13, 256  # of an alpha_pattern, see _check_pattern
-_MAX_SCALE = 1e9  # of an update; beyond it, float32 sums end in infinities
+_MAX_SCALE = 1e9  # of an update; larger ones overflow float32 sums
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class LowRank:
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA and how strongly it counts."""
+    """A LoRA and its weight."""
 
     updates: tuple[LowRank, ...]
     weight: float
@@ -47,15 +47,15 @@ def read_adapter(
 ) -> Adapter:
     """Reads a PEFT folder: `adapter_config.json` and `adapter_model.safetensors`.
 
-    Module names may be the original's or diffusers', whichever layout the checkpoint has.
+    Modules may have the original's names or diffusers', whatever the checkpoint's layout.
 
     Raises:
-        CheckpointError: files are missing or malformed, the adapter is of another kind, or it
-            doesn't fit the model (all that doesn't is named).
+        CheckpointError: files are missing or malformed, the adapter is not a LoRA, or it doesn't
+            fit the model (the tensors that don't are named).
     """
     folder = os.fspath(folder)
     if not os.path.isdir(folder):
-        raise CheckpointError(f"{folder} is no folder; give one with adapter_config.json")
+        raise CheckpointError(f"{folder} is not a folder; give one with adapter_config.json")
     config = read_json(os.path.join(folder, "adapter_config.json"))
     _check_config(config, folder)
     paths = find_weights(folder, "adapter_model")
@@ -81,7 +81,7 @@ def read_adapter(
         if down.shape != (len(down), inputs) or up.shape != (rows, len(down)) or not len(down):
             raise CheckpointError(
                 f"{paths[0]}: {module} has A {list(pair['A'].shape)} and B {list(pair['B'].shape)},"
-                f" which do not make the model's {rows} x {inputs}"
+                f" whose product does not match the model's {rows} x {inputs}"
             )
         if not (down.isfinite().all() and up.isfinite().all()):
             raise CheckpointError(f"{paths[0]}: {module} holds NaN or infinities")
@@ -104,10 +104,10 @@ def merged(
     device: torch.device,
     parameters: Iterable[str],
 ) -> Iterator[tuple[str, Tensor]]:
-    """Names and values of `parameters`: the checkpoint's plus all adapters' updates, rounded once.
+    """Names and values of `parameters`: the checkpoint's plus all updates, rounded once.
 
-    Starting from the checkpoint each time makes the result independent of what was loaded before,
-    and with no adapter left gives the original weights back to the bit.
+    Each value is computed from the checkpoint, so it does not depend on which adapters were loaded
+    before; without adapters the weights are the checkpoint's, bit for bit.
     """
     by_parameter: dict[str, list[tuple[LowRank, float]]] = defaultdict(list)
     for adapter in adapters:
@@ -130,7 +130,7 @@ def merged(
 def _check_config(config: Mapping[str, Any], folder: str) -> None:
     kind = config.get("peft_type", "LORA")
     if kind != "LORA":
-        raise CheckpointError(f"{folder} holds a {kind} adapter; only LoRA is supported")
+        raise CheckpointError(f"{folder} has a {kind} adapter; only LoRA is supported")
     for option in (
         "use_dora",
         "use_qalora",
@@ -165,10 +165,10 @@ def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
 
 
 def _check_pattern(pattern: str) -> None:
-    """Raises CheckpointError for what is no regular expression, or could take very long on a name.
+    """Raises CheckpointError for an invalid or potentially slow regular expression.
 
-    What backtracking may have to try is bounded from above: the places where each repetition ends,
-    and the alternatives of each group. Repeated groups, lookarounds and references are refused.
+    Bounds the ways that backtracking may try: the places where each repetition can end, times the
+    alternatives of each group. Repeated groups, lookarounds and references are rejected.
     """
     # each escape and each class of characters is one character
     plain = re.sub(

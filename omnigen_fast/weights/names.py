@@ -1,4 +1,4 @@
-"""What the tensors are called in the original's layout and in diffusers'."""
+"""Tensor names in the two layouts of a checkpoint: the original's and diffusers'."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from ..config import ModelConfig
 from ..parameters import parameter_shapes
 
-# Our name: the parts of the other layout's tensors that it holds, stacked along axis 0.
-_ORIGINAL = {
+Layout = Mapping[str, Sequence[str]]  # our name: the tensors that it stacks along axis 0
+
+ORIGINAL: Layout = {
     "embed_tokens": ["llm.embed_tokens.weight"],
     "noise_proj": ["x_embedder.proj"],
     "image_proj": ["input_x_embedder.proj"],
@@ -28,7 +29,7 @@ _ORIGINAL = {
     "gate_up_proj": ["llm.layers.{}.mlp.gate_up_proj.weight"],
     "down_proj": ["llm.layers.{}.mlp.down_proj.weight"],
 }
-_DIFFUSERS = {
+DIFFUSERS: Layout = {
     "embed_tokens": ["embed_tokens.weight"],
     "noise_proj": ["patch_embedding.output_image_proj"],
     "image_proj": ["patch_embedding.input_image_proj"],
@@ -50,39 +51,37 @@ _DIFFUSERS = {
 
 
 @dataclass(frozen=True)
-class Source:
-    """A tensor of a file, and the rows of our parameter that it fills."""
+class TensorRows:
+    """A tensor of a checkpoint, and the rows of our parameter that it fills."""
 
-    name: str
-    start: int
+    name: str  # in the checkpoint
+    start: int  # first row
     shape: tuple[int, ...]
 
 
-def diffusers_sources(config: ModelConfig) -> dict[str, tuple[Source, ...]]:
-    """Every parameter of ours with the tensors of diffusers' transformer that fill it."""
-    return _sources(config, _DIFFUSERS)
+def diffusers_sources(config: ModelConfig) -> dict[str, tuple[TensorRows, ...]]:
+    """Each of our parameters with the tensors of diffusers' transformer that fill it."""
+    return layout_sources(config, DIFFUSERS)
 
 
-def _sources(
-    config: ModelConfig, names: Mapping[str, Sequence[str]]
-) -> dict[str, tuple[Source, ...]]:
-    """Every parameter of ours with the tensors of a layout that fill it."""
+def layout_sources(config: ModelConfig, layout: Layout) -> dict[str, tuple[TensorRows, ...]]:
+    """Each of our parameters with the tensors of a layout that fill it."""
     kv_rows = config.num_kv_heads * config.head_dim
     sources = {}
     for parameter, shape in parameter_shapes(config).items():
         head, _, tail = parameter.partition(".")
         if head == "layers":
             layer, _, kind = tail.partition(".")
-            parts = [name.format(layer) for name in names[kind]]
-        elif parameter in names:
-            parts = list(names[parameter])
+            parts = [name.format(layer) for name in layout[kind]]
+        elif parameter in layout:
+            parts = list(layout[parameter])
         else:  # a weight or a bias of a named module
             module, _, kind = parameter.rpartition(".")
-            parts = [f"{name}.{kind}" for name in names[module]]
+            parts = [f"{name}.{kind}" for name in layout[module]]
         rows = [config.hidden_size, kv_rows, kv_rows] if len(parts) == 3 else [shape[0]]
         starts = [sum(rows[:i]) for i in range(len(rows))]
         sources[parameter] = tuple(
-            Source(part, start, (count, *shape[1:]))
+            TensorRows(part, start, (count, *shape[1:]))
             for part, start, count in zip(parts, starts, rows)
         )
     return sources

@@ -1,4 +1,4 @@
-"""LayerStore: which layers' weights are on the device, and how the others come there."""
+"""LayerStore: keeps layers on the device and streams the others to it."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from ..model import Block, Transformer
 from ..parameters import ALIGNED_BYTES, layer_elements, layer_shapes
 from ..streaming import HostMemory, Lane, Ring, Streamed, lane_for, spread
 
-# Values of parameters by name, on a device.
+# (names, device) -> (name, value) pairs of parameters
 Read = Callable[[Iterable[str], torch.device], Iterable[tuple[str, Tensor]]]
 
 
 class LayerStore:
-    """Moves the layers of a model between device and host as plans want it.
+    """Places a model's layers on the device or the host, according to the memory plan.
 
-    For a GPU the streamed layers have copies on the host, one buffer each, page-locked where there
-    is room. On a CPU they are read from the checkpoint's mapped file each time, so that memory
-    holds no more than the ring.
+    With a GPU, each streamed layer has a copy in one host buffer, page-locked if there is room. On
+    a CPU, streamed layers are read from the mapped checkpoint every time, so only the ring takes
+    memory.
 
     Args:
-        model: whose streamed layers have no storage (meta tensors).
-        read: gives parameters as they are to be now, adapters included.
-        host: gives memory for the host's copies.
-        lane: for the ring's copies; the device's own unless given.
+        model: its streamed layers have no storage (meta tensors).
+        read: reads current values of parameters, adapters included.
+        host: allocates the copies on the host.
+        lane: runs the ring's copies; by default the device's lane.
     """
 
     def __init__(
@@ -47,11 +47,11 @@ class LayerStore:
 
     @property
     def resident(self) -> int:
-        """How many layers are on the device."""
+        """Layers on the device."""
         return len(self._resident)
 
     def arrange(self, resident: int) -> None:
-        """Makes so many layers resident and streams the others."""
+        """Keeps `resident` layers on the device and streams the others."""
         model, layers = self._model, len(self._model.layers)
         wanted = spread(resident, layers)
         if wanted == self._resident and (model.stream is not None or resident == layers):
@@ -65,30 +65,31 @@ class LayerStore:
             self._start([layer for layer in range(layers) if layer not in wanted])
 
     def refresh(self, names: Iterable[str]) -> None:
-        """Reads parameters anew that are to have other values from now on."""
+        """Reads parameters again after their values have changed."""
         if self._model.stream is not None:
-            self._model.stream.reset()  # what is in the ring may be old
-        here, layers = [], set()
+            self._model.stream.reset()  # the ring may hold old values
+        here: list[str] = []
+        copied: set[int] = set()
         for name in names:
             layer = int(name.split(".")[1]) if name.startswith("layers.") else None
             if layer is None or layer in self._resident:
                 here.append(name)
             if layer in self._copies:
-                layers.add(layer)
+                copied.add(layer)
         for name, value in self._read(here, self._model.device):
             self._model.parameter(name).data = value
-        for layer in layers:
+        for layer in copied:
             self._fill(layer, self._copies[layer])
 
     def stop(self) -> None:
-        """Frees the ring; its layers can't be computed with until the next `arrange`."""
+        """Frees the ring; the streamed layers can't be used until the next `arrange`."""
         if self._model.stream is not None:
             self._model.stream.reset()
             self._model.stream = None
         self.slots = []
 
     def to(self, device: torch.device, host: HostMemory) -> None:
-        """Moves what is resident; the next `arrange` brings the rest."""
+        """Moves the resident layers; the next `arrange` brings the rest."""
         self.stop()
         self._copies.clear()
         self._lane = None
@@ -129,7 +130,7 @@ class LayerStore:
         if self._lane is None:
             self._lane = lane_for(device)
         ring = Ring(self._lane, len(self.slots), streamed, self._copy_in)
-        resident = {layer: model.layers[layer] for layer in self._resident}
+        resident = {layer: model.block(layer) for layer in self._resident}
         model.stream = Streamed(ring, blocks, resident)
 
     def _copy_in(self, slot: int, layer: int) -> None:
@@ -139,7 +140,7 @@ class LayerStore:
             self._fill(layer, self.slots[slot])
 
     def _fill(self, layer: int, buffer: Tensor) -> None:
-        """Reads a layer into a buffer on the host."""
+        """Reads a layer into a host buffer."""
         views = self._views(buffer)
         names = {f"layers.{layer}.{name}": name for name in views}
         for name, value in self._read(names, torch.device("cpu")):
@@ -147,7 +148,9 @@ class LayerStore:
 
     def _views(self, buffer: Tensor) -> dict[str, Tensor]:
         """A layer's parameters in a buffer of `layer_elements`."""
-        unit, views, start = ALIGNED_BYTES // buffer.element_size(), {}, 0
+        unit = ALIGNED_BYTES // buffer.element_size()
+        views: dict[str, Tensor] = {}
+        start = 0
         for name, shape in layer_shapes(self._model.config).items():
             size = math.prod(shape)
             views[name] = buffer[start : start + size].view(shape)

@@ -10,11 +10,14 @@ import torch
 from bench import counts
 from bench.cases import COLUMNS, Size, Task
 from bench.common import full_config, small_config
-from bench.gpu.pictures import step_flops
-from omnigen_fast.denoise import Loop
+from bench.gpu.pictures import make_pipeline, prefill_flops, step_flops
+from omnigen_fast.engine import Engine
+from omnigen_fast.model import Transformer
+from omnigen_fast.vae.vae import Vae
 
-# TFLOP of a step at 1024 px, counted on paper for the real model
+# TFLOP at 1024 px, counted on paper for the real model and its autoencoder
 PAPER = {"text": 72.9, "one image": 122.5, "two images": 135.7}
+PAPER_ENCODE, PAPER_DECODE = 4.88, 10.47  # of one image
 SMALL = Task(Size(64, 64), 1, 5)
 
 
@@ -24,8 +27,11 @@ def full():
 
 
 @pytest.mark.parametrize("column", COLUMNS)
-def test_operations_of_a_step_are_the_paper_count(full, column):
-    assert full[f"1024 px, {column}"]["flops"] / 1e12 == pytest.approx(PAPER[column], rel=0.01)
+def test_operations_of_a_picture_are_the_paper_count(full, column):
+    found = {part: one["flops"] / 1e12 for part, one in full[f"1024 px, {column}"].items()}
+    assert found["step"] == pytest.approx(PAPER[column], rel=0.01)
+    assert found["encode"] == pytest.approx(COLUMNS.index(column) * PAPER_ENCODE, rel=0.01)
+    assert found["decode"] == pytest.approx(PAPER_DECODE, rel=0.01)
 
 
 def test_no_count_has_risen(full):
@@ -36,26 +42,25 @@ def test_no_count_has_risen(full):
 def test_a_rise_is_found_and_a_fall_is_none(full):
     committed = copy.deepcopy(full)
     name = "512 px, text"
-    committed[name]["launches"] -= 1
-    committed[name]["copies"].pop("copy_")
+    committed[name]["step"]["launches"] -= 1
+    committed[name]["decode"]["copies"].pop("copy_")
     found = counts.rises(full, committed)
-    assert len(found) == 2 and found[0].startswith(f"{name}: launches: ")
+    assert len(found) == 2 and found[0].startswith(f"{name}: step: launches: ")
     committed = copy.deepcopy(full)
-    committed[name]["bytes"] += 1
+    committed[name]["prefill"]["bytes"] += 1
     assert counts.rises(full, committed) == []
 
 
-def wasteful_step(loop):
-    loop.latents.copy_(loop.latents.clone())
-    run_step(loop)
-
-
-run_step = Loop.step
+step = Engine.step
 
 
 def test_a_step_that_copies_more_counts_more(monkeypatch):
+    def wasteful(engine, running):
+        running.latents.copy_(running.latents.clone())
+        step(engine, running)
+
     before = counts.count(small_config(), SMALL).step.summary()
-    monkeypatch.setattr(Loop, "step", wasteful_step)
+    monkeypatch.setattr(Engine, "step", wasteful)
     after = counts.count(small_config(), SMALL).step.summary()
     assert after["launches"] == before["launches"] + 2
     assert after["copies"]["clone"] == before["copies"].get("clone", 0) + 1
@@ -65,13 +70,52 @@ def test_a_step_that_copies_more_counts_more(monkeypatch):
 
 
 def test_a_step_that_waits_for_the_device_is_refused(monkeypatch):
-    def waiting(loop):
-        loop.latents.cpu()
-        run_step(loop)
+    def waiting(engine, running):
+        running.latents.cpu()
+        step(engine, running)
 
-    monkeypatch.setattr(Loop, "step", waiting)
+    monkeypatch.setattr(Engine, "step", waiting)
     with pytest.raises(NotImplementedError, match="no data"):
         counts.count(small_config(), SMALL)
+
+
+def test_a_last_layer_that_computes_what_nothing_reads_counts_more(monkeypatch):
+    """Prefill needs keys and values of the last layer, but not its attention and MLP."""
+    prefill_layer = Transformer._prefill_layer
+
+    def whole(model, layer, block, *rest):
+        model.layers.append(block)  # so that this layer is not the last
+        try:
+            prefill_layer(model, layer, block, *rest)
+        finally:
+            del model.layers[-1]
+
+    before = counts.count(small_config(), SMALL).summary()
+    monkeypatch.setattr(Transformer, "_prefill_layer", whole)
+    after = counts.count(small_config(), SMALL).summary()
+    assert counts.rises(after["prefill"], before["prefill"])
+    more = {
+        family: number - before["prefill"]["launches_by_family"][family]
+        for family, number in after["prefill"]["launches_by_family"].items()
+    }
+    # of each of three branches: attention, a norm, three products and the activation
+    assert more == {"products": 9, "attention": 3, "norms": 3, "elementwise": 3, "copies": 0}
+    for part in ("encode", "step", "decode"):
+        assert after[part] == before[part]
+
+
+def test_an_image_that_is_encoded_twice_counts_more(monkeypatch):
+    encode = Vae.encode
+
+    def twice(vae, *args, **more):
+        encode(vae, *args, **more)
+        return encode(vae, *args, **more)
+
+    before = counts.count(small_config(), SMALL)
+    monkeypatch.setattr(Vae, "encode", twice)
+    after = counts.count(small_config(), SMALL)
+    assert after.encode.flops == 2 * before.encode.flops
+    assert (after.prefill, after.decode) == (before.prefill, before.decode)
 
 
 def test_a_step_copies_the_caches_time_tokens_and_the_latents_only():
@@ -90,20 +134,18 @@ def test_a_step_copies_the_caches_time_tokens_and_the_latents_only():
 def test_counts_are_those_of_a_real_run(load_pipe):
     """Operations of products and attention, with values and without."""
     pipe = load_pipe()
-    task = Task(Size(64, 64), 1, 4)
-    with counts.Counter() as counter:
+    task, engine = Task(Size(64, 64), 1, 4), pipe.engine
+    arguments = task.arguments() | {"latents": torch.zeros(task.latent_shape)}
+    plan = pipe.plan(**arguments).plan
+    with torch.no_grad(), counts.Counter() as counter:
+        running = engine.start(pipe.make_call(**arguments), plan)
         counted = []
-        original = Loop.step
-
-        def step(loop):
-            before = len(counter.operations)
-            original(loop)
-            counted.append(counter.operations[before:])
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Loop, "step", step)
+        for _ in range(2):
             # on a CPU only what is ours is counted: PyTorch's own runs on the host
-            pipe(**task.arguments(), latents=torch.zeros(task.latent_shape))
+            counter.operations.clear()
+            engine.step(running)
+            counted.append(list(counter.operations))
+        engine.drop(running)
     expected = counts.count(pipe.config, task).step
     ours = [one.name for one in expected.operations if one.name in counts.OURS]
     assert [one.name for one in counted[1]] == ours
@@ -114,10 +156,16 @@ def test_counts_are_those_of_a_real_run(load_pipe):
 
 def test_products_of_both_counts_agree():
     config = small_config()
-    step = counts.count(config, SMALL).step
-    cached = [one.flops for one in step.of(counts.ATTENTION)]
-    noise = SMALL.noise_tokens
-    keys = cached[0] // (4 * config.hidden_size * noise)  # of all branches together
-    branches = 3
-    formula = step_flops(config, noise, [keys / branches - noise] * branches)
-    assert step.flops == pytest.approx(formula, rel=2e-3)
+    found = counts.count(config, SMALL)
+    branches = branches_of(config, SMALL)
+    formula = step_flops(config, SMALL.noise_tokens, [one.length + 1 for one in branches])
+    assert found.step.flops == pytest.approx(formula, rel=2e-3)
+    # embeddings of times and of the input image come on top
+    formula = prefill_flops(config, branches, SMALL.steps)
+    assert formula < found.prefill.flops < 1.02 * formula
+
+
+def branches_of(config, task):
+    pipe = make_pipeline(config, counts.meta_weights(config), torch.device("meta"))
+    call = pipe.make_call(**task.arguments(), latents=torch.zeros(task.latent_shape))
+    return [branch for branch, _ in call.pictures[0]]

@@ -11,6 +11,7 @@ from golden_cases import TINY
 
 from bench import common, memory_check
 from omnigen_fast import OmniGenPipeline
+from omnigen_fast.memory.overview import Report
 
 ARGUMENTS = [str(TINY), "--side", "64", "--steps", "1", "--settings", "kv,kv+separate"]
 
@@ -28,11 +29,13 @@ def test_a_wrong_estimate_is_found(monkeypatch, tmp_path, factor, status):
     """An allocator that reserved so many times what was predicted."""
     monkeypatch.setattr(common, "RESULTS", tmp_path)
 
-    def measured(self: OmniGenPipeline) -> None:
-        peak = factor * self._report.predicted.peak_bytes
-        self._report = replace(self._report, measured_bytes=round(peak))
+    last_report = OmniGenPipeline.last_report
 
-    monkeypatch.setattr(OmniGenPipeline, "_measure", measured)
+    def measured(pipe: OmniGenPipeline) -> Report:
+        report = last_report.__get__(pipe)
+        return replace(report, measured_bytes=round(factor * report.predicted.peak_bytes))
+
+    monkeypatch.setattr(OmniGenPipeline, "last_report", property(measured))
     monkeypatch.setattr(memory_check, "context_bytes", lambda: 0)
     assert memory_check.main(ARGUMENTS) == status
     (path,) = tmp_path.iterdir()

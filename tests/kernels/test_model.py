@@ -7,7 +7,7 @@ import torch
 from golden_cases import golden_request, golden_result, relative_error
 from omnigen_fast.kernels import ops
 
-from omnigen_fast.denoise import Loop
+from omnigen_fast.sequence import lay_out_all
 
 TRITON_CASES = ["text", "mixed_batch", "one_image_lora"]
 
@@ -35,56 +35,45 @@ def test_bfloat16_through_the_kernels_is_as_close_as_the_originals(load_pipe):
 
 
 @pytest.fixture
-def prepared(load_pipe):
-    """A pipeline, its model's arguments for prefill, and a loop at its first step."""
+def begun(load_pipe):
+    """A pipeline, and a call of it before its first step."""
     pipe = load_pipe()
-    prefills, loops = [], []
-    prefill, step = pipe.model.prefill, Loop.step
-
-    def keep_prefill(sequences, embedded, cache, *rest):
-        prefills.append((sequences, [rows.clone() for rows in embedded], cache))
-        prefill(sequences, embedded, cache, *rest)
-
-    def keep_loop(loop):
-        if not loops:
-            loops.append(loop)
-        step(loop)
-
-    pipe.model.prefill = keep_prefill
-    Loop.step = keep_loop
-    try:
-        pipe(**golden_request("one_image"), output_type="latent", progress=False)
-    finally:
-        Loop.step = step
-        del pipe.model.prefill
-    return pipe, prefills[0], loops[0]
+    request = {**golden_request("one_image"), "output_type": "latent"}
+    plan = pipe.plan(**request).plan
+    running = pipe.engine.start(pipe.make_call(**request), plan)
+    yield pipe, running
+    pipe.engine.drop(running)
 
 
-def test_prefill_compiles_without_a_graph_break(prepared):
-    pipe, (sequences, embedded, cache), _ = prepared
+def test_prefill_compiles_without_a_graph_break(begun):
+    pipe, running = begun
+    cache, call, model = running.cache, running.call, pipe.model
+    sequences = lay_out_all(call.entries(running.plan), cache, pipe.device)
+    images = {digest: latents for (digest, _), latents in pipe.engine.image_latents.items()}
+    times = model.embed_times(call.schedule.tensor()[:-1])
     expected = cache.keys.clone(), cache.values.clone()
     cache.keys.zero_()
     cache.values.zero_()
-    torch.compile(pipe.model.prefill, fullgraph=True, backend="aot_eager")(
-        sequences, embedded, cache
-    )
+    compiled = torch.compile(model.prefill, fullgraph=True, backend="aot_eager")
+    compiled(sequences, images, times.tokens, cache)
     for sequence in sequences:
         rows = sequence.cache_rows
         for found, wanted in zip((cache.keys, cache.values), expected):
             assert relative_error(found[:, rows], wanted[:, rows]) < 1e-6
 
 
-def test_a_step_compiles_without_a_graph_break(prepared):
-    _, _, loop = prepared
+def test_a_step_compiles_without_a_graph_break(begun):
+    _, running = begun
+    loop, values = running.loop, running.loop.values
     noise = golden_result("one_image")["noise"]
 
     def take(step):
-        loop.index.zero_()
-        loop.latents.copy_(noise)
+        values.seek(0)
+        values.latents.copy_(noise)
         step()
-        return loop.latents.clone()
+        return values.latents.clone()
 
     expected = take(loop.step)
     compiled = torch.compile(loop.step, fullgraph=True, backend="aot_eager")
     assert relative_error(take(compiled), expected) < 1e-6
-    assert int(loop.index) == 1
+    assert values.step.tolist() == [1]

@@ -122,7 +122,7 @@ def random_case(rng: random.Random) -> tuple[pipeline.RunningCall, MemoryPlan]:
 
 
 def peaks(run: pipeline.RunningCall, plan: MemoryPlan) -> dict[str, int]:
-    """Most bytes of prefill and of a step, without context and VAE."""
+    """Most bytes of prefill and of a step, without context and VAE; those of two of their terms."""
     model = Transformer(CONFIG, WEIGHTS)
     pipe = pipeline.OmniGenPipeline(
         SimpleNamespace(config=CONFIG), model, SimpleNamespace(place=bool), None
@@ -152,4 +152,7 @@ def peaks(run: pipeline.RunningCall, plan: MemoryPlan) -> dict[str, int]:
         tracker.restart()
         loop.step()
         found["denoise"] = tracker.peak_bytes
+    found["positions"] = sum(crop.nbytes for crop in model._pos_embed_crops.values())
+    latents = [run.latents, loop.latents, *pipe._image_latents.values()]
+    found["latents"] = sum(one.nbytes for one in latents)
     return found

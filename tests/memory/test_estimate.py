@@ -10,16 +10,15 @@ from dry_run import CONFIG, peaks, random_case
 
 from omnigen_fast import profiles
 from omnigen_fast.config import released_sizes
-from omnigen_fast.memory import planner
 from omnigen_fast.memory.autoencoder import VaeShape, decode_bytes, encode_bytes
 from omnigen_fast.memory.cost import Estimate, cost
-from omnigen_fast.memory.plan import typical_workload
+from omnigen_fast.memory.plan import MemoryPlan, typical_workload
 from omnigen_fast.memory.seconds import step_flops
 from omnigen_fast.memory.terms import total_bytes, total_seconds
 from omnigen_fast.precision import Precision
 
 A800, RTX3090 = profiles.load("a800"), profiles.load("rtx3090")
-PLAIN = replace(planner.PLAIN, resident_layers=32)
+PLAIN = MemoryPlan.plain(layers=32)
 # Bytes that both sides count alike, whatever is done with them.
 FIXED = ("layers", "other weights", "cache", "ring of layers")
 
@@ -37,10 +36,12 @@ def test_bytes_are_those_of_the_pipeline(seed):
     for _ in range(21):
         run, plan = random_case(rng)
         found = peaks(run, plan)
+        exact = {name: found.pop(name) for name in ("positions", "latents")}
         assert set(found) == ({"denoise"} if plan.cache == "none" else {"prefill", "denoise"})
         estimate = Estimate(CONFIG, VaeShape(), BFLOAT16, run.workload(), A800)
         for phase, counted in found.items():
             terms = list(getattr(estimate.bytes, phase)(plan))
+            assert {one.name: one.bytes for one in terms if one.name in exact} == exact
             predicted = total_bytes(terms) - estimate.bytes.context_bytes
             fixed = total_bytes(term for term in terms if term.name in FIXED)
             assert predicted - fixed == pytest.approx(counted - fixed, rel=0.02), (phase, plan)

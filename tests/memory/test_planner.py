@@ -24,6 +24,7 @@ from omnigen_fast.memory.cost import Estimate
 from omnigen_fast.memory.device import free_host_bytes, parse_memory
 from omnigen_fast.memory.plan import MemoryPlan, Switches, typical_workload
 from omnigen_fast.precision import Precision
+from omnigen_fast.schedule import StepSchedule
 
 CONFIG, VAE, BFLOAT16 = released_sizes(), VaeShape(), Precision.of("bfloat16")
 A800, RTX3090 = profiles.load("a800"), profiles.load("rtx3090")
@@ -36,9 +37,8 @@ def decide(workload, profile, budget, switches=planner.ANY, **others):
 
 
 def front_of(workload, profile, switches=planner.ANY, current=None):
-    return planner.front(
-        planner._estimate(CONFIG, VAE, BFLOAT16, workload, profile), switches, current
-    )
+    estimate = planner._estimate(CONFIG, VAE, BFLOAT16, workload, profile)
+    return planner.front(estimate, switches.for_device(profile.on_host), current)
 
 
 workloads = st.builds(
@@ -57,8 +57,9 @@ devices = st.sampled_from(profiles.names()).map(profiles.load)
 many = settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 
 
-def keeps(plan: MemoryPlan, switches: Switches) -> bool:
-    """Whether a plan does what was asked for."""
+def keeps(plan: MemoryPlan, switches: Switches, profile: profiles.Profile) -> bool:
+    """Whether a plan does what was asked for; offloading means nothing on a CPU."""
+    switches = switches.for_device(profile.on_host)
     offload_model = {0: True, CONFIG.num_layers: False}.get(plan.resident_layers)
     cached = plan.cache != "none"
     return (
@@ -80,7 +81,7 @@ def test_choices(workload, profile, switches, shares):
         budget = round(least + share * (most - least))
         decision = decide(workload, profile, budget, switches)
         assert decision.cost.peak_bytes <= budget
-        assert keeps(decision.plan, switches)
+        assert keeps(decision.plan, switches, profile)
         assert before is None or decision.cost.seconds <= before * (1 + 1e-9)
         before = decision.cost.seconds
 
@@ -153,7 +154,7 @@ def test_after_failures(workload, profile, switches, share):
     failed, peak = [decision.plan], decision.cost.peak_bytes
     while (following := decision.after(failed)) is not None:
         assert following.peak_bytes < peak and following.plan not in failed
-        assert keeps(following.plan, switches)
+        assert keeps(following.plan, switches, profile)
         failed.append(following.plan)
         peak = following.peak_bytes
         assert len(failed) < 100
@@ -169,7 +170,7 @@ def test_weights_stay_where_they_are_for_a_short_request():
     at_hand = decide(workload, A800, int(80e9), current=streamed)
     assert without.resident_layers == 32
     assert at_hand.plan.resident_layers == streamed.resident_layers
-    long = replace(workload, steps=1000)
+    long = replace(workload, schedule=StepSchedule.euler(1000))
     assert decide(long, A800, int(80e9), current=streamed).plan.resident_layers == 32
 
 
@@ -212,7 +213,7 @@ def test_documented_cells(profile, cell):
     workload, switches = of_cell(cell)
     budget = cell.gigabytes * 10**9 if cell.gigabytes else device.less_margin(profile.memory_bytes)
     decision = decide(workload, profile, budget, switches)
-    assert decision.cost.peak_bytes <= budget and keeps(decision.plan, switches)
+    assert decision.cost.peak_bytes <= budget and keeps(decision.plan, switches, profile)
     if cell.seconds:
         assert decision.cost.seconds < cell.seconds
 
@@ -238,6 +239,26 @@ def test_a_cpu_neither_records_steps_nor_moves_within_itself():
     for one in front_of(typical_workload(512, 512, images=1), profiles.load("cpu")):
         assert not one.plan.capture and one.plan.vae_resident and not one.plan.strips_on_host
         assert one.plan.cache != "ring"
+
+
+def test_offloading_is_ignored_on_a_cpu():
+    """Whoever plans: the same plan, and no word of the switches."""
+    workload, cpu = typical_workload(512, 512, images=1), profiles.load("cpu")
+    asked = decide(workload, cpu, int(24e9), Switches(True, True, True, False))
+    rest = decide(workload, cpu, int(24e9), Switches(use_kv_cache=True, separate_cfg_infer=False))
+    assert (asked.plan, asked.candidates, asked.fixed) == (rest.plan, rest.candidates, rest.fixed)
+    assert asked.plan.cache == "device" and asked.plan.resident_layers == 32
+    with pytest.raises(MemoryBudgetError) as caught:
+        decide(workload, cpu, int(1e9), Switches(offload_model=False))
+    assert "offload_model" not in str(caught.value)
+
+
+def test_the_position_table_is_on_the_host():
+    on_host, on_gpu = (
+        Estimate(CONFIG, VAE, BFLOAT16, typical_workload(512, 512), profile).bytes.other_bytes
+        for profile in (profiles.load("cpu"), A800)
+    )
+    assert on_host - on_gpu == 192**2 * 3072 * 2
 
 
 def test_the_error_says_what_to_change():
@@ -268,8 +289,9 @@ def test_explanation():
         ("7.5 GB", 7_500_000_000),
         ("8g", 8_000_000_000),
         ("512 MiB", 512 << 20),
-        ("1000000", 1_000_000),
-        (123, 123),
+        ("2000000", 2_000_000),
+        (1 << 20, 1 << 20),
+        ("8 kB", 8000),
     ],
 )
 def test_amounts_of_memory(amount, size):
@@ -281,6 +303,13 @@ def test_amounts_of_memory(amount, size):
 )
 def test_what_is_no_amount(amount):
     with pytest.raises(RequestError, match="8GiB"):
+        parse_memory(amount)
+
+
+@pytest.mark.parametrize("amount", [8, "8", " 8 ", "8B", 12, "7.5", 1_000_000])
+def test_a_number_that_was_meant_in_gib(amount):
+    number = str(amount).strip(" B")
+    with pytest.raises(RequestError, match=f'at least 1 MiB, got {number} bytes.*"{number}GiB"'):
         parse_memory(amount)
 
 
@@ -333,7 +362,6 @@ def test_a_small_container_on_a_large_host(monkeypatch):
 
     monkeypatch.setattr(device, "_meminfo", meminfo)
     monkeypatch.setattr(device, "_cgroups", lambda root: iter([(8 << 30, 1 << 30)]))
-    monkeypatch.setattr(device, "_own_bytes", lambda: 1 << 30)
     found = device.free_bytes(SimpleNamespace(type="cpu"), profiles.load("cpu"))
     assert (7 << 30) < found < (8 << 30)
 
@@ -361,7 +389,7 @@ class TestCommand:
     def test_what_was_asked_for_is_marked(self, run):
         result = run("--device", "a800", "--memory", "8GiB", "--offload-model", "--keep-kv-cache")
         chosen = next(line for line in result.output.splitlines() if line.startswith("*"))
-        assert "all layers streamed, cache there" in chosen
+        assert "all layers streamed, KV cache on device" in chosen
         assert float(chosen.split()[1]) <= 8.6
 
     def test_a_request_that_is_not_documented(self, run):
@@ -380,12 +408,27 @@ class TestCommand:
             (("--device", "a800", "--size", "1000"), "multiple of 16"),
             (("--device", "a800", "--memory", "1GB"), "at least"),
             (("--device", "a800", "--memory", "lots"), "8GiB"),
+            (("--device", "a800", "--memory", "12"), '"12GiB"'),
         ],
     )
     def test_errors_are_one_line(self, run, args, says):
         result = run(*args)
         assert result.exit_code in (1, 2) and says in result.output
         assert len(result.output.splitlines()) == 1
+
+    def test_a_processor(self, run, monkeypatch, tmp_path):
+        """Named by its own instructions; no row for what does nothing on it."""
+        named = device.host_profile
+        (tmp_path / "proc").mkdir()
+        monkeypatch.setattr(device, "host_profile", lambda: named(tmp_path))
+        for flags, name in (("fpu", "CPU ("), ("fpu amx_bf16", "CPU with AMX (")):
+            (tmp_path / "proc/cpuinfo").write_text(f"flags : {flags}\n")
+            result = run("--device", "cpu", "--size", "512", "--images", "1", "--offload-model")
+            assert result.exit_code == 0 and result.output.startswith(name)
+            assert "offload" not in result.output
+            assert ("AMX" in result.output) == ("amx_bf16" in flags)
+            chosen = next(line for line in result.output.splitlines() if line.startswith("*"))
+            assert "all layers on the device" in chosen
 
     def test_torch_is_not_needed(self):
         code = (

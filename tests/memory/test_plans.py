@@ -70,7 +70,7 @@ def test_from_plan_to_plan(pipe, plain):
         for name in ("one_image", "text"):
             plan = replace(PLAIN, **SAME_BITS[change])
             assert torch.equal(ask(pipe, name, plan), plain[name])
-            assert pipe._store.resident == plan.resident_layers
+            assert pipe.engine.store.resident == plan.resident_layers
 
 
 def test_adapters_on_streamed_layers(load_pipe):
@@ -92,7 +92,7 @@ def test_adapters_on_streamed_layers(load_pipe):
 def test_streamed_layers_hold_no_memory(pipe):
     ask(pipe, "text", replace(PLAIN, resident_layers=0))
     assert all(p.is_meta for block in pipe.model.layers for p in block.parameters())
-    assert not pipe._store._slots, "the ring is given up before the decoder runs"
+    assert not pipe.engine.store.slots, "the ring is given up before the decoder runs"
     ask(pipe, "text", PLAIN)
     assert not any(p.is_meta for p in pipe.model.parameters())
     assert pipe.model.stream is None

@@ -7,11 +7,12 @@ from golden_cases import TINY
 
 from omnigen_fast import OmniGenPipeline
 from omnigen_fast.memory.plan import Condition, Workload
+from omnigen_fast.schedule import StepSchedule
 
 
 def test_cached_share_counts_rows():
     conditions = (Condition((3,)), Condition((2,)))
-    workload = Workload(32, 32, steps=5, branches=((3, 2),), conditions=conditions)
+    workload = Workload(32, 32, StepSchedule.euler(5), ((3, 2),), conditions)
     # uncached: 5 steps of (3 + 1 + 4) and (2 + 1 + 4) rows; cached: 3 + 5 and 2 + 5 rows once,
     # then 5 steps of 4 and 4
     assert workload.cached_share() == pytest.approx(1 - (15 + 40) / 75)
@@ -19,9 +20,10 @@ def test_cached_share_counts_rows():
 
 def test_cached_share_of_shared_conditions():
     """Two pictures of one prompt, and branches that begin alike, fill fewer rows."""
-    alone = Workload(32, 32, 5, ((9, 6),), (Condition((9,)), Condition((6,))))
-    twice = Workload(32, 32, 5, ((9, 6), (9, 6)), alone.conditions)
-    begun = Workload(32, 32, 5, ((9, 6),), (Condition((9, 6), shared=6),))
+    five = StepSchedule.euler(5)
+    alone = Workload(32, 32, five, ((9, 6),), (Condition((9,)), Condition((6,))))
+    twice = Workload(32, 32, five, ((9, 6), (9, 6)), alone.conditions)
+    begun = Workload(32, 32, five, ((9, 6),), (Condition((9, 6), shared=6),))
     assert alone.cached_share() < begun.cached_share() < twice.cached_share()
     filled, noise, uncached = 9 + 5 + 6 + 5, 5 * 4 * 2, 5 * (9 + 1 + 4 + 6 + 1 + 4)
     assert twice.cached_share() == pytest.approx(1 - (filled + 2 * noise) / (2 * uncached))

@@ -238,7 +238,7 @@ class TestHostile:
             ({"num_images_per_prompt": 10**9}, "num_images_per_prompt must be from 1 to"),
             ({"dtype": "float16"}, "float16 overflows"),
             ({"dtype": "__class__"}, "dtype must be bfloat16 or float32"),
-            ({"prompt": ["\ud800"]}, "which is no character"),
+            ({"prompt": ["\ud800"]}, "which is not a character"),
         ],
         ids=lambda value: str(value)[:40],
     )

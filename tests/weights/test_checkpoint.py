@@ -124,8 +124,8 @@ class TestReading:
         expected = Checkpoint.open(TINY).read(torch.bfloat16, CPU)
         monkeypatch.setattr("omnigen_fast.weights.files._RENEW_BYTES", 1 << 16)
         opened = []
-        real = files._open
-        monkeypatch.setattr(files, "_open", lambda *where: opened.append(where) or real(*where))
+        real = files.open_file
+        monkeypatch.setattr(files, "open_file", lambda *where: opened.append(where) or real(*where))
         for name, tensor in Checkpoint.open(TINY).read(torch.bfloat16, CPU).items():
             assert torch.equal(tensor, expected[name])
         assert len(opened) > 10  # twice without
@@ -225,7 +225,7 @@ class TestTensors:
     @pytest.mark.parametrize(
         ("shape", "part"),
         [
-            ((1, 2303, 192), "pos_embed has 2303 places, which is no square"),
+            ((1, 2303, 192), "pos_embed has 2303 places, which is not a square"),
             ((1, 0, 192), "pos_embed is [1, 0, 192] instead of [1, 1, 192]"),
             ((1, 2304, 191), "pos_embed is [1, 2304, 191] instead of [1, 2304, 192]"),
             ((2304, 192), "misshapen pos_embed"),
@@ -687,7 +687,7 @@ class TestResolve:
         first = str(error).split("\n")[0] or "ValueError"
         refused(
             lambda: resolve("owner/name"),
-            f"owner/name is no local folder, and fetching it from the hub failed: {first}",
+            f"owner/name is not a local folder, and fetching it from the hub failed: {first}",
         )
 
     @pytest.mark.parametrize(

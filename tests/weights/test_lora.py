@@ -33,7 +33,7 @@ def fresh(load_pipe):
 
 def weights(pipe) -> dict[str, torch.Tensor]:
     """Copies of all parameters by our names."""
-    names = [name for name in pipe._checkpoint.sources if name != "pos_embed"]
+    names = [name for name in pipe.engine.checkpoint.sources if name != "pos_embed"]
     return {name: pipe.model.parameter(name).detach().clone() for name in names}
 
 
@@ -492,8 +492,8 @@ class TestFiles:
         self.refused(fresh, write_adapter(tmp_path, {}), "no LoRA tensors at all")
 
     def test_no_folder(self, fresh, tmp_path):
-        self.refused(fresh, tmp_path / "none", "is no folder; give one with adapter_config.json")
-        self.refused(fresh, _weights(LORA), "is no folder")
+        self.refused(fresh, tmp_path / "none", "is not a folder; give one with adapter_config.json")
+        self.refused(fresh, _weights(LORA), "is not a folder")
 
     def test_no_config(self, fresh, tmp_path):
         folder = write_adapter(tmp_path, ORIGINAL)
