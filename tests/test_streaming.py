@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from omnigen_fast import streaming as offload
+from omnigen_fast.memory import device
 from omnigen_fast.streaming import HostMemory, Ring, Streamed, ThreadLane, lane_for, spread
 
 
@@ -307,7 +308,7 @@ def test_memory_that_cannot_be_locked_is_used_as_it_is(driver, caplog):
 
 
 def test_half_of_the_free_memory_is_locked_at_most(driver, monkeypatch):
-    monkeypatch.setattr(offload, "free_host_bytes", lambda: 1000)
+    monkeypatch.setattr(device, "free_host_bytes", lambda: 1000)
     host = HostMemory(CUDA)
     kept = [host.empty((100,), torch.uint8) for _ in range(6)]
     assert list(driver.places) == [one.data_ptr() for one in kept[:5]]
