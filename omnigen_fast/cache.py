@@ -100,6 +100,9 @@ class Cache(Protocol):
     def give_back(self, entries: Sequence[Entry]) -> None:
         """The request that reserved these entries is over; they are kept for later ones."""
 
+    def hold(self, entries: Sequence[Entry]) -> None:
+        """After a failure: holds these entries, one for each request that has it, and no others."""
+
     def discard(self, entries: Sequence[Entry]) -> None:
         """Forgets entries, for instance ones whose prefill failed."""
 
@@ -240,6 +243,10 @@ class ConditionCache:
     def give_back(self, entries: Sequence[Entry]) -> None:
         """See `Cache.give_back`."""
         self._held -= Counter(dict.fromkeys(entries, 1))
+
+    def hold(self, entries: Sequence[Entry]) -> None:
+        """See `Cache.hold`."""
+        self._held = Counter(entries)
 
     def _busy(self) -> OmniGenError:
         return OmniGenError(

@@ -383,8 +383,10 @@ class Engine:
             cache: Cache = self._new_cache(layers=1)
         else:
             cache = self.cache if plan.cache == "device" else self._streamed_cache()
-        missing = cache.reserve(list(entries))
+        held = [entry for one in self._running if one.cache is cache for entry in one.entries]
+        missing = [entry for entry in entries if entry not in held]  # or less, as `reserve` finds
         try:
+            missing = cache.reserve(list(entries))
             if missing and plan.cache != "none":
                 wanted = {one: entries[one] for one in missing}
                 self._prefill(plan, wanted, embedded.tokens, cache)
@@ -401,7 +403,7 @@ class Engine:
             loop, runner = self._loop(call, plan, values, entries, cache)
         except BaseException:
             cache.discard(missing)  # the rows of some hold nothing
-            cache.give_back(list(entries))
+            cache.hold(held)  # an interrupt may have come before or after `reserve` held these
             raise
         loop.busy = True
         return Running(call, plan, cache, tuple(entries), loop, runner)

@@ -132,6 +132,10 @@ class StreamedCache:
         """See `Cache.give_back`."""
         self._held = ()
 
+    def hold(self, entries: Sequence[Entry]) -> None:
+        """See `Cache.hold`."""
+        self._held = tuple(entries)
+
     def staging(self, branches: int) -> Tensor:  # [branches, kv_heads, head_dim], of one layer
         """See `Cache.staging`."""
         return self._buffers.new_empty(branches, *self._row_shape)

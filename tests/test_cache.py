@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from omnigen_fast.cache import ConditionCache, Entry, Span
 from omnigen_fast.config import ModelConfig
+from omnigen_fast.errors import OmniGenError
 from omnigen_fast.memory.plan import Condition
 
 CONFIG = ModelConfig(
@@ -49,8 +50,20 @@ def make(budget_rows: int, **arguments) -> ConditionCache:
     return ConditionCache(CONFIG, torch.float32, cpu, budget_rows * ROW_BYTES, **arguments)
 
 
-def reserve(cache: ConditionCache, *numbers: int) -> list[int]:
+def hold(cache: ConditionCache, *numbers: int) -> list[int]:
+    """Reserves entries; the numbers of those that are new."""
     return [ENTRIES.index(entry) for entry in cache.reserve([ENTRIES[i] for i in numbers])]
+
+
+def give_back(cache: ConditionCache, *numbers: int) -> None:
+    cache.give_back([ENTRIES[i] for i in numbers])
+
+
+def reserve(cache: ConditionCache, *numbers: int) -> list[int]:
+    """As a request that is over before the next one."""
+    missing = hold(cache, *numbers)
+    give_back(cache, *numbers)
+    return missing
 
 
 def has(cache: ConditionCache, number: int) -> bool:
@@ -135,6 +148,81 @@ def test_any_sequence_of_requests(budget, requests):
         check(cache, kept)
 
 
+@settings(max_examples=250, deadline=None)
+@given(
+    budget=st.integers(0, 150),
+    events=st.lists(st.one_of(number_lists, st.integers(0, 5)), max_size=20),
+    fails=st.sets(st.integers(0, 20)),
+)
+def test_any_requests_side_by_side(budget, events, fails):
+    """A list of numbers begins a request, a number ends one of those that go on.
+
+    What a request holds stays where it is and as it is, whatever begins or fails beside it; what
+    does not fit beside it is refused, and changes nothing for it.
+    """
+    cache, going, kept = make(budget), [], set()
+    for now, event in enumerate(events):
+        held = {number: place(cache, number) for numbers in going for number in numbers}
+        if isinstance(event, int):
+            if going:
+                give_back(cache, *going.pop(event % len(going)))
+            continue
+        alone = not going
+        try:
+            missing = hold(cache, *event)
+        except OmniGenError as error:
+            assert not alone and "another request holds" in str(error)
+            others = sum(rows(number) for number in held if number not in event)
+            free = cache.keys.shape[1] - others
+            scattered = len(held) > 1 or any(held.values())
+            assert sum(map(rows, event)) > free or scattered
+            kept = {number for number in kept if has(cache, number)}
+            check(cache, kept)
+            continue
+        kept = {number for number in kept if has(cache, number)} - set(missing)
+        assert not set(missing) & held.keys()
+        if now in fails:
+            cache.discard([ENTRIES[number] for number in missing])
+            cache.hold([ENTRIES[number] for numbers in going for number in numbers])
+        else:
+            for number in missing:
+                write(cache, number)
+            kept |= set(missing)
+            going.append(event)
+        assert all(place(cache, number) == where for number, where in held.items())
+        assert all(has(cache, number) for numbers in going for number in numbers)
+        check(cache, kept)
+
+
+def test_a_held_entry_is_not_dropped_for_another():
+    """The least recently used of the others is, and nothing moves."""
+    cache = make(rows(5) + rows(8) + rows(2))
+    hold(cache, 5)
+    write(cache, 5)
+    for number in (8, 2):
+        reserve(cache, number)
+        write(cache, number)
+    assert hold(cache, 9) == [9]  # fits where 8 was
+    write(cache, 9)
+    assert not has(cache, 8) and place(cache, 5) == 0
+    check(cache, (5, 9, 2))
+
+
+def test_two_requests_hold_one_entry():
+    """It stays until both have given it back."""
+    cache = make(rows(5) + rows(8))
+    hold(cache, 5)
+    write(cache, 5)
+    assert hold(cache, 5) == []
+    give_back(cache, 5)
+    with pytest.raises(OmniGenError, match="another request holds the condition cache"):
+        hold(cache, 7)
+    check(cache, (5,))
+    give_back(cache, 5)
+    assert hold(cache, 7) == [7]
+    assert not has(cache, 5)
+
+
 def test_gaps_are_closed_in_place():
     cache = make(rows(5) + rows(8) + rows(9))
     reserve(cache, 5, 8, 9)
@@ -193,7 +281,7 @@ def test_select_step_brings_that_step_beside_the_condition():
     slots = torch.tensor([span.slot for span in spans])
     times = torch.tensor([span.times for span in spans])
     before = cache.keys.clone()
-    cache.select_step(slots, times, 2)
+    cache.select_step(slots, times + 2, cache.staging(len(spans)))
     for span in spans:
         assert torch.equal(cache.keys[:, span.slot], before[:, span.times + 2])
         assert torch.equal(cache.values[:, span.slot], -before[:, span.times + 2])

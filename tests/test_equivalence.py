@@ -8,13 +8,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from golden_cases import CASES, GOLDEN, golden_request, golden_result, relative_error
+from golden_cases import CASES, GOLDEN, TINY, golden_request, golden_result, relative_error
+from omnigen_fast.kernels import ops
+from tokenizers import Tokenizer
 
-from omnigen_fast import pipeline
-from omnigen_fast.cache import ConditionCache
+from omnigen_fast import sequence
 from omnigen_fast.errors import OmniGenError, RequestError
 from omnigen_fast.memory.plan import MemoryPlan
-from omnigen_fast.model import Transformer
+from omnigen_fast.processor import Processor
 from omnigen_fast.sequence import EncodedBranch, shared_tokens
 
 PHOTOS = [str(GOLDEN / "images" / name) for name in ("astronaut.png", "cat.png", "coffee.png")]
@@ -97,20 +98,19 @@ def test_branches_that_begin_alike_share_keys_and_values(pipe, monkeypatch, prom
         request["prompt"] = [IMAGE_FIRST["prompt"], "<img><|image_1|></img> at night"]
         request["input_images"] = [IMAGE_FIRST["input_images"], [PHOTOS[2]]]
     shared = pipe(**request)
-    entries = [entry for entry in pipe._cache._places if len(entry.keys) == 2]
+    entries = list(pipe.make_call(**request).entries(pipe.last_plan))
+    assert all(entry in pipe.engine.cache for entry in entries)
+    entries = [entry for entry in entries if len(entry.keys) == 2]
     assert len(entries) == prompts
     for entry in entries:
         assert entry.condition.shared > 0.4 * min(entry.condition.tokens)
-    rows = pipe._cache.used_rows
+    rows = pipe.engine.cache.used_rows
 
-    original = pipeline.cache_entries
-    monkeypatch.setattr(
-        pipeline, "cache_entries", lambda *args, share: original(*args, share=False)
-    )
+    monkeypatch.setattr(sequence, "pair_up", lambda branches: [(branch,) for branch in branches])
     pipe.clear_cache()
     assert relative_error(shared, pipe(**request)) < 1e-5
     saved = sum(entry.condition.shared for entry in entries)
-    assert pipe._cache.used_rows == rows + saved
+    assert pipe.engine.cache.used_rows == rows + saved
 
 
 def _branch(ids, kv_end=None, spans=(), long=False):
@@ -138,15 +138,16 @@ def test_what_two_branches_share():
 
 def test_recomputing_keeps_one_layer_only(pipe, monkeypatch):
     layers = []
-    original = Transformer.step_recomputed
-    monkeypatch.setattr(
-        Transformer,
-        "step_recomputed",
-        lambda self, *args: layers.append(args[7].layers) or original(self, *args),
-    )
+    original = pipe.model.step_recomputed
+
+    def step_recomputed(latents, pos_embed, passes, times, states, select, cache):
+        layers.append(cache.layers)
+        return original(latents, pos_embed, passes, times, states, select, cache)
+
+    monkeypatch.setattr(pipe.model, "step_recomputed", step_recomputed)
     pipe(**EDIT, use_kv_cache=False)
     assert layers == [1, 1, 1]
-    assert not len(pipe._cache)
+    assert not len(pipe.engine.cache)
 
 
 @pytest.mark.parametrize("request_", [TEXT, EDIT], ids=["text", "edit"])
@@ -188,26 +189,26 @@ def test_images_per_prompt_come_prompt_by_prompt(pipe):
 
 
 def test_a_second_call_computes_no_condition(pipe, monkeypatch):
+    tokenizer = _Tokenizer()
+    monkeypatch.setattr(pipe, "processor", Processor(tokenizer, pipe.config))
     first = pipe(**EDIT)
     for owner, name in (
         (pipe.model, "prefill"),
         (pipe.model, "embed_condition"),
         (pipe.vae, "encode"),
-        (type(pipe.processor._tokenizer), "encode"),
+        (tokenizer, "encode"),
     ):
-        if not isinstance(owner, type):
-            monkeypatch.setattr(owner, name, _forbidden)
-    pipe.processor._tokenizer, tokenizer = _Forbidden(), pipe.processor._tokenizer
-    try:
-        other = pipe(**{**EDIT, "seed": 12})
-    finally:
-        pipe.processor._tokenizer = tokenizer
+        monkeypatch.setattr(owner, name, _forbidden)
+    other = pipe(**{**EDIT, "seed": 12})
     assert relative_error(other, first) > 0.01
 
 
-class _Forbidden:
-    def __getattr__(self, name):
-        raise AssertionError(f"{name} was used again")
+class _Tokenizer:
+    """A tokenizer whose methods can be replaced."""
+
+    def __init__(self):
+        own = Tokenizer.from_file(str(TINY / "tokenizer.json"))
+        self.encode, self.token_to_id = own.encode, own.token_to_id
 
 
 def _forbidden(*args, **kwargs):
@@ -234,12 +235,12 @@ def test_kept_conditions_are_bounded(load_pipe):
     pipe = load_pipe(condition_cache_bytes=1 << 20)
     for index in range(12):
         pipe(**{**TEXT, "prompt": f"Prompt number {index}."})
-        assert pipe._cache.used_rows * pipe._cache.row_bytes <= pipe._cache.nbytes
-    row = pipe._cache.row_bytes
+        assert pipe.engine.cache.used_rows * pipe.engine.cache.row_bytes <= pipe.engine.cache.nbytes
+    row = pipe.engine.cache.row_bytes
     largest_request = (264 + 1 + 3 + 80) * row
-    assert pipe._cache.nbytes <= max(1 << 20, largest_request)
+    assert pipe.engine.cache.nbytes <= max(1 << 20, largest_request)
     pipe.clear_cache()
-    assert pipe._cache.nbytes == 0 and not pipe._image_latents
+    assert pipe.engine.cache.nbytes == 0 and not pipe.engine.image_latents
 
 
 @pytest.mark.parametrize(
@@ -258,9 +259,9 @@ def test_a_branch_that_counts_nothing_is_not_run(pipe, monkeypatch, guidance, gr
     ran = []
     original = pipe.model.step
 
-    def step(latents, passes, *args):
+    def step(latents, pos_embed, passes, *args):
         ran.append(sum(len(groups.pictures) for groups in passes))
-        return original(latents, passes, *args)
+        return original(latents, pos_embed, passes, *args)
 
     monkeypatch.setattr(pipe.model, "step", step)
     noise = _noise(1, 8, 6)
@@ -289,7 +290,7 @@ def test_the_rotary_factor_is_chosen_by_each_branchs_own_length(load_pipe):
 
     def run(limit, **changes):
         checkpoint = dataclasses.replace(
-            pipe._checkpoint,
+            pipe.engine.checkpoint,
             config=dataclasses.replace(
                 pipe.config,
                 original_max_position_embeddings=limit,
@@ -297,7 +298,7 @@ def test_the_rotary_factor_is_chosen_by_each_branchs_own_length(load_pipe):
                 max_position_embeddings=limit if limit > 400 else 400,
             ),
         )
-        pipe._checkpoint = checkpoint
+        pipe.engine.checkpoint = checkpoint
         pipe.model.config = checkpoint.config
         pipe.processor.config = checkpoint.config
         pipe.clear_cache()
@@ -422,15 +423,15 @@ def test_a_failure_leaves_a_pipeline_that_works(pipe, monkeypatch):
     expected = pipe(**EDIT)
     pipe.clear_cache()
     calls = []
-    original = pipe.model._prefill_layer
+    original = ops.attention_prefill
 
-    def fail_once(layer, *args):
-        calls.append(layer)
-        if layer == 1 and len(calls) == 2:
+    def fail_once(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 4:  # three branches; the first one in the second layer
             raise OSError("the file is gone")
-        return original(layer, *args)
+        return original(*args, **kwargs)
 
-    monkeypatch.setattr(pipe.model, "_prefill_layer", fail_once)
+    monkeypatch.setattr(ops, "attention_prefill", fail_once)
     with pytest.raises(OSError, match="the file is gone"):
         pipe(**EDIT)
     assert torch.equal(pipe(**EDIT), expected)
@@ -499,19 +500,32 @@ def test_an_image_that_was_encoded_to_nan_is_encoded_again(load_pipe):
     assert torch.equal(pipe(**EDIT), expected)
 
 
-def test_an_interrupt_before_the_prefill_leaves_no_empty_rows(load_pipe, monkeypatch):
-    pipe = load_pipe()
-    expected = pipe(**EDIT)
-    pipe.clear_cache()
-
-    reserve = ConditionCache.reserve
+@pytest.mark.parametrize(
+    ("place", "kept"),
+    [
+        ("reserve", False),
+        ("reserve", True),
+        ("prefill", False),
+        ("crop_pos_embed", True),
+    ],
+)
+def test_an_interrupt_leaves_no_rows_that_are_empty_or_held(load_pipe, monkeypatch, place, kept):
+    """The next call computes them, and a longer one finds room."""
+    pipe = load_pipe(condition_cache_bytes=0)
+    longer = {**EDIT, "prompt": f"{EDIT['prompt']} {'very ' * 50}slowly"}
+    expected = pipe(**longer), pipe(**EDIT)
+    if not kept:
+        pipe.clear_cache()
+    owner = pipe.engine.cache if place == "reserve" else pipe.model
+    original = getattr(owner, place)
 
     def interrupted(*arguments):
-        reserve(*arguments)
+        original(*arguments)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ConditionCache, "reserve", interrupted)
+    monkeypatch.setattr(owner, place, interrupted)
     with pytest.raises(KeyboardInterrupt):
         pipe(**EDIT)
     monkeypatch.undo()
-    assert torch.equal(pipe(**EDIT), expected)
+    assert torch.equal(pipe(**EDIT), expected[1])
+    assert torch.equal(pipe(**longer), expected[0])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import logging
 import weakref
+from dataclasses import replace
 from types import SimpleNamespace
 from unittest import mock
 
@@ -49,8 +50,8 @@ def trace(work):
     lengths and places on the device. Tracing runs what it records, a CUDA graph's capture does not:
     what it did is undone.
     """
-    loop = work.__self__
-    before = [(tensor, tensor.clone()) for tensor in (loop.latents, loop.index)]
+    values = work.func.__self__.values
+    before = [(tensor, tensor.clone()) for tensor in (values.latents, values.counters)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.compiler, "is_compiling", lambda: True)
         recorded = make_fx(lambda: work())()
@@ -70,7 +71,7 @@ def captured(load_pipe):
         events.append("capture")
         return lambda: events.append("replay") or replay()
 
-    pipe._graphs = StepGraphs(capture)
+    pipe.engine.graphs = StepGraphs(capture)
     return pipe, events
 
 
@@ -153,7 +154,7 @@ def test_without_memory_steps_run_eagerly(pipe, load_pipe, caplog):
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
 
     recording = load_pipe(memory=CAPTURED)
-    recording._graphs = StepGraphs(capture)
+    recording.engine.graphs = StepGraphs(capture)
     with caplog.at_level(logging.WARNING, "omnigen_fast"):
         for seed in (1, 2):
             changes = {**REQUEST, "seed": seed}
@@ -178,7 +179,7 @@ def test_steps_are_eager_while_they_can_not_be_captured(pipe, load_pipe):
         return work
 
     recording = load_pipe(memory=CAPTURED)
-    recording._graphs = StepGraphs(capture, possible=lambda: bool(allowed))
+    recording.engine.graphs = StepGraphs(capture, possible=lambda: bool(allowed))
     assert torch.equal(recording(**REQUEST), pipe(**REQUEST))
     assert not tries
     allowed.append(1)
@@ -189,24 +190,24 @@ def test_steps_are_eager_while_they_can_not_be_captured(pipe, load_pipe):
 def test_a_capture_keeps_what_it_reads(load_pipe):
     """The model's table of cut position embeddings forgets; a captured step reads on."""
     recording = load_pipe(memory=CAPTURED)
-    recording._graphs = StepGraphs(lambda work: work)
+    recording.engine.graphs = StepGraphs(lambda work: work)
     recording(**REQUEST)
-    crops = [weakref.ref(crop) for crop in recording.model._pos_embed_crops.values()]
-    recording.model._pos_embed_crops.clear()
+    crops = [weakref.ref(crop) for crop in recording.model.crops()]
+    recording.model.forget_crops()
     gc.collect()
     assert len(crops) == 1 and crops[0]() is not None
-    recording._graphs.clear()
+    recording.engine.graphs.clear()
     gc.collect()
     assert crops[0]() is None
 
 
 def test_no_capture_without_a_gpu(pipe):
-    assert pipe._new_graphs()._capture is None
+    assert not pipe.engine.graphs.possible()
     with mock.patch.object(ops, "_why_not", return_value=None):
         graphs = StepGraphs.on(torch.device("cuda", 0))
-        assert graphs._capture is not None and graphs._possible()
+        assert graphs.possible()
         with ops.use(attention="library"):
-            assert not graphs._possible()
+            assert not graphs.possible()
 
 
 class OffDevice(TorchDispatchMode):
@@ -250,27 +251,19 @@ def test_a_step_stays_on_the_device(load_pipe, monkeypatch, request_, branches_a
 
     stand_ins = SimpleNamespace(**{name: stand_in(name) for name in ops.OPERATIONS})
     pipe = load_pipe(dtype="bfloat16")
-    with monkeypatch.context() as patch:
+    call, engine = pipe.make_call(**request_), pipe.engine
+    engine.to(torch.device("meta"))
+    call.latents = call.latents.to("meta")
+    branches = [branch for picture in call.pictures for branch, _ in picture]
+    for _, _, image in (span for branch in branches for span in branch.spans):
+        latents = torch.empty(4, *(side // 8 for side in image.size), device="meta")
+        engine.image_latents[image.digest, None] = latents
+    plan = replace(MemoryPlan.plain(layers=3), branches_per_pass=1 if branches_apart else None)
+    with torch.no_grad(), monkeypatch.context() as patch:
         patch.setattr(ops, "_implementation", lambda x: stand_ins)
-        patch.setattr(pipe, "_latents_of", empty_latents)
-        pipe.model.to("meta")
-        pipe._forget()
-        loops = []
-        noise = torch.empty(1, 4, 8, 6, device="meta")
-        patch.setattr(pipe, "_draw_noise", lambda request: noise)
-        patch.setattr("omnigen_fast.pipeline.denoise", lambda loop, *_: loops.append(loop))
-        pipe(**request_, separate_cfg_infer=branches_apart)
-        (loop,) = loops
-        loop.step()  # as a capture comes after the first step
+        running = engine.start(call, plan)
+        engine.step(running)  # as a capture comes after the first step
         with OffDevice("meta") as off:
-            loop.step()
+            engine.step(running)
     assert not off.found and off.count > 20
     assert checked == set(ops.OPERATIONS)
-
-
-def empty_latents(plan, entries):
-    images = [image for kept in entries.values() for one in kept for _, _, image in one.spans]
-    return {
-        image.digest: torch.empty(4, *(side // 8 for side in image.size), device="meta")
-        for image in images
-    }
