@@ -129,7 +129,7 @@ def _left_out(tree: ast.AST) -> Iterator[tuple[tuple[int, int], tuple[int, int]]
 
 def lines_of(mutant: Mutant) -> range:
     """The lines of the statement, or of the head of the compound one, that a mutant changes."""
-    best = range(1, 1)
+    best = range(0)
     for node in ast.walk(ast.parse((ROOT / mutant.path).read_text())):
         if isinstance(node, ast.stmt):
             body = getattr(node, "body", None)
@@ -137,7 +137,7 @@ def lines_of(mutant: Mutant) -> range:
             last = max(first, body[0].lineno - 1) if body else node.end_lineno
             if first <= mutant.line <= last and (not best or first >= best[0]):
                 best = range(first, last + 1)
-    return best
+    return best or range(mutant.line, mutant.line + 1)  # an except has no statement of its own
 
 
 class Watch:
