@@ -152,6 +152,11 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
             return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)[:2]
         if q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16):
             return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[:2]
+    return _plain_attend(q, k, v)
+
+
+def _plain_attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """`_attend` without a fused kernel, in blocks of queries whose scores are bounded."""
     wide = _wide(q.dtype)
     out = torch.empty_like(q)
     lse = torch.empty(q.shape[:3], dtype=wide, device=q.device)

@@ -1,4 +1,4 @@
-"""ConditionCache: rows never overlap, kept rows keep their contents, the bound holds."""
+"""Caches: rows never overlap, kept rows keep their contents, the bound holds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from omnigen_fast.cache import ConditionCache, Entry, Span
 from omnigen_fast.config import ModelConfig
 from omnigen_fast.errors import OmniGenError
-from omnigen_fast.memory.plan import Condition
+from omnigen_fast.memory.plan import RING, Condition
+from omnigen_fast.streamed_cache import StreamedCache
+from omnigen_fast.streaming import HostMemory, ThreadLane
 
 CONFIG = ModelConfig(
     hidden_size=4,
@@ -233,6 +235,28 @@ def test_two_requests_hold_one_entry():
     assert not has(cache, 5)
 
 
+def test_a_request_that_is_refused_drops_nothing():
+    cache = make(rows(5) + rows(6))
+    hold(cache, 5)
+    reserve(cache, 6)
+    with pytest.raises(OmniGenError, match="another request holds the condition cache"):
+        hold(cache, 9)  # fits beside neither
+    assert has(cache, 5) and has(cache, 6)
+
+
+def test_a_larger_budget_keeps_what_is_there_and_a_smaller_one_does_not():
+    cache = make(rows(5) + rows(8))
+    reserve(cache, 5, 8)
+    for number in (5, 8):
+        write(cache, number)
+    cache.budget_bytes *= 2
+    assert reserve(cache, 8) == []
+    check(cache, (5, 8))
+    cache.budget_bytes = rows(8) * ROW_BYTES
+    assert reserve(cache, 8) == [8]
+    assert cache.nbytes == cache.budget_bytes and not has(cache, 5)
+
+
 def test_gaps_are_closed_in_place():
     cache = make(rows(5) + rows(8) + rows(9))
     reserve(cache, 5, 8, 9)
@@ -347,3 +371,115 @@ def test_an_interrupt_while_rows_are_given_leaves_none_marked(monkeypatch):
         reserve(cache, 1, 2)
     monkeypatch.undo()
     assert reserve(cache, 5, 1, 2) == [5, 1, 2]
+
+
+def make_streamed(budget_rows: int, host: HostMemory | None = None) -> StreamedCache:
+    cpu = torch.device("cpu")
+    host = host or HostMemory(cpu)
+    budget = budget_rows * ROW_BYTES
+    return StreamedCache(CONFIG, torch.float32, cpu, budget, host, ThreadLane())
+
+
+def streamed_contents(number: int, layer: int) -> torch.Tensor:
+    return contents(make(0), number)[layer]
+
+
+def fill_streamed(cache: StreamedCache, numbers) -> None:
+    with cache.filling([ENTRIES[number] for number in numbers]):
+        for layer in range(cache.layers):
+            keys, values = cache.take(layer)
+            for number in numbers:
+                mine = slice(place(cache, number), place(cache, number) + rows(number))
+                keys[mine] = streamed_contents(number, layer)
+                values[mine] = -streamed_contents(number, layer)
+            cache.release(layer)
+
+
+def check_streamed(cache: StreamedCache, numbers, step: int) -> None:
+    """Every layer comes as it was written, the step's time tokens in their slots."""
+    spans = [span for number in numbers for span in cache[ENTRIES[number]]]
+    slots = torch.tensor([span.slot for span in spans])
+    times = torch.tensor([span.times + step for span in spans])
+    cache.select_step(slots, times, cache.staging(len(spans)))
+    for layer in range(cache.layers):
+        expected = torch.empty(sum(map(rows, numbers)), 1, 2)
+        for number in numbers:
+            mine = slice(place(cache, number), place(cache, number) + rows(number))
+            expected[mine] = streamed_contents(number, layer)
+        expected[slots] = expected[times]
+        keys, values = cache.take(layer)
+        assert torch.equal(keys, expected) and torch.equal(values, -expected)
+        cache.release(layer)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    budget=st.integers(0, 150),
+    requests=st.lists(st.tuples(number_lists, st.booleans()), max_size=10),
+)
+def test_any_sequence_of_streamed_requests(budget, requests):
+    """What is kept is what was used last, as far as the budget goes."""
+    cache = make_streamed(budget)
+    kept: list[int] = []  # the least recently used first
+    for numbers, fails in requests:
+        missing = hold(cache, *numbers)
+        assert missing == [number for number in numbers if number not in kept]
+        needed = sum(map(rows, numbers))
+        assert cache.nbytes == RING * needed * ROW_BYTES // cache.layers
+        rest = [number for number in kept if number not in numbers]
+        while sum(map(rows, rest)) + needed > max(budget, needed):
+            rest.pop(0)
+        kept = [*rest, *(number for number in numbers if number in kept), *missing]
+        if fails:
+            cache.discard([ENTRIES[number] for number in missing])
+            kept = [number for number in kept if number not in missing]
+        else:
+            fill_streamed(cache, missing)
+            for step in (0, 0, min(ENTRIES[number].steps for number in numbers) - 1):
+                check_streamed(cache, numbers, step)
+        give_back(cache, *numbers)
+        assert [number for number in range(len(SIZES)) if has(cache, number)] == sorted(kept)
+        assert cache.used_rows == sum(map(rows, kept)) and len(cache) == len(kept)
+
+
+def test_a_streamed_cache_serves_one_request_at_a_time():
+    cache = make_streamed(100)
+    hold(cache, 5)
+    with pytest.raises(OmniGenError, match="another request streams its keys and values"):
+        hold(cache, 5)
+    give_back(cache, 5)
+    assert hold(cache, 5) == []
+
+
+def test_memory_that_runs_out_while_rows_are_given_leaves_none_marked():
+    class Full(HostMemory):
+        left = 5
+
+        def empty(self, shape, dtype):
+            self.left -= 1
+            if self.left < 0:
+                raise MemoryError
+            return super().empty(shape, dtype)
+
+    cache = make_streamed(100, Full(torch.device("cpu")))
+    assert hold(cache, 5) == [5]
+    give_back(cache, 5)
+    with pytest.raises(MemoryError):
+        hold(cache, 1, 2)  # the second layer of the second has none
+    assert has(cache, 5) and not has(cache, 1) and not has(cache, 2)
+    assert hold(cache, 5) == []
+
+
+def test_a_streamed_cache_frees_the_device_and_then_the_host():
+    cache = make_streamed(100)
+    hold(cache, 5)
+    fill_streamed(cache, [5])
+    give_back(cache, 5)
+    assert sum(one.nbytes for one in cache.tensors()) == cache.nbytes + rows(5) * ROW_BYTES
+    cache.free()
+    assert cache.nbytes == 0 and cache.used_rows == rows(5)
+    assert hold(cache, 5) == []
+    check_streamed(cache, [5], 1)
+    cache.clear()
+    assert (cache.nbytes, cache.used_rows, len(cache)) == (0, 0, 0)
+    assert hold(cache, 5) == [5]

@@ -14,8 +14,10 @@ from tokenizers import Tokenizer
 
 from omnigen_fast import sequence
 from omnigen_fast.errors import OmniGenError, RequestError
+from omnigen_fast.guidance import Branch, guidance_branches
 from omnigen_fast.memory.plan import MemoryPlan
 from omnigen_fast.processor import Processor
+from omnigen_fast.request import Guidance, Prompt
 from omnigen_fast.sequence import EncodedBranch, shared_tokens
 
 PHOTOS = [str(GOLDEN / "images" / name) for name in ("astronaut.png", "cat.png", "coffee.png")]
@@ -135,7 +137,11 @@ def test_what_two_branches_share():
     single, text = _branch([7, 0, 8], spans=((1, 2, image),)), _branch([7, 0, 8])
     assert shared_tokens(single, text) == shared_tokens(text, single) == 1
     assert shared_tokens(_branch([1, 2]), _branch([3, 2])) == 0
-    assert shared_tokens(_branch([1, 2]), _branch([1, 2], long=True)) == 0
+    short, long = _branch([1, 2]), _branch([1, 2], long=True)
+    assert shared_tokens(short, long) == shared_tokens(long, short) == 0
+    # the same tokens, of which one branch sees fewer
+    causal, whole = _branch([1, 2, 3]), _branch([1, 2, 3], [1, 3, 3])
+    assert shared_tokens(causal, whole) == shared_tokens(whole, causal) == 1
 
 
 def test_recomputing_keeps_one_layer_only(pipe, monkeypatch):
@@ -282,6 +288,17 @@ def test_a_branch_that_counts_nothing_is_not_run(pipe, monkeypatch, guidance, gr
     else:
         velocity = uncond + text * (cond - uncond)
     assert relative_error(found - noise, velocity) < 1e-5
+
+
+def test_the_branch_of_images_names_all_of_them_in_order():
+    prompt = Prompt("with <img><|image_2|></img>", ("a", "b", "c"), "ugly")
+    branches = guidance_branches(prompt, Guidance(text=2.5, image=1.5, use_image=True))
+    tags = "<img><|image_1|></img> <img><|image_2|></img> <img><|image_3|></img>"
+    assert branches == [
+        (Branch(prompt.text, prompt.images), 2.5),
+        (Branch("ugly"), -0.5),
+        (Branch(tags, prompt.images), -1.0),
+    ]
 
 
 def test_the_rotary_factor_is_chosen_by_each_branchs_own_length(load_pipe):

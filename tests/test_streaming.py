@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -11,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from omnigen_fast import streaming as offload
-from omnigen_fast.streaming import HostMemory, Ring, Streamed, ThreadLane, spread
+from omnigen_fast.memory import device
+from omnigen_fast.streaming import HostMemory, Ring, Streamed, ThreadLane, lane_for, spread
 
 
 class TwoStreams:
@@ -104,11 +106,13 @@ class Buffers:
     seed=st.integers(0, 1 << 30),
     slots=st.integers(1, 4),
     items=st.integers(1, 7),
-    plan=st.lists(st.sampled_from(("pass", "write", "cut", "reset")), min_size=1, max_size=6),
+    plan=st.lists(
+        st.sampled_from(("pass", "write", "cut", "late", "reset")), min_size=1, max_size=6
+    ),
     eager=st.integers(0, 4),
 )
 def test_order_in_any_interleaving(seed, slots, items, plan, eager):
-    """Passes that read, passes that write, passes cut short, with and without a reset.
+    """Passes that read, that write, cut short or begun late, with and without a reset.
 
     What the computation does with the buffers' memory before there is a ring counts too.
     """
@@ -127,7 +131,8 @@ def test_order_in_any_interleaving(seed, slots, items, plan, eager):
         if what == "reset":
             ring.reset()
             continue
-        for item in range(items if what != "cut" else (items + 1) // 2):
+        half = (items + 1) // 2
+        for item in range(half if what == "late" else 0, half if what == "cut" else items):
             if what == "write":
                 slot = ring.lend(item)
                 version[item] += 1
@@ -225,6 +230,15 @@ def test_a_thread_copies_and_reports_what_failed():
             ring.release(item)
 
 
+def test_a_thread_is_drained_when_its_copies_are_done():
+    lane, go, done = lane_for(torch.device("cpu")), threading.Event(), []
+    lane.drain()  # of nothing
+    lane.submit(lambda: done.append(go.wait(10)), None)
+    threading.Timer(0.05, go.set).start()
+    lane.drain()
+    assert done == [True]
+
+
 def test_a_copy_that_cannot_be_submitted_leaves_the_ring_as_it_was():
     class Refusing(ThreadLane):
         refuse = False
@@ -278,46 +292,74 @@ def test_resident_layers_are_spread_evenly(resident, layers):
     assert len(gaps) == layers - resident
 
 
-class Locking(HostMemory):
+class Driver:
     """Locks on paper; refuses from some byte on."""
 
-    def __init__(self, most: int, refuse_beyond: int = 1 << 60) -> None:
-        super().__init__(torch.device("cuda"), most)
+    def __init__(self) -> None:
         self.places: dict[int, int] = {}
-        self.refuse_beyond = refuse_beyond
+        self.refuse_beyond = 1 << 60
 
-    def _register(self, address: int, size: int) -> bool:
+    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
+        assert flags == 0
         if sum(self.places.values()) + size > self.refuse_beyond:
-            return False
+            return 2  # cudaErrorMemoryAllocation
         self.places[address] = size
-        return True
+        return 0
 
-    def _unlock(self, address: int, size: int) -> None:
-        assert self.places.pop(address) == size
-        self._locked -= size
+    def cudaHostUnregister(self, address: int) -> int:
+        del self.places[address]
+        return 0
 
 
-def test_locked_memory_has_its_exact_size_and_a_bound(caplog):
-    host = Locking(1000)
+@pytest.fixture
+def driver(monkeypatch):
+    driver = Driver()
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
+    return driver
+
+
+CUDA = torch.device("cuda")
+
+
+def test_locked_memory_has_its_exact_size_and_a_bound(driver, caplog):
+    host = HostMemory(CUDA, 1000)
     first = host.empty((25, 10), torch.float16)
-    assert host.places == {first.data_ptr(): 500}
+    assert driver.places == {first.data_ptr(): 500}
     second = host.empty((300,), torch.float16)  # would be more than the bound
     third = host.empty((250,), torch.float16)
-    assert set(host.places) == {first.data_ptr(), third.data_ptr()}
+    assert set(driver.places) == {first.data_ptr(), third.data_ptr()}
     assert second.shape == (300,)
     view = first[3:]
     del first
-    assert len(host.places) == 2, "a view holds the memory"
+    assert len(driver.places) == 2, "a view holds the memory"
     del view
-    assert set(host.places) == {third.data_ptr()}
+    assert set(driver.places) == {third.data_ptr()}
+    fourth = host.empty((250,), torch.float16)  # in the place of the first
+    assert set(driver.places) == {third.data_ptr(), fourth.data_ptr()}
+    assert host.empty((1,), torch.float16).data_ptr() not in driver.places
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "page-locked" in caplog.text
 
 
-def test_memory_that_cannot_be_locked_is_used_as_it_is(caplog):
-    host = Locking(1 << 40, refuse_beyond=0)
-    assert host.empty((4,), torch.float32).shape == (4,)
-    assert not host.places and len(caplog.records) == 1
+def test_memory_that_cannot_be_locked_is_used_as_it_is(driver, caplog):
+    host, driver.refuse_beyond = HostMemory(CUDA, 1000), 0
+    assert host.empty((250,), torch.float32).shape == (250,)
+    assert not driver.places and len(caplog.records) == 1
+    driver.refuse_beyond = 1000
+    assert host.empty((250,), torch.float32).data_ptr() in driver.places  # it was not counted
+
+
+def test_half_of_the_free_memory_is_locked_at_most(driver, monkeypatch):
+    monkeypatch.setattr(device, "free_host_bytes", lambda: 1000)
+    host = HostMemory(CUDA)
+    kept = [host.empty((100,), torch.uint8) for _ in range(6)]
+    assert list(driver.places) == [one.data_ptr() for one in kept[:5]]
+
+
+def test_only_memory_that_cuda_copies_from_is_locked(driver):
+    plain = HostMemory(torch.device("cpu"), 1000).empty((3,), torch.float32)
+    empty = HostMemory(CUDA, 1000).empty((0, 3), torch.float32)
+    assert (plain.shape, empty.shape) == ((3,), (0, 3)) and not driver.places
 
 
 @pytest.mark.parametrize(

@@ -272,12 +272,43 @@ def test_specification_of_the_step():
         torch.testing.assert_close(found[rows], masked(q[rows], keys, values, visible))
 
 
-def test_specification_of_the_prefill():
+@pytest.mark.parametrize("block", (7, 64, 1024))
+@pytest.mark.parametrize("first", (0, 1, 20))
+def test_specification_of_the_prefill(first, block, monkeypatch):
+    monkeypatch.setattr(reference, "_PREFILL_BLOCK", block)
     args = prefill_arguments(PREFILLS["branches"], 4, 2, 64, torch.float64)
     q, k, v, cu_rows, kv_end, _ = args
     place = torch.arange(len(q), device=q.device)
     group = torch.bucketize(place, cu_rows[1:], right=True)
-    first = cu_rows[group]
-    visible = (group == group[:, None]) & (place >= first[:, None])
-    visible &= (place < (first + kv_end)[:, None]) | torch.eye(len(q), device=q.device).bool()
-    torch.testing.assert_close(reference.attention_prefill(*args), masked(q, k, v, visible))
+    start = cu_rows[group]
+    visible = (group == group[:, None]) & (place >= start[:, None])
+    visible &= (place < (start + kv_end)[:, None]) | torch.eye(len(q), device=q.device).bool()
+    out, untouched = poisoned(*q.shape, dtype=q.dtype)
+    reference.attention_prefill(*args, first, out=out)
+    wanted = place >= start + first
+    assert untouched() and out[~wanted].isnan().all()
+    torch.testing.assert_close(out[wanted], masked(q, k, v, visible)[wanted])
+
+
+@pytest.mark.parametrize("scores", (1, 3 * 2 * 50, 3 * 2 * 50 * 8, 1 << 20))
+def test_specification_of_attention_without_a_fused_kernel(scores, monkeypatch):
+    """In blocks of rows, so that no more scores than allowed are there at once, but for one row."""
+    monkeypatch.setattr(reference, "_PLAIN_SCORES", scores)
+    q, k, v = (random(3, 2, rows, 64, seed=i).double() for i, rows in enumerate((20, 50, 50)))
+    sizes, softmax = [], torch.softmax
+    monkeypatch.setattr(
+        torch, "softmax", lambda x, dim: sizes.append(x.numel()) or softmax(x, dim=dim)
+    )
+    found, lse = reference._plain_attend(q, k, v)
+    expected, expected_lse = reference._attend(q, k, v)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(lse, expected_lse)
+    rows = min(max(1, scores // 300), 20)
+    assert sizes[0] == max(sizes) == rows * 300 and sum(sizes) == 20 * 300
+
+
+def test_specification_of_attention_without_keys():
+    """Which weighs nothing beside other keys."""
+    q, k, v = (random(3, 2, rows, 64) for rows in (5, 0, 0))
+    out, lse = reference._attend(q, k, v)
+    assert not out.any() and (lse == -torch.inf).all()

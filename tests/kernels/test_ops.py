@@ -21,7 +21,7 @@ from omnigen_fast.kernels import contract, ops, reference
 
 from bench.tracker import MemoryTracker
 
-HEADS, KV_HEADS, HEAD_DIM, HIDDEN, ROWS, CACHE_ROWS = 4, 2, 64, 32, 6, 9
+HEADS, KV_HEADS, HEAD_DIM, HIDDEN, ROWS, CACHE_ROWS = 6, 3, 64, 32, 6, 9
 
 
 def arguments(name: str, dtype: torch.dtype = torch.float32) -> dict:
@@ -496,7 +496,7 @@ REFUSED = [
     ("rms_norm", "x", lambda x: x[None], ValueError),
     ("rms_norm", "x", lambda x: x.tolist(), TypeError),
     ("rope_", "heads", lambda x: 0, ValueError),
-    ("attention_step", "k", lambda x: x[:, :1].expand(-1, 3, -1).contiguous(), ValueError),
+    ("attention_step", "k", lambda x: x[:, :1].expand(-1, 4, -1).contiguous(), ValueError),
     ("attention_step", "max_rows", lambda x: 2, ValueError),
     ("attention_prefill", "max_rows", lambda x: 2, ValueError),
     ("attention_prefill", "first", lambda x: 5, ValueError),

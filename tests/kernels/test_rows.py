@@ -236,3 +236,45 @@ def test_guidance_of_images_is_that_of_each_alone(dtype, kernels):
                 2,
             )
     assert torch.equal(together, latents)
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows"),
+    [
+        ((5, 1 << 18), 1),
+        ((5, 1 << 19), 1),
+        ((8, 1 << 16), 4),
+        ((8, 2, 1 << 15), 4),
+        ((3, 10), 3),
+        ((0, 10), 0),
+        ((4, 0), 4),
+    ],
+    ids=str,
+)
+def test_reference_takes_blocks_of_a_mebibyte_on_a_cpu(shape, rows):
+    x = torch.empty(1, device="cpu").expand(shape)
+    assert reference._block_rows(x) == rows
+    assert reference._block_rows(x.to("meta")) == shape[0]
+
+
+@pytest.mark.parametrize("rows", (0, 1, 7))
+def test_reference_in_blocks_is_that_of_all_rows(rows, monkeypatch):
+    """In blocks of three rows, of one norm's width and of what else has other widths."""
+
+    def everything() -> list[torch.Tensor]:
+        x, residual, weight = random(rows, 64), random(rows, 64, seed=1), random(64, seed=2)
+        qkv = random(rows, 5 * 32, seed=3)
+        q, k, v = random(rows, 4 * 16, seed=4).unflatten(1, (4, 16)).split((2, 1, 1), 1)
+        caches = random(5, 1, 16, seed=5), random(5, 1, 16, seed=6)
+        places = integers(0, rows), integers(1), integers(4), rows
+        results = [reference.rms_norm(x, weight, 1e-5)]
+        results += [reference.add_rms_norm(residual, x, weight, 1e-5), residual]
+        reference.rope_(qkv, *rotation(rows, 32), 3, 1)
+        results += [qkv, reference.swiglu(x), reference.attention_step(q, k, v, *caches, *places)]
+        return results
+
+    monkeypatch.setattr(reference, "_CPU_BLOCK_VALUES", 3 * 64)
+    blocks = everything()
+    monkeypatch.setattr(reference, "_CPU_BLOCK_VALUES", 1 << 18)
+    for one, other in zip(blocks, everything(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
