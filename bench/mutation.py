@@ -59,7 +59,7 @@ ROOMS: dict[str, tuple[Sequence[str], Sequence[str]]] = {
     "weights": (
         [f"omnigen_fast/weights/{name}.py" for name in ("store", "files", "names", "checkpoint")]
         + ["omnigen_fast/weights/lora.py"],
-        ["tests/weights", "tests/memory/test_plans.py"],
+        ["tests/weights", "tests/memory/test_plans.py", "tests/test_golden.py"],
     ),
     "engine": (
         ["omnigen_fast/engine.py"],
