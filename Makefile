@@ -21,8 +21,10 @@ lint: $(READY)
 	@cd .mypy/omnigen_fast && ln -s ../../omnigen_fast/* ../../kernels ../../profiles ../../bench .
 	cd .mypy && ../$(VENV)/bin/mypy --config-file ../pyproject.toml
 
+# A process for each core, each with one thread: most tests are too small for two.
 test: lint
-	$(VENV)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile \
+		--no-loadscope-reorder
 
 # The page in a real browser. What that takes on top is installed for it alone.
 test-browser: chromium $(VENV)/.ready-browser

@@ -1,6 +1,6 @@
 """`omnigen-fast bench` and `omnigen-fast compare`; also `python -m bench` in the repository.
 
-Only the options are here: what they need is imported when they run.
+Imports are lazy, so that help is fast.
 """
 
 from __future__ import annotations
@@ -32,40 +32,45 @@ _PATH = click.Path(path_type=Path, dir_okay=False)
 @click.option(
     "--model",
     help="Folder or hub id of a checkpoint, random:full or random:small.  "
-    "[default: random:full on a GPU, random:small elsewhere]",
+    "[default: random:full on a GPU, else random:small]",
 )
 @click.option("--device", help="cuda, cuda:1, cpu, ...; the first GPU if there is one.")
-@click.option(
-    "--sizes", help="In pixels, as 1024 or 1024/512 (OUTPUT/INPUT IMAGES), comma-separated."
-)
+@click.option("--sizes", help="Pixels of the picture / of its input images, as in 1024,1024/512.")
 @click.option("--steps", type=click.IntRange(2, 1000), help="Steps per picture.  [default: 50]")
 @click.option(
     "--settings",
     default="default",
     show_default=True,
-    help="Memory switches, as kv,kv+offload-kv+separate; all for the original's five rows.",
+    help="Memory switches, as in kv,kv+offload-kv+separate; all for the original's five rows.",
 )
 @click.option(
     "--peers",
     default="diffusers,original",
     show_default=True,
-    help="diffusers, diffusers-compile, original, comma-separated; or none.",
+    help="Programs to compare with: diffusers, diffusers-compile, original; or none.",
 )
-@click.option("--original-python", type=_PATH, help="Python of the original's environment.")
-@click.option("--repeat", type=click.IntRange(1, 25), default=3, show_default=True)
-@click.option("--quick", is_flag=True, help="Only the smallest size, 4 steps, once.")
-@click.option("--profile", is_flag=True, help="Trace and tabulate where a step's time goes.")
+@click.option(
+    "--original-python", type=_PATH, help="Python interpreter of the original's environment."
+)
+@click.option(
+    "--repeat", type=click.IntRange(1, 25), default=3, show_default=True, help="Runs per cell."
+)
+@click.option("--quick", is_flag=True, help="One run of the smallest size with 4 steps.")
+@click.option("--profile", is_flag=True, help="Only profile: a trace, and the time of a step.")
 @click.option("--json", "json_path", type=_PATH, help="Result file.  [default: in bench/results]")
 @click.option(
-    "--md", "md_path", type=_PATH, help="Tables as Markdown; replaces the marked block, if present."
+    "--md",
+    "md_path",
+    type=_PATH,
+    help="Markdown file for the tables; replaces the marked block, if present.",
 )
 @click.option(
     "--plot", type=click.Path(path_type=Path, file_okay=False), help="Folder for plots (PNG)."
 )
 def bench(**options: Any) -> None:
-    """Times pictures and steps beside other programs, in the original's own tables.
+    """Benchmarks pictures and steps against other programs, in the original's tables.
 
-    No timing is shown until outputs match ours. The result file is updated after every cell.
+    No timing is shown until outputs match ours. The result file is saved after every measurement.
     """
     try:
         status = _profile(options) if options["profile"] else _bench(options)
@@ -219,28 +224,38 @@ def _profile(options: dict[str, Any]) -> int:
 
 
 @click.command()
-@click.option("--model", default="random:small", show_default=True, help="As in bench.")
+@click.option("--model", default="random:small", show_default=True, help="As for bench.")
 @click.option("--device", help="cuda, cuda:1, cpu, ...; the first GPU if there is one.")
 @click.option(
     "--a",
     "first",
     default="float32",
     show_default=True,
-    help="Configuration to compare with: words joined by +.",
+    help="Reference configuration: words joined by +.",
 )
 @click.option(
-    "--b", "second", default="bfloat16", show_default=True, help="Configuration to judge."
+    "--b", "second", default="bfloat16", show_default=True, help="Configuration to compare."
 )
-@click.option("--size", default="256", show_default=True, help="One size, as for --sizes of bench.")
-@click.option("--images", type=click.IntRange(0, 2), default=1, show_default=True)
-@click.option("--steps", type=click.IntRange(1, 1000), default=20, show_default=True)
-@click.option("--seeds", type=click.IntRange(1, 100), default=2, show_default=True)
+@click.option("--size", default="256", show_default=True, help="One size, as for bench --sizes.")
+@click.option(
+    "--images", type=click.IntRange(0, 2), default=1, show_default=True, help="Input images."
+)
+@click.option(
+    "--steps",
+    type=click.IntRange(1, 1000),
+    default=20,
+    show_default=True,
+    help="Steps per picture.",
+)
+@click.option(
+    "--seeds", type=click.IntRange(1, 100), default=2, show_default=True, help="Pictures to make."
+)
 @click.option("--json", "json_path", type=_PATH, help="Result file.")
-@click.option("--sheet", type=_PATH, help="PNG of both pictures and their difference.")
+@click.option("--sheet", type=_PATH, help="PNG file with both pictures and their difference.")
 def compare(**options: Any) -> None:
     """Makes the same pictures with two configurations and reports how much they differ.
 
-    A configuration is words joined by +: a dtype (bfloat16, float32), a choice of kernels
+    A configuration consists of words joined by +: a dtype (bfloat16, float32), a choice of kernels
     (reference, triton, library) and memory switches (kv, no-kv, offload-kv, separate, joint,
     offload-model), as in bfloat16+no-kv+separate.
     """

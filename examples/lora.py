@@ -1,4 +1,4 @@
-"""A LoRA (a PEFT folder) added with a weight, and removed again bit for bit.
+"""A LoRA added with a weight, and removed again bit for bit.
 
 `python examples/lora.py MODEL LORA`: a checkpoint, and a LoRA that was trained on it.
 """

@@ -31,7 +31,7 @@ from .streaming import HostMemory, lane_for, spread
 from .surroundings import isolated
 from .vae.vae import Vae
 from .weights.checkpoint import Checkpoint
-from .weights.lora import Adapter, merged
+from .weights.lora import Loras, merged
 from .weights.store import LayerStore
 
 _KEPT_IMAGES = 256  # latents of input images; one of 1024 px takes 262 KB
@@ -86,7 +86,7 @@ class Engine:
         self.vae = vae
         self.device = device
         self.precision = precision
-        self.adapters: OrderedDict[str, Adapter] = OrderedDict()
+        self.loras = Loras()
         self.cache_bytes = condition_cache_bytes
         self.capture_steps = capture_steps
         self.image_latents: OrderedDict[tuple[str, int | None], Tensor] = OrderedDict()
@@ -314,15 +314,15 @@ class Engine:
             self.precision = precision
             self.cache = self._new_cache()
         self._model, self._store = model, LayerStore(model, self._read, self.host)
-        self.refresh(*self.adapters.values())
+        self.refresh(Loras().changed(self.loras))
 
     @isolated
-    def refresh(self, *adapters: Adapter) -> None:
-        """Sets the weights that some adapters touch to what the loaded ones make of them.
+    def refresh(self, parameters: Iterable[str] = ()) -> None:
+        """Sets some weights, by our names, to what the loaded adapters make of them.
 
         If that fails, the next call or change of adapters does it first.
         """
-        self._stale |= {update.parameter for adapter in adapters for update in adapter.updates}
+        self._stale.update(parameters)
         if not self._stale:
             return
         self.cache.clear()
@@ -347,7 +347,7 @@ class Engine:
     def _read(self, names: Iterable[str], device: torch.device) -> Iterator[tuple[str, Tensor]]:
         """Parameters with the adapters that are loaded now."""
         dtype = self.precision.storage_dtype
-        return merged(self.checkpoint, self.adapters.values(), dtype, device, names)
+        return merged(self.checkpoint, self.loras.applied(), dtype, device, names)
 
     def _notice_changes(self) -> None:
         """Drops what depends on weights that somebody else has written to since the last call."""

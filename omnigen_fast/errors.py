@@ -1,12 +1,56 @@
 """The errors that this package raises."""
 
+from __future__ import annotations
+
+from typing import Any
+
+MAX_MESSAGE = 300  # characters
+_MAX_READ = 16 << 10  # characters of a text that are looked at
+_MAX_WORD = 120  # characters of a path or a value in a message that is too long
+
+
+def printable(text: object, limit: int = MAX_MESSAGE) -> str:
+    """A text on one line, without control characters, at most `limit` characters.
+
+    What is too long loses the middle of its longest words, such as paths, and then its own middle:
+    the beginning says what is wrong, the end what to do.
+    """
+    line = str(text)
+    if len(line) > _MAX_READ:  # bounds the work below
+        line = f"{line[: _MAX_READ // 2]}...{line[-_MAX_READ // 2 :]}"
+    line = "".join(
+        " " if one.isspace() else one if one.isprintable() else ascii(one)[1:-1]
+        for one in " ".join(line.splitlines())
+    )
+    if len(line) > limit:
+        line = " ".join(map(_shortened, line.split(" ")))
+    if len(line) > limit:
+        tail = limit // 3
+        line = f"{line[: limit - tail - 3]}...{line[-tail:]}"
+    return line
+
+
+def _shortened(word: str) -> str:
+    return word if len(word) <= _MAX_WORD else f"{word[:40]}...{word[43 - _MAX_WORD :]}"
+
+
+def _rebuilt(kind: type[OmniGenError], args: tuple[Any, ...]) -> OmniGenError:
+    """An error from a pickle, whatever arguments its class takes."""
+    return kind.__new__(kind, *args)
+
 
 class OmniGenError(Exception):
-    """Base of this package's errors: one line with the value, what is allowed and how to fix it."""
+    """Base of this package's errors: one line with the value, what is allowed and how to fix it.
+
+    The message has at most `MAX_MESSAGE` printable characters.
+    """
 
     def __init__(self, message: str) -> None:
-        # names and other libraries' messages may contain line breaks
-        super().__init__(" ".join(message.splitlines()))
+        # names and other libraries' messages may contain anything
+        super().__init__(printable(message))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuilt, (type(self), self.args), self.__dict__
 
 
 class RequestError(OmniGenError, ValueError):
@@ -37,4 +81,4 @@ class MemoryBudgetError(OmniGenError):
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type if it has none."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    return printable(str(error).strip().partition("\n")[0]) or type(error).__name__

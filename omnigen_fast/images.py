@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import os
-import warnings
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -13,17 +15,23 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .config import TOKEN_PIXELS, tokens
-from .errors import RequestError
+from .errors import RequestError, printable
+from .image_decoder import (
+    MAX_FILE_BYTES,
+    MAX_PIXELS,
+    Check,
+    ImageFault,
+    decode_file,
+    decode_image,
+    eight_bits,
+)
 
 if TYPE_CHECKING:
     import torch
     from PIL.Image import Image as PILImage
 
-# 9,459 x 9,459 pixels; larger images are treated as decompression bombs.
-MAX_PIXELS = 89_478_485
-# Pillow decodes these itself (EPS, for example, would start Ghostscript). MPO files open as JPEG.
-_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "ICO", "TGA")
-_KINDS = "a path, bytes, a PIL image or a numpy array"
+_KINDS = "a path, bytes, a binary file, a PIL image, a numpy array or a tensor"
+_SHOWN = 100  # characters of a path in a message
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,50 +67,88 @@ def read_image(source: Any, max_size: int, max_side: int, name: str) -> InputIma
     """Loads an image, and shrinks and crops it as OmniGen does.
 
     Args:
-        source: a path, bytes of an image file, a PIL image, or a numpy array [height, width] or
-            [height, width, 1, 3 or 4] of uint8, uint16, bool, or float in [0, 1].
+        source: what `to_rgb` takes.
         max_size: the longer side is shrunk to at most this many pixels.
-        max_side: the longest side in pixels that the model's position table covers.
+        max_side: the longest side in pixels that the model's position table covers. A side may be
+            max_side / 16 times the other, since the shorter one is widened to 16 pixels.
         name: of the image in error messages.
 
     Raises:
-        RequestError: not an image, unreadable, truncated, too large or too narrow.
+        RequestError: not an image, unreadable, truncated, too large or too narrow, or too costly
+            to decode.
     """
-    pixels = np.array(fit(to_rgb(source, name), max_size))
-    height, width = pixels.shape[:2]
-    if max(height, width) > max_side:
-        # a sliver is widened to 16 pixels, which makes it longer too
-        sliver = max(height, width) > max_size
-        way_out = "crop it" if sliver else f"give max_input_image_size={max_side} or less"
-        raise RequestError(
-            f"{name} is {width} x {height} pixels after resizing; the model takes at most "
-            f"{max_side} a side; {way_out}"
+
+    def check(width: int, height: int) -> None:
+        _check_size(width, height)
+        longest = max(_fitted(width, height, max_size))
+        if longest > max_side:
+            # a sliver is widened to 16 pixels, which makes it longer too
+            way_out = (
+                "crop it" if longest > max_size else f"give max_input_image_size={max_side} or less"
+            )
+            fitted = " x ".join(map(str, _fitted(width, height, max_size)))
+            raise ImageFault(
+                f"is {fitted} pixels after resizing; the model takes at most {max_side} a side; "
+                f"{way_out}"
+            )
+        ratio = max_side // TOKEN_PIXELS
+        if max(width, height) > ratio * min(width, height):
+            raise ImageFault(
+                f"is {width} x {height} pixels; one side may be {ratio} times the other, crop it"
+            )
+
+    return InputImage(np.array(fit(to_rgb(source, name, check), max_size)))
+
+
+def _check_size(width: int, height: int) -> None:
+    if not width * height:
+        raise ImageFault(f"is {width} x {height} pixels; an image needs some")
+    if width * height > MAX_PIXELS:
+        raise ImageFault(
+            f"is {width} x {height} pixels; the limit is {MAX_PIXELS:,} pixels, shrink it first"
         )
-    return InputImage(pixels)
 
 
-def to_rgb(source: Any, name: str = "image") -> PILImage:
-    """Any accepted image as 8-bit RGB: turned upright (EXIF), with alpha on white."""
+def to_rgb(source: Any, name: str = "image", check: Check = _check_size) -> PILImage:
+    """Any accepted image as 8-bit RGB: turned upright (EXIF), with alpha on white.
+
+    Args:
+        source: a path; bytes of an image file, or a binary file open for reading, which is read
+            from its start and left where it was; a PIL image; a numpy array [height, width] or
+            [height, width, 1, 3 or 4]; or a tensor like that or with channels first. A first
+            dimension of 1 in front of these is dropped. Arrays and tensors are uint8, uint16, bool,
+            or float in [0, 1].
+        name: of the image in error messages.
+        check: of its (width, height) before pixels are decoded; raises ImageFault.
+
+    Raises:
+        RequestError: not an image, unreadable, truncated, too large, or too costly to decode.
+    """
     from PIL import Image
 
-    if isinstance(source, np.ndarray):
-        return _from_array(source, name)
-    if isinstance(source, Image.Image):
-        return _decode(source, name)
-    if isinstance(source, bytes | bytearray | memoryview):
-        return _open(io.BytesIO(bytes(source)), name)
-    if isinstance(source, str | os.PathLike):
-        path = os.fspath(source)
-        if isinstance(path, bytes):
-            path = os.fsdecode(path)
-        if path.startswith(("http://", "https://")):
-            raise RequestError(
-                f"{name}: web addresses are not fetched ({path}); download the file first"
-            )
-        if not os.path.isfile(path):
-            what = "is a folder" if os.path.isdir(path) else "does not exist"
-            raise RequestError(f"{name}: {path} {what}; give the path of an image file")
-        return _open(path, f"{name} ({path})")
+    torch = sys.modules.get("torch")  # without it there are no tensors
+    try:
+        if torch is not None and isinstance(source, torch.Tensor):
+            return _from_array(_tensor_values(source, check), check)
+        if isinstance(source, np.ndarray):
+            return _from_array(_without_batch(source), check)
+        if isinstance(source, Image.Image):
+            return decode_image(source, check)
+        if isinstance(source, bytes | bytearray | memoryview):
+            # bytes and what is laid out like them need no copy
+            return decode_file(io.BytesIO(bytes(source)), check)
+        if isinstance(source, str | os.PathLike):
+            path = os.fspath(source)
+            path = os.fsdecode(path) if isinstance(path, bytes) else path
+            _check_path(path, name)
+            name = f"{name} ({printable(path, _SHOWN)})"
+            with open(path, "rb") as file:
+                return decode_file(file, check)
+        if callable(getattr(source, "read", None)):
+            with _readable(source) as file:
+                return decode_file(file, check)
+    except (ImageFault, OSError) as fault:
+        raise RequestError(f"{name} {_words(fault)}") from fault
     raise RequestError(f"{name} must be {_KINDS}, got {type(source).__name__}")
 
 
@@ -113,16 +159,11 @@ def fit(image: PILImage, max_size: int) -> PILImage:
     """
     from PIL import Image
 
-    while min(image.size) >= 2 * max_size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    if max(image.size) > max_size:
-        image = _scale(image, max_size / max(image.size))
-    if min(image.size) < TOKEN_PIXELS:
-        image = _scale(image, TOKEN_PIXELS / min(image.size))
-    (left, right), (top, bottom) = (
-        (extra // 2, extra - extra // 2) for extra in (side % TOKEN_PIXELS for side in image.size)
-    )
-    return image.crop((left, top, image.width - right, image.height - bottom))
+    *sizes, ((width, height), _) = _sizes(image.width, image.height, max_size)
+    for size, filter in sizes:
+        image = image.resize(size, getattr(Image.Resampling, filter))
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 def normalized(pixels: np.ndarray, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -140,94 +181,156 @@ def normalized(pixels: np.ndarray, device: torch.device | str = "cpu") -> torch.
     return torch.from_numpy(pixels).to(device, torch.float32).permute(2, 0, 1) / 255 * 2 - 1
 
 
-def _scale(image: PILImage, scale: float) -> PILImage:
-    from PIL import Image
+def _sizes(width: int, height: int, max_size: int) -> list[tuple[tuple[int, int], str]]:
+    """(size, filter) of every resizing of `fit`; the last is the crop."""
+    found = []
 
-    # at least 1: the short side of a sliver would round to 0
-    width, height = (max(1, round(side * scale)) for side in image.size)
-    return image.resize((width, height), Image.Resampling.BICUBIC)
+    def scale(by: float) -> tuple[int, int]:
+        # at least 1: the short side of a sliver would round to 0
+        return max(1, round(width * by)), max(1, round(height * by))
+
+    while min(width, height) >= 2 * max_size:
+        width, height = width // 2, height // 2
+        found.append(((width, height), "BOX"))
+    if max(width, height) > max_size:
+        width, height = scale(max_size / max(width, height))
+        found.append(((width, height), "BICUBIC"))
+    if min(width, height) < TOKEN_PIXELS:
+        width, height = scale(TOKEN_PIXELS / min(width, height))
+        found.append(((width, height), "BICUBIC"))
+    found.append(((width - width % TOKEN_PIXELS, height - height % TOKEN_PIXELS), "crop"))
+    return found
 
 
-def _open(file: Any, name: str) -> PILImage:
-    from PIL import Image
+def _fitted(width: int, height: int, max_size: int) -> tuple[int, int]:
+    """(width, height) after `fit`."""
+    return _sizes(width, height, max_size)[-1][0]
 
-    try:
-        with warnings.catch_warnings():
-            # the size is checked below, with a clearer message
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(file, formats=_FORMATS)
-    except Image.DecompressionBombError as error:
-        raise _too_large(name) from error
-    except Image.UnidentifiedImageError as error:
+
+def _words(fault: Exception) -> str:
+    if isinstance(fault, ImageFault):
+        return str(fault)
+    return f"can't be read: {fault.strerror if isinstance(fault, OSError) else fault}"
+
+
+def _check_path(path: str, name: str) -> None:
+    shown = printable(path, _SHOWN)
+    if path.startswith(("http://", "https://")):
         raise RequestError(
-            f"{name} is not an image this build can read; use PNG, JPEG, WebP, BMP, GIF or TIFF"
-        ) from error
-    except Exception as error:  # decoders raise almost anything on malformed files
-        raise RequestError(f"{name} can't be read: {error}; save it again as PNG") from error
-    with image:
-        return _decode(image, name)
+            f"{name}: web addresses are not fetched ({shown}); download the file first"
+        )
+    if path.startswith("data:"):
+        raise RequestError(
+            f"{name}: data URLs are not read ({shown}); decode what follows its comma with "
+            "base64.b64decode and give the bytes"
+        )
+    if not os.path.isfile(path):
+        what = (
+            "is a folder"
+            if os.path.isdir(path)
+            else "is not a regular file"
+            if os.path.exists(path)
+            else "does not exist"
+        )
+        raise RequestError(f"{name}: {shown} {what}; give the path of an image file")
 
 
-def _decode(image: PILImage, name: str) -> PILImage:
-    from PIL import Image, ImageOps
-
-    if image.width * image.height > MAX_PIXELS:
-        raise _too_large(name, image.width, image.height)
-    if not image.width * image.height:
-        raise RequestError(f"{name} is {image.width} x {image.height} pixels; an image needs some")
+@contextlib.contextmanager
+def _readable(file: Any) -> Iterator[Any]:
+    """A caller's file object as one that can be read from its start, and is left where it was."""
     try:
-        image.load()
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I") or image.mode == "F":
-            deep = np.asarray(image)
-            deep = deep if image.mode == "F" else np.clip(deep, 0, 65535).astype(np.uint16)
-            return _from_array(deep, name)
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            white = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(white, image)
-        return image.convert("RGB")
-    except RequestError:
+        if getattr(file, "closed", False):
+            raise ImageFault("is a closed file; hand it over open")
+        try:
+            place = file.tell()
+            file.seek(0)
+        except (AttributeError, OSError):  # a pipe or a response: read to its end
+            place = None
+        if isinstance(file.read(0), str):
+            raise ImageFault('is a file open for text; open it with mode "rb"')
+        if place is not None:
+            try:
+                yield file
+            finally:
+                file.seek(place)
+            return
+        data = io.BytesIO()
+        while data.tell() <= MAX_FILE_BYTES and (block := file.read(1 << 20)):
+            data.write(block)
+        yield data
+    except ImageFault:
         raise
-    except Exception as error:  # decoders raise almost anything on malformed files
-        raise RequestError(
-            f"{name} is damaged or cut short ({error}); save or download it again"
-        ) from error
+    except Exception as error:  # whatever the caller's object raises
+        raise ImageFault(f"can't be read: {error}; give the bytes of the file") from error
 
 
-def _from_array(array: np.ndarray, name: str) -> PILImage:
+def _tensor_values(tensor: torch.Tensor, check: Check) -> np.ndarray:
+    """A tensor's values with channels last, on the host, of a dtype that numpy has."""
+    import torch
+
+    shape = _shape(tensor)
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+        raise ImageFault(f"must be a dense tensor with values, got {tensor.layout} on meta")
+    if tensor.ndim == 4 and tensor.shape[0] == 1:
+        tensor = tensor[0]
+    if tensor.ndim == 3:
+        first, last = tensor.shape[0] in (1, 3, 4), tensor.shape[2] in (1, 3, 4)
+        if first and last:
+            raise ImageFault(
+                f"is a tensor whose channels may be its first or its last dimension, got {shape}; "
+                "give a numpy array with channels last"
+            )
+        if first:
+            tensor = tensor.permute(1, 2, 0)
+    if tensor.ndim not in (2, 3) or (tensor.ndim == 3 and tensor.shape[2] not in (1, 3, 4)):
+        raise ImageFault(
+            "must be [height, width], [height, width, 1, 3 or 4] or [1, 3 or 4, height, width] as "
+            f"a tensor, got {shape}"
+        )
+    check(tensor.shape[1], tensor.shape[0])
+    try:
+        tensor = tensor.detach().to("cpu")
+        if tensor.is_floating_point() and tensor.dtype != torch.float64:
+            tensor = tensor.to(torch.float32)  # numpy has no bfloat16
+        return tensor.resolve_conj().resolve_neg().numpy()
+    except Exception as error:  # tensors without values, as under tracing
+        raise ImageFault(f"can't be read: {error}; give a dense tensor") from error
+
+
+def _without_batch(array: np.ndarray) -> np.ndarray:
+    return array[0] if array.ndim == 4 and array.shape[0] == 1 else array
+
+
+def _shape(array: Any) -> str:
+    return "x".join(map(str, array.shape)) or "a single number"
+
+
+def _from_array(array: np.ndarray, check: Check) -> PILImage:
     from PIL import Image
 
-    shape = "x".join(map(str, array.shape)) or "a single number"
+    shape = _shape(array)
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)):
-        raise RequestError(
-            f"{name}: an array must be [height, width] or [height, width, 1, 3 or 4], got {shape}"
+        raise ImageFault(
+            "must be [height, width] or [height, width, 1, 3 or 4] as an array, got " + shape
         )
     if not array.size:
-        raise RequestError(f"{name}: the array is empty ({shape})")
-    if array.shape[0] * array.shape[1] > MAX_PIXELS:
-        raise _too_large(name, array.shape[1], array.shape[0])
+        raise ImageFault(f"is an empty array ({shape})")
+    check(array.shape[1], array.shape[0])
     array = array.astype(array.dtype.newbyteorder("="), copy=False)
     if array.dtype == np.bool_:
         array = array.astype(np.uint8) * 255
     elif array.dtype == np.uint16:
-        wide = array.astype(np.uint32)  # array / 257, rounded, in half the memory of float64
-        wide += 128
-        wide //= 257
-        array = wide.astype(np.uint8)
+        array = eight_bits(array, 65535)
     elif np.issubdtype(array.dtype, np.floating):
-        if not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
-            raise RequestError(f"{name}: pixels given as floats must lie in [0, 1]")
-        array = np.round(array.astype(np.float64) * 255).astype(np.uint8)
+        low, high = array.min(), array.max()
+        if not (low >= 0 and high <= 1):  # also NaN
+            raise ImageFault(
+                "holds floats; pixels given as floats must lie in [0, 1], "
+                f"got {float(low):g} to {float(high):g}"
+            )
+        array = eight_bits(array, 1)
     elif array.dtype != np.uint8:
-        raise RequestError(
-            f"{name}: an array must be uint8, uint16, bool or float, got {array.dtype}"
-        )
-    return _decode(Image.fromarray(np.ascontiguousarray(array)), name)
-
-
-def _too_large(name: str, width: int = 0, height: int = 0) -> RequestError:
-    size = f"{width} x {height} pixels" if width else "enormous according to its header"
-    return RequestError(f"{name} is {size}; the limit is {MAX_PIXELS:,} pixels, shrink it first")
+        raise ImageFault(f"must be uint8, uint16, bool or float as an array, got {array.dtype}")
+    return decode_image(Image.fromarray(np.ascontiguousarray(array)), check)

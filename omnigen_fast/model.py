@@ -27,7 +27,7 @@ from .sequence import ConditionSequence
 from .streaming import Streamed
 
 _OUTPUT_NORM_EPS = 1e-6
-_SAMPLES = 8  # values of a weight that a fingerprint looks at
+_SAMPLES = 8  # values of a weight that a fingerprint looks at, about
 _KEPT_CROPS = 16  # of the position table; one of 1024 px takes 25 MB
 
 
@@ -211,7 +211,7 @@ class Transformer(nn.Module):
         sees; and the bits of a few of its values, for writes through `.data` that it does not see.
         """
         held = [one for one in self.parameters() if not one.is_meta]
-        samples = [one.view(-1)[:: max(1, one.numel() // _SAMPLES)][:_SAMPLES] for one in held]
+        samples = [one.view(-1)[:: max(1, one.numel() // _SAMPLES)] for one in held]
         bits = torch.cat([self.norm.new_empty(0), *samples]).view(torch.uint8)
         return tuple((one.data_ptr(), one._version) for one in held), bits
 

@@ -18,13 +18,14 @@ from .call import Call, Memory, encoded, workload_of
 from .config import ModelConfig
 from .engine import Engine
 from .errors import OmniGenError, RequestError, first_line
+from .loras import LoraMethods
 from .memory.overview import Report
 from .memory.plan import MemoryPlan
 from .memory.planner import Decision
 from .model import Transformer
 from .precision import Precision
 from .processor import Processor
-from .request import Request, finite, make_request
+from .request import Request, make_request
 from .run import SMALLER, AfterStep, decide, first_plan, generate
 from .schedule import StepSchedule
 from .streaming import is_out_of_memory
@@ -32,7 +33,6 @@ from .surroundings import isolated
 from .vae.vae import Vae
 from .weights.checkpoint import Checkpoint
 from .weights.files import SDXL_VAE, VAE_FILES, resolve
-from .weights.lora import read_adapter
 
 # Called after each step with (pipeline, step, time, {"latents": ...}); may return new latents.
 StepCallback: TypeAlias = Callable[
@@ -51,7 +51,7 @@ class _Given:
     precision: Precision
 
 
-class OmniGenPipeline:
+class OmniGenPipeline(LoraMethods):
     """Makes and edits images with OmniGen; made by `from_pretrained`.
 
     Calls from several threads run one after the other.
@@ -171,8 +171,8 @@ class OmniGenPipeline:
         self,
         prompt: str | Sequence[str],
         input_images: Any = None,
-        height: int = 1024,
-        width: int = 1024,
+        height: int | None = 1024,
+        width: int | None = 1024,
         num_inference_steps: int = 50,
         guidance_scale: float = 3.0,
         use_img_guidance: bool = True,
@@ -200,11 +200,13 @@ class OmniGenPipeline:
 
         Args:
             prompt: a string, or a list of strings (a batch). Image K is named in it as
-                `<img><|image_K|></img>`.
+                `<img><|image_K|></img>`, or `<|image_K|>` alone, at most 1024 times in all.
             input_images: for one prompt a list of images, for a batch a list of such lists. An
-                image is a path, the bytes of a file, a PIL image, or a numpy array [height, width]
-                or [height, width, 1, 3 or 4]; it is turned upright (EXIF), alpha is laid on white.
-            height: of the output in pixels, a multiple of 16.
+                image is a path, the bytes of a file, a binary file, a PIL image, a numpy array
+                [height, width] or [height, width, 1, 3 or 4], or a tensor like that or with
+                channels first; it is turned upright (EXIF), alpha is laid on white. None in a list
+                is left out.
+            height: of the output in pixels, a multiple of 16; None for 1024.
             width: likewise.
             num_inference_steps: Euler steps, 1 to 1000.
             guidance_scale: how strongly to follow the prompt; 2 to 3 is usual.
@@ -313,64 +315,6 @@ class OmniGenPipeline:
         """
         given = self._bound(prompt, input_images, call)
         return self._start(given.request, given.precision)
-
-    @isolated
-    def load_lora_weights(
-        self,
-        path: str | os.PathLike[str],
-        *,
-        adapter_name: str | None = None,
-        weight: float = 1.0,
-    ) -> None:
-        """Adds a LoRA to the weights; several add up. It costs no time in a step.
-
-        Args:
-            path: a PEFT folder (`adapter_config.json`, `adapter_model.safetensors`).
-            adapter_name: to unload it by; the path unless given.
-            weight: its scale.
-
-        Raises:
-            CheckpointError: it can't be read or does not fit.
-            RequestError: an adapter of that name is loaded, or `weight` is no finite number.
-        """
-        weight = finite("weight", weight)
-        name = os.fspath(path) if adapter_name is None else adapter_name
-        with self._exclusive():
-            engine, adapters = self.engine, self.engine.adapters
-            if name in adapters:
-                raise RequestError(f"an adapter {name!r} is loaded already; unload it first")
-            adapter = read_adapter(path, engine.checkpoint, weight)
-            adapters[name] = adapter
-            try:
-                engine.refresh(adapter)
-            except BaseException:
-                del adapters[name]
-                engine.refresh()  # undoes what was set
-                raise
-
-    @isolated
-    def unload_lora_weights(self, adapter_name: str | None = None) -> None:
-        """Takes one LoRA, or all, out again; the weights are the checkpoint's to the bit.
-
-        Raises RequestError if there is no adapter of that name.
-        """
-        with self._exclusive():
-            engine = self.engine
-            if adapter_name is not None and adapter_name not in engine.adapters:
-                loaded = ", ".join(map(repr, engine.adapters)) or "none"
-                raise RequestError(f"no adapter {adapter_name!r} is loaded; loaded: {loaded}")
-            before = engine.adapters.copy()
-            names = list(before) if adapter_name is None else [adapter_name]
-            removed = [engine.adapters.pop(name) for name in names]
-            try:
-                engine.refresh(*removed)
-            except BaseException:
-                engine.adapters = before  # the checkpoint can't be read: nothing was taken out
-                raise
-
-    def merge_lora(self, lora_path: str | os.PathLike[str]) -> None:
-        """The original's name for `load_lora_weights`."""
-        self.load_lora_weights(lora_path)
 
     @isolated
     def to(self, *where: Any, device: Any = None, dtype: Any = None) -> OmniGenPipeline:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _BEFORE = "<|user|>\nGenerate an image according to the following instructions\n"
 _AFTER = "<|end|>\n<|assistant|>\n<|diffusion|>"
 _BOS = "<s>"
+_MAX_PLACEHOLDERS = 1024  # of a prompt: each is a piece of its own to tokenize and to embed
 _SPECIAL = ("<|user|>", "<|end|>", "<|assistant|>", "<|diffusion|>", "<img>", "</img>")
 
 
@@ -95,13 +96,21 @@ class Processor:
         # splitting at a group gives text, image number, text, ..., image number, text
         pieces = PLACEHOLDER.split(_BEFORE + text + _AFTER)
         texts, numbers = pieces[::2], [int(piece) - 1 for piece in pieces[1::2]]
+        # before any piece is tokenized: a prompt may name an image many times
+        slots = sum(image_tokens[number] for number in numbers)
+        if slots > self.config.max_position_embeddings:
+            raise self._too_long(slots)
+        if len(numbers) > _MAX_PLACEHOLDERS:
+            raise RequestError(
+                f"the prompt names its images {len(numbers):,} times, at most "
+                f"{_MAX_PLACEHOLDERS:,} times are read; name each image once or twice"
+            )
         try:
             encoded = [self._tokenizer.encode(one, add_special_tokens=False).ids for one in texts]
         except Exception as error:  # the library raises its own, for example for unknown words
             raise CheckpointError(f"the tokenizer can't encode the prompt: {error}") from error
-        length = 1 + sum(map(len, encoded)) + sum(image_tokens[number] for number in numbers)
+        length = 1 + sum(map(len, encoded)) + slots
         if length > self.config.max_position_embeddings:
-            # checked before the slots are allocated: a prompt may name an image many times
             raise self._too_long(length)
         ids, kv_end = [self._bos], [1]
         places: list[tuple[int, int, int]] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import operator
 import re
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ DEFAULT_NEGATIVE_PROMPT = (
     "fused fingers, too many fingers."
 )
 OUTPUT_TYPES = ("pil", "pt", "np", "latent")
+DEFAULT_SIDE = 1024  # height or width in pixels where a call gives None
 MAX_STEPS = 1000
 MAX_GUIDANCE = 1000  # larger scales give nothing but noise in float32
 MAX_IMAGES = 1024  # in one call; guards against a typo
@@ -33,8 +35,7 @@ _MAX_CHARACTERS = 1 << 20  # of a prompt; several times more than the model's po
 _MAX_NUMERAL = 9  # digits of an image's number in a prompt
 
 PLACEHOLDER = re.compile(r"<\|image_(\d+)\|>")
-_TAG = re.compile(r"<img>|</img>|<\|image_(?:\d+\|>)?")
-_WELL_FORMED = re.compile(r"<img>\s*<\|image_\d+\|>\s*</img>")
+_MALFORMED = re.compile(r"<\|image_(?!\d+\|>)[^\s<>|]{0,20}")
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,8 @@ def make_request(
     *,
     prompt: str | Sequence[str],
     input_images: Any,
-    height: int,
-    width: int,
+    height: int | None,
+    width: int | None,
     num_inference_steps: int,
     guidance_scale: float,
     use_img_guidance: bool,
@@ -123,8 +124,9 @@ def make_request(
         RequestError: the first invalid argument: its value, what is allowed and how to fix it.
     """
     texts, image_lists = _prompts_and_images(prompt, input_images)
-    for index, (text, images) in enumerate(zip(texts, image_lists)):
-        _check_prompt(text, len(images), "prompt" if len(texts) == 1 else f"prompt[{index}]")
+    counts = [sum(image is not None for image in images) for images in image_lists]
+    for index, (text, count) in enumerate(zip(texts, counts)):
+        _check_prompt(text, count, "prompt" if len(texts) == 1 else f"prompt[{index}]")
     negatives = _negatives(negative_prompt, len(texts))
 
     if not isinstance(output_type, str) or output_type not in OUTPUT_TYPES:
@@ -141,7 +143,7 @@ def make_request(
     guidance = Guidance(
         _scale("guidance_scale", guidance_scale),
         _scale("img_guidance_scale", img_guidance_scale),
-        _switch("use_img_guidance", use_img_guidance) and any(image_lists),
+        _switch("use_img_guidance", use_img_guidance) and any(counts),
     )
     max_size = _integer("max_input_image_size", max_input_image_size, TOKEN_PIXELS, 1 << 16)
     if seed is not None:
@@ -156,15 +158,15 @@ def make_request(
     }
     given = {name: _switch(name, v) for name, v in switches.items() if v is not None}
     if _switch("use_input_image_size_as_output", use_input_image_size_as_output):
-        if len(texts) != 1 or len(image_lists[0]) != 1:
+        if len(texts) != 1 or counts != [1]:
             raise RequestError(
                 "use_input_image_size_as_output needs one prompt with one image, got "
-                f"{len(texts)} prompt(s) with {sum(map(len, image_lists))} image(s); give height "
+                f"{len(texts)} prompt(s) with {sum(counts)} image(s); give height "
                 "and width instead"
             )
     else:
-        height = checked_side("height", height, config)
-        width = checked_side("width", width, config)
+        height = checked_side("height", DEFAULT_SIDE if height is None else height, config)
+        width = checked_side("width", DEFAULT_SIDE if width is None else width, config)
 
     prompts = tuple(
         Prompt(
@@ -177,6 +179,7 @@ def make_request(
                     f"input_images[{i}]" if len(texts) == 1 else f"input_images[{index}][{i}]",
                 )
                 for i, image in enumerate(images)
+                if image is not None  # an empty slot, as forms hand them over
             ),
             negative,
         )
@@ -184,6 +187,7 @@ def make_request(
     )
     if use_input_image_size_as_output:
         height, width = prompts[0].images[0].size
+    assert height is not None and width is not None
     pictures = len(texts) * per_prompt
     _check_generator(generator, pictures)
     _check_latents(latents, latent_shape(pictures, height, width))
@@ -245,7 +249,8 @@ def _check_prompt(text: str, images: int, name: str) -> None:
     if not text.strip():
         raise RequestError(f"{name} is empty; say what to draw")
     _check_text(text, name)
-    if stray := _TAG.search(_WELL_FORMED.sub("\0", text)):
+    # <img> and </img> are tokens like any other; only the placeholder stands for an image
+    if stray := _MALFORMED.search(text):
         raise RequestError(
             f"{name} has a stray {stray.group()}; write each image as <img><|image_1|></img>"
         )
@@ -310,7 +315,7 @@ def _negatives(negative_prompt: Any, prompts: int) -> list[str]:
         if not isinstance(negative, str):
             raise RequestError(f"a negative prompt must be a string, got {_kind(negative)}")
         _check_text(negative, "negative_prompt")
-        if tag := _TAG.search(negative):
+        if tag := PLACEHOLDER.search(negative) or _MALFORMED.search(negative):
             raise RequestError(f"negative_prompt holds {tag.group()}; it can't name images")
     return negatives
 
@@ -328,10 +333,13 @@ def checked_side(name: str, value: Any, config: ModelConfig) -> int:
 
 
 def _integer(name: str, value: Any, low: int, high: int, unit: str = "") -> int:
+    number: int | None
     try:
         number = operator.index(value)
     except TypeError:
-        number = None
+        # JSON and sliders give 2.0
+        whole = isinstance(value, numbers.Real) and float(value).is_integer()
+        number = int(value) if whole else None
     if number is None or isinstance(value, bool):
         raise RequestError(f"{name} must be an integer, got {_show(value)}")
     if not low <= number <= high:

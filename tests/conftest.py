@@ -10,6 +10,11 @@ import pytest
 from golden_cases import TINY
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slow files first: processes that share the files then end at about the same time."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(scope="session")
 def load_pipe():
     """Loads a pipeline on the golden checkpoint: `load_pipe(dtype="float32", ...)`."""

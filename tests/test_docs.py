@@ -19,6 +19,8 @@ from bench import docs
 from omnigen_fast import OmniGenPipeline
 from omnigen_fast.cli.main import main
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 TEXTS = [*sorted(ROOT.glob("*.md")), ROOT / "examples/shapes/README.md", *sorted(DOCS.glob("*.md"))]

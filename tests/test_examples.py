@@ -20,6 +20,8 @@ from omnigen_fast import OmniGenPipeline
 from omnigen_fast.cli.main import main
 from omnigen_fast.page import demo
 
+pytestmark = pytest.mark.slow
+
 FOLDER = Path(__file__).parents[1] / "examples"
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py"))
 NEED_ARGUMENTS = {"lora", "with_diffusers"}
@@ -109,7 +111,10 @@ def test_demo_command_says_what_is_wrong(folder):
     (folder / "file").touch()
     for arguments, message in (
         (["--out", "sheet.txt"], "--out must end in"),
-        (["--out", "file/sheet.png"], "--out: the folder file can't be made: there is a file"),
+        (
+            ["--out", "file/sheet.png"],
+            "--out: the folder file can't be made: a file of that name exists",
+        ),
         (["--out", "file/in/sheet.png"], "the folder file/in can't be made: Not a directory"),
         (["--out", str(folder / "x.png"), "--model", "./nothing"], "./nothing does not exist"),
     ):

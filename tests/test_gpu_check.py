@@ -18,6 +18,8 @@ from bench import gpu_check
 from bench.gpu import exact, pictures, run
 from omnigen_fast.graph import StepGraphs
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 
 

@@ -20,6 +20,8 @@ import pytest
 
 import omnigen_fast
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("omnigen_fast", "bench", "kernels", "profiles")
 # Tracked files that the sdist leaves out.

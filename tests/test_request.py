@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import io
+import re
 import struct
+import time
 import tracemalloc
 import zlib
 
 import numpy as np
 import pytest
 import torch
-from golden_cases import GOLDEN
+from golden_cases import GOLDEN, TINY
 from PIL import Image
 
 from omnigen_fast import RequestError
@@ -64,10 +66,12 @@ SIZES = [
     bad("width-beyond-table", "width", "16 to 768 pixels", "100000", width=100_000),
     bad("height-zero", "height", "16 to 768", "got 0", height=0),
     bad("width-negative", "width", "16 to 768", "got -64", width=-64),
-    bad("height-float", "height must be an integer", "64.0", height=64.0),
+    bad("height-float", "height must be an integer", "64.5", height=64.5),
     bad("height-bool", "height must be an integer", "True", height=True),
     bad("height-text", "height must be an integer", "'64'", height="64"),
-    bad("height-none", "height must be an integer", "None", height=None),
+    bad("height-none", "height must be from 16 to 768", "got 1024", height=None),
+    bad("width-none", "width must be from 16 to 768", "got 1024", width=None),
+    bad("height-inf", "height must be an integer", "inf", height=float("inf")),
     bad("height-nan", "height must be an integer", "nan", height=float("nan")),
     bad("height-enormous", "16 to 768 pixels", "an enormous int", height=10**5000),
     bad("height-array", "height must be an integer", "array(", height=np.zeros((3, 3))),
@@ -139,23 +143,10 @@ TAGS = [
         prompt=ONE + "<img><|image_0|></img>",
         input_images=[PICTURE] * 2,
     ),
-    bad(
-        "opened-twice",
-        "stray <img>",
-        "write each image as <img><|image_1|></img>",
-        prompt="<img><|image_1|><img>",
-        input_images=[PICTURE],
-    ),
-    bad("not-closed", "stray <img>", prompt="<img><|image_1|> cat", input_images=[PICTURE]),
-    bad("not-opened", "stray <|image_1|>", prompt="<|image_1|></img>", input_images=[PICTURE]),
-    bad("bare", "stray <|image_1|>", prompt="cat <|image_1|>", input_images=[PICTURE]),
-    bad("closed-alone", "stray </img>", prompt="a cat </img>"),
-    bad("opened-alone", "stray <img>", prompt="<img> a cat"),
-    bad("empty-tag", "stray <img>", prompt="<img></img> a cat"),
     bad("no-number", "stray <|image_", "write each image as", prompt="<|image_|> a cat"),
     bad("no-numeral", "stray <|image_", prompt="the cat <|image_x|>"),
     bad("negative-number", "stray <|image_", prompt="the cat <|image_-1|>"),
-    bad("half-a-tag", "stray <img>", prompt="<img><|image_1></img>", input_images=[PICTURE]),
+    bad("half-a-tag", "stray <|image_1", prompt="<img><|image_1></img>", input_images=[PICTURE]),
     bad(
         "far-gap",
         "names images [1, 999999999]",
@@ -169,14 +160,9 @@ TAGS = [
         prompt=f"<img><|image_{'9' * 5000}|></img>",
         input_images=[PICTURE],
     ),
-    bad("nested-tags", "stray <img>", prompt=f"<img>{ONE}</img>", input_images=[PICTURE]),
     bad(
-        "two-in-one",
-        "stray <img>",
-        prompt="<img><|image_1|><|image_2|></img>",
-        input_images=[PICTURE] * 2,
+        "in-negative", "negative_prompt holds <|image_1|>", "can't name images", negative_prompt=ONE
     ),
-    bad("in-negative", "negative_prompt holds <img>", "can't name images", negative_prompt=ONE),
     bad("bare-in-negative", "negative_prompt holds <|image_1|>", negative_prompt="<|image_1|>"),
 ]
 LISTS = [
@@ -314,10 +300,9 @@ FILES = [
     image("url", "https://example.org/cat.png", "web addresses are not fetched", "download"),
     image("url-plain", "http://example.org/cat.png", "web addresses are not fetched"),
     image("text-file", __file__, "is not an image", "use PNG, JPEG"),
-    image("python-object", object(), "a path, bytes, a PIL image or a numpy array", "object"),
-    image("none", None, "a path, bytes, a PIL image or a numpy array", "NoneType"),
-    image("number", 3, "a path, bytes, a PIL image or a numpy array", "int"),
-    image("tensor", torch.zeros(3, 32, 32), "a numpy array", "Tensor"),
+    image("python-object", object(), "a path, bytes, a binary file, a PIL image", "object"),
+    bad("none", "names image 1", "has none for it", prompt=ONE, input_images=[None]),
+    image("number", 3, "a numpy array or a tensor", "int"),
     image("empty-bytes", b"", "is not an image"),
     image("garbage", b"\x00" * 4096, "is not an image"),
     image("svg", b"<svg xmlns='http://www.w3.org/2000/svg'/>", "is not an image"),
@@ -329,7 +314,7 @@ FILES = [
     image("truncated-gif", encoded(NOISE, "GIF")[:2000], "damaged or cut short"),
     image("truncated-tiff", encoded(NOISE, "TIFF")[:900], "input_images[0]", "again"),
     image("damaged-png", encoded(NOISE)[:3000] + b"\xff" * 64 + encoded(NOISE)[3064:], "damaged"),
-    image("closed", Image.open(CAT), "damaged or cut short"),
+    image("closed", Image.open(CAT), "is closed", "hand it over open"),
     image("bomb-by-header", lying_png(50_000, 50_000), "pixels", "89,478,485", "shrink it"),
     image("bomb-by-header-slight", lying_png(9_460, 9_460), "9460 x 9460", "89,478,485"),
     image("bomb", encoded(Image.new("1", (9_500, 9_500))), "9500 x 9500", "shrink it"),
@@ -362,7 +347,7 @@ FILES = [
 FILES[[param.id for param in FILES].index("closed")].values[0]["input_images"][0].close()
 ARRAYS = [
     image("one-dimension", np.zeros(32, np.uint8), "[height, width]", "got 32"),
-    image("four-dimensions", np.zeros((1, 32, 32, 3), np.uint8), "got 1x32x32x3"),
+    image("two-in-one", np.zeros((2, 32, 32, 3), np.uint8), "got 2x32x32x3"),
     image("channels-first", np.zeros((3, 32, 32), np.uint8), "1, 3 or 4", "got 3x32x32"),
     image("two-channels", np.zeros((32, 32, 2), np.uint8), "1, 3 or 4", "32x32x2"),
     image("empty", np.zeros((0, 32, 3), np.uint8), "empty", "0x32x3"),
@@ -376,7 +361,21 @@ ARRAYS = [
     image("float-negative", np.full((32, 32), -0.1), "floats must lie in [0, 1]"),
     image("float-nan", np.full((32, 32), np.nan), "floats must lie in [0, 1]"),
     image("float-inf", np.full((32, 32), np.inf), "floats must lie in [0, 1]"),
-    image("pil-float-255", Image.new("F", (32, 32), 255.0), "floats must lie in [0, 1]"),
+    image("pil-float-256", Image.new("F", (32, 32), 256.0), "from 256 to 256", "[0, 255]"),
+    image("pil-float-nan", Image.new("F", (32, 32), float("nan")), "of mode F", "nan"),
+    image("pil-deep", Image.new("I", (32, 32), 1 << 16), "from 65536 to 65536", "0 to 65535"),
+    image("pil-below", Image.new("I", (32, 32), -1), "of mode I", "from -1 to -1"),
+    image("tensor-three-or-three", torch.zeros(3, 32, 3), "first or its last", "3x32x3"),
+    image("tensor-of-two-channels", torch.zeros(2, 32, 32), "as a tensor", "got 2x32x32"),
+    image("tensor-of-two", torch.zeros(2, 3, 32, 32), "as a tensor", "got 2x3x32x32"),
+    image("tensor-signed", torch.full((3, 32, 32), -1.0), "floats must lie in [0, 1]"),
+    image("tensor-nan", torch.full((3, 32, 32), float("nan")), "floats must lie in [0, 1]"),
+    image("tensor-int64", torch.zeros(3, 32, 32).long(), "uint8, uint16, bool or float"),
+    image("tensor-complex", torch.zeros(32, 32, dtype=torch.complex64), "bool or float"),
+    image("tensor-meta", torch.zeros(3, 32, 32, device="meta"), "a dense tensor"),
+    image("tensor-sparse", torch.zeros(32, 32).to_sparse(), "a dense tensor"),
+    image("tensor-empty", torch.zeros(3, 0, 32), "32 x 0 pixels"),
+    image("tensor-bomb", torch.zeros(1).expand(10**5, 10**5), "100000 x 100000 pixels"),
 ]
 BAD = [
     pytest.param(*param.values, id=f"{group}:{param.id}")
@@ -403,11 +402,11 @@ def guarded(pipe, monkeypatch):
     def touched(*_, **__):
         raise AssertionError("a weight was touched")
 
-    for name in ("embed_times", "embed_condition", "prefill", "step", "step_recomputed", "to"):
+    for name in ("embed_times", "embed_condition", "prefill", "step", "step_recomputed", "move"):
         monkeypatch.setattr(pipe.model, name, touched)
     monkeypatch.setattr(pipe.vae, "encode", touched)
     monkeypatch.setattr(pipe.vae, "decode", touched)
-    monkeypatch.setattr(pipe, "_reload", touched)
+    monkeypatch.setattr(pipe.engine, "load", touched)
     return pipe
 
 
@@ -422,7 +421,8 @@ def test_bad_input_is_refused(guarded, arguments, parts):
         guarded(**{"prompt": "A cat.", **SMALL, **arguments})
     message = str(caught.value)
     assert len(message.splitlines()) == 1
-    assert len(message) < 400
+    assert len(message) <= 300
+    assert message.isprintable()
     for part in parts:
         assert part in message
 
@@ -481,6 +481,37 @@ BOTH = "<img><|image_1|></img> and again <img><|image_2|></img>"
             id="one-array-alone",
         ),
         pytest.param({"input_images": []}, {}, id="no-images"),
+        pytest.param({"input_images": [None, None]}, {}, id="empty-slots-alone"),
+        pytest.param(
+            {"prompt": ONE, "input_images": [None, CAT, None]},
+            {"prompt": ONE, "input_images": [CAT]},
+            id="empty-slots",
+        ),
+        pytest.param(
+            {"prompt": ["A cat.", ONE], "input_images": [[None], [CAT, None]]},
+            {"prompt": ["A cat.", ONE], "input_images": [[], [CAT]]},
+            id="empty-slots-in-batch",
+        ),
+        pytest.param(
+            {"num_inference_steps": 2.0, "seed": 1e6, "height": 48.0, "width": np.float32(32)},
+            {"num_inference_steps": 2, "seed": 1_000_000, "height": 48},
+            id="whole-floats",
+        ),
+        pytest.param(
+            {
+                "prompt": ONE,
+                "input_images": CAT,
+                "height": None,
+                "width": None,
+                "use_input_image_size_as_output": True,
+            },
+            {
+                "prompt": ONE,
+                "input_images": [CAT],
+                "use_input_image_size_as_output": True,
+            },
+            id="no-size",
+        ),
         pytest.param({"prompt": ["A cat."]}, {}, id="batch-of-one"),
         pytest.param({"negative_prompt": ["ugly"]}, {"negative_prompt": "ugly"}, id="negatives"),
         pytest.param({"generator": torch.Generator}, {}, id="generator"),
@@ -503,10 +534,33 @@ def test_odd_input_means_what_it_says(pipe, odd, plain):
     assert torch.equal(latent(pipe, **odd), latent(pipe, **plain))
 
 
-def test_whitespace_in_a_tag(pipe):
-    found = latent(pipe, prompt="<img> <|image_1|>\n</img> Remove the cup.", input_images=[CAT])
-    assert found.isfinite().all()
-    assert not torch.equal(found, latent(pipe))
+TAG_TEXTS = [
+    "make <|image_1|> green",
+    "<img> <|image_1|>\n</img> Remove the cup.",
+    "<img><|image_1|> cat",
+    "<|image_1|></img><img></img>",
+    "<img><img><|image_1|></img></img> and <|image_1|><|image_1|>",
+    "<img> in plain text",
+    "</img> a cat",
+]
+
+
+@pytest.mark.parametrize("text", TAG_TEXTS)
+def test_tags_become_the_tokens_of_the_original(pipe, text):
+    """As the original's processor: split at placeholders, every piece tokenized on its own."""
+    from transformers import PreTrainedTokenizerFast
+
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(TINY / "tokenizer.json"))
+    before = "<|user|>\nGenerate an image according to the following instructions\n"
+    whole = before + text + "<|end|>\n<|assistant|>\n<|diffusion|>"
+    expected = [1]
+    for index, piece in enumerate(re.split(r"<\|image_\d+\|>", whole)):
+        expected += [0] * 4 * bool(index)  # 32 x 32 pixels
+        ids = theirs(piece).input_ids
+        expected += ids[1:] if ids[:1] == [1] else ids
+    images = [np.zeros((32, 32, 3), np.uint8)] if "<|image" in text else []
+    call = pipe.make_call(text, images, height=32, width=32, seed=0)
+    assert call.pictures[0][0][0].token_ids.tolist() == expected
 
 
 def test_an_empty_negative_prompt_is_one(pipe):
@@ -531,3 +585,28 @@ def test_an_image_named_thousands_of_times_is_refused_without_a_place_for_each(p
     tracemalloc.stop()
     assert peak < 64e6  # as Python's integers they would take ten times that
     assert not pipe.processor._tokens.cache_info().currsize
+
+
+def test_an_image_named_40000_times_is_refused_before_work(pipe):
+    pipe.processor.clear()
+    start = time.perf_counter()
+    with pytest.raises(RequestError, match=r"its images 40,000 times, at most 1,024"):
+        latent(pipe, prompt="<|image_1|>" * 40_000, input_images=[PICTURE.crop((0, 0, 16, 16))])
+    assert time.perf_counter() - start < 2
+
+
+LONG = [
+    "data:image/png;base64," + "A" * 1_000_000,
+    "x" * 1_000_000,
+    "https://example.org/" + "x" * 1_000_000,
+    "\x1b[31mred\0\n\r\u202e\ud800.png",
+    "line\u2028separated\x85.png",
+]
+
+
+@pytest.mark.parametrize("source", LONG, ids=["data", "text", "address", "escapes", "lines"])
+def test_any_string_gets_a_short_printable_line(pipe, source):
+    with pytest.raises(RequestError, match=r"^input_images\[0\]") as caught:
+        latent(pipe, prompt=ONE, input_images=[source])
+    assert len(str(caught.value)) <= 300
+    assert str(caught.value).isprintable()

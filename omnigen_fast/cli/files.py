@@ -1,34 +1,29 @@
-"""Files that commands write, and failures in one line."""
+"""Output files: checked before the work, written whole or not at all."""
 
 from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import click
-
 from ..errors import RequestError
-from ..page import record as metadata
+from ..page.record import Record, png_info
 
-_IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tiff")
-_SUFFIXES = {"pil": _IMAGE_SUFFIXES, "np": (".npy",), "pt": (".safetensors",)}
-_SUFFIXES["latent"] = _SUFFIXES["pt"]
-
-
-class _Failure(click.ClickException):
-    """One line on standard error; 2 where the request is at fault, else 1."""
-
-    def __init__(self, error: Exception) -> None:
-        super().__init__(str(error))
-        self.exit_code = 2 if isinstance(error, RequestError) else 1
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tiff")
+SUFFIXES = {  # by output type
+    "pil": IMAGE_SUFFIXES,
+    "np": (".npy",),
+    "pt": (".safetensors",),
+    "latent": (".safetensors",),
+}
 
 
-def _check_writable(out: Path) -> None:
-    """Fails before the work is done, not after."""
+def check_writable(out: Path) -> None:
+    """Raises RequestError now if writing the file would fail after the work."""
     if out.is_dir():
         raise RequestError(f"--out {out} is a folder; give a file name in it")
     if not out.parent.is_dir():
@@ -37,49 +32,56 @@ def _check_writable(out: Path) -> None:
         raise RequestError(f"--out: the folder {out.parent} can't be written to")
 
 
-def _make_folder(folder: Path) -> None:
+def make_folder(folder: Path) -> None:
+    """Makes a folder unless it exists."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        reason = "there is a file" if isinstance(error, FileExistsError) else error.strerror
+        exists = isinstance(error, FileExistsError)
+        reason = "a file of that name exists" if exists else error.strerror
         raise OSError(f"--out: the folder {folder} can't be made: {reason}") from error
 
 
-def _save(result: Any, output_type: str, out: Path, record: metadata.Record | None) -> list[Path]:
-    """Writes the result; each file appears whole or not at all."""
+def save_result(result: Any, output_type: str, out: Path, record: Record | None) -> list[Path]:
+    """Writes what a call returned, with its record if there is one; returns the files' paths."""
     if output_type == "pil":
-        names = [out]
+        paths = [out]
         if len(result) > 1:
-            names = [out.with_stem(f"{out.stem}-{i + 1}") for i in range(len(result))]
-        for i, (name, image) in enumerate(zip(names, result)):
-            options = {"pnginfo": metadata.png_info(replace(record, index=i))} if record else {}
-            _write(name, partial(image.save, **options))
-        return names
+            paths = [out.with_stem(f"{out.stem}-{i + 1}") for i in range(len(result))]
+        for i, (path, image) in enumerate(zip(paths, result)):
+            info = {"pnginfo": png_info(replace(record, index=i))} if record else {}
+            write_whole(path, partial(image.save, **info))
+        return paths
     if output_type == "np":
         import numpy as np
 
-        _write(out, lambda path: np.save(path, result))
+        write_whole(out, partial(np.save, arr=result))
     else:
         from safetensors.torch import save_file
 
         name = "latents" if output_type == "latent" else "images"
-        _write(out, lambda path: save_file({name: result.cpu().contiguous()}, path))
+        tensors = {name: result.cpu().contiguous()}
+        write_whole(out, partial(save_file, tensors))
     return [out]
 
 
-def _write(name: Path, write: Any) -> None:
+def write_whole(out: Path, write: Callable[[str], object]) -> None:
+    """Writes a file under a temporary name, then puts it in place.
+
+    Raises OSError if that fails; an earlier file then stays as it is.
+    """
     from safetensors import SafetensorError
 
     temporary = None
     try:
-        handle, temporary = tempfile.mkstemp(suffix=name.suffix, dir=name.parent)
+        handle, temporary = tempfile.mkstemp(suffix=out.suffix, dir=out.parent)
         os.close(handle)
         write(temporary)
         os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, name)
+        os.replace(temporary, out)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise OSError(f"{name} can't be written: {reason}") from error
+        raise OSError(f"{out} can't be written: {reason}") from error
     finally:
         if temporary and os.path.exists(temporary):
             os.unlink(temporary)

@@ -1,4 +1,4 @@
-"""`omnigen-fast generate` and `show`: pictures, and the request that a picture carries."""
+"""`omnigen-fast generate` and `show`: makes pictures, and prints the request in one."""
 
 from __future__ import annotations
 
@@ -6,60 +6,93 @@ import os
 import re
 import secrets
 import shlex
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
 from ..errors import CheckpointError, OmniGenError, RequestError
-from ..page import record as metadata
+from ..page.record import (
+    RECORDED_ARGUMENTS,
+    Record,
+    find_images,
+    printable,
+    read_record,
+    recorded_file,
+    recorded_images,
+)
 from ..request import MAX_IMAGES, OUTPUT_TYPES
-from .files import _SUFFIXES, _check_writable, _Failure, _save
+from .failure import failure
+from .files import SUFFIXES, check_writable, save_result
+
+T = TypeVar("T")
 
 
 @click.command()
 @click.option("--model", default="Shitao/OmniGen-v1", show_default=True, help="Folder or hub id.")
-@click.option("--vae-path", help="Folder or hub id of the VAE, if the model has none.")
+@click.option("--vae-path", help="Folder or hub id of the VAE, for a model without one.")
 @click.option("--revision", help="Branch, tag or commit on the hub.")
-@click.option("--cache-dir", help="Where hub files are kept.")
-@click.option("--local-files-only", is_flag=True, help="Do not ask the hub.")
+@click.option("--cache-dir", help="Folder for files from the hub.")
+@click.option("--local-files-only", is_flag=True, help="Do not download from the hub.")
 @click.option("--device", help="cuda, cuda:1, cpu, ...; the current GPU if there is one.")
 @click.option("--dtype", default="bfloat16", show_default=True, help="bfloat16 or float32.")
-@click.option("--lora", multiple=True, help="A LoRA folder, or FOLDER:WEIGHT. May be repeated.")
-@click.option("--prompt", multiple=True, help="May be repeated: a batch.")
+@click.option("--lora", multiple=True, help="A LoRA: FILE, FOLDER or hub id, or LORA:WEIGHT.")
+@click.option("--prompt", multiple=True, help="May be repeated for a batch.")
 @click.option(
     "--image",
     "input_images",
     multiple=True,
-    help="Input image, named in the prompt as <img><|image_1|></img>. May be repeated. "
-    "With several prompts: 2:FILE is an image of the second one.",
+    help="Input image; the prompt refers to it as <img><|image_1|></img>. May be repeated. "
+    "With several prompts, 2:FILE is an image of the second one.",
 )
-@click.option("--negative-prompt", multiple=True, help="One, or one for each prompt.")
+@click.option("--negative-prompt", multiple=True, help="One for all prompts, or one for each.")
 @click.option("--height", default=1024, show_default=True, help="Pixels, a multiple of 16.")
 @click.option("--width", default=1024, show_default=True, help="Pixels, a multiple of 16.")
-@click.option("--num-inference-steps", "--steps", default=50, show_default=True)
-@click.option("--guidance-scale", default=3.0, show_default=True, help="How much the text counts.")
-@click.option("--use-img-guidance/--no-img-guidance", default=True, show_default=True)
-@click.option("--img-guidance-scale", default=1.6, show_default=True, help="And the images.")
-@click.option("--max-input-image-size", default=1024, show_default=True, help="Pixels a side.")
-@click.option("--use-input-image-size-as-output", is_flag=True)
-@click.option("--separate-cfg-infer/--joint-cfg-infer", default=None, help="Same image either way.")
-@click.option("--use-kv-cache/--no-kv-cache", default=None, help="Same image either way.")
-@click.option("--offload-kv-cache/--keep-kv-cache", default=None)
-@click.option("--offload-model/--keep-model", default=None)
+@click.option(
+    "--num-inference-steps", "--steps", default=50, show_default=True, help="Denoising steps."
+)
+@click.option("--guidance-scale", default=3.0, show_default=True, help="Strength of the prompt.")
+@click.option(
+    "--use-img-guidance/--no-img-guidance",
+    default=True,
+    show_default=True,
+    help="Guide by the input images separately from the text.",
+)
+@click.option(
+    "--img-guidance-scale", default=1.6, show_default=True, help="Strength of the input images."
+)
+@click.option("--max-input-image-size", default=1024, show_default=True, help="Pixels per side.")
+@click.option(
+    "--use-input-image-size-as-output", is_flag=True, help="Instead of --height and --width."
+)
+@click.option(
+    "--separate-cfg-infer/--joint-cfg-infer",
+    default=None,
+    help="Run guidance branches one by one or together. Same image either way.",
+)
+@click.option(
+    "--use-kv-cache/--no-kv-cache",
+    default=None,
+    help="Cache keys and values of the condition. Same image either way.",
+)
+@click.option(
+    "--offload-kv-cache/--keep-kv-cache", default=None, help="Keep the cache on the host."
+)
+@click.option("--offload-model/--keep-model", default=None, help="Keep weights on the host.")
 @click.option(
     "--memory",
     default="auto",
     show_default=True,
-    help="How much of the device's memory to use: auto, 8GiB, ...",
+    help="Device memory to use: auto, 8GiB, ...",
 )
 @click.option("--num-images-per-prompt", default=1, show_default=True)
-@click.option("--seed", type=int, help="Makes the result repeatable.")
+@click.option("--seed", type=int, help="Makes the result reproducible.")
 @click.option(
     "--latents",
     type=click.Path(exists=True, dir_okay=False),
-    help="Initial noise: the one tensor of a safetensors file, as --output-type latent writes.",
+    help="Initial noise: a safetensors file with one tensor, as --output-type latent writes it.",
 )
 @click.option(
     "--output-type",
@@ -74,12 +107,13 @@ from .files import _SUFFIXES, _check_writable, _Failure, _save
     "--from",
     "picture",
     metavar="FILE",
-    help="Take what is not given here from the request in a PNG file that was made before.",
+    help="Take options that are not given from the request in a PNG file.",
 )
 @click.option(
     "--recorded-images",
+    "trusts_images",
     is_flag=True,
-    help="With --from: open the input images that the file names. For files that you trust.",
+    help="With --from, open the input images that the file names. Only for files that you trust.",
 )
 @click.pass_context
 def generate(
@@ -101,21 +135,21 @@ def generate(
     quiet: bool,
     memory: str,
     picture: str | None,
-    recorded_images: bool,
-    **arguments: Any,
+    trusts_images: bool,
+    **arguments: Any,  # of the call, without those above
 ) -> None:
     """Makes images from a prompt and writes them to --out.
 
-    Several images become NAME-1.png, NAME-2.png and so on. A file that is there is replaced. PNG
-    files carry the request: `show` prints it, --from makes it again.
+    Several images become NAME-1.png, NAME-2.png and so on. Existing files are replaced. PNG files
+    carry the request: `show` prints it, --from runs it again.
     """
     try:
         images = None
         if picture is not None:
-            made = metadata.read(picture)
+            made = read_record(picture)
             given = _given(context)
-            named = model if "model" in given else None
-            _check_rerun(made, picture, given, named, recorded_images)
+            chosen = model if "model" in given else None
+            _check_rerun(made, picture, given, chosen, trusts_images)
             prompt = prompt or made.prompts
             negative_prompt = negative_prompt or made.negative_prompts or ()
             if "height" in given or "width" in given:
@@ -125,40 +159,33 @@ def generate(
             dtype = dtype if "dtype" in given else recorded.pop("dtype")
             taken = recorded.keys() & arguments.keys() - given
             arguments |= {name: recorded[name] for name in taken}
-            if recorded_images and not input_images:
-                images = metadata.recorded_images(made, picture)
+            if trusts_images and not input_images:
+                images = find_images(made, picture)
         if not prompt:
             raise click.UsageError("Missing option '--prompt'.", context)
-        suffixes = _SUFFIXES[output_type]
-        if out.suffix.lower() not in suffixes:
-            raise RequestError(
-                f"--out must end in {' or '.join(suffixes)} for --output-type {output_type}, "
-                f"got {out}"
-            )
-        _check_writable(out)
+        _check_out(out, output_type)
         loras = [_parse_lora(one) for one in lora]
         if images is None:
             images = _assign_images(input_images, len(prompt))
         record = None
         if out.suffix.lower() == ".png":
             if arguments["seed"] is None:
-                arguments["seed"] = secrets.randbelow(1 << 32)  # or nobody could make it again
-            record = metadata.Record(
+                arguments["seed"] = secrets.randbelow(1 << 32)  # recorded, to run it again
+            record = Record(
                 model=model,
                 prompts=prompt,
-                input_images=metadata.sources(images, out.parent),
+                input_images=recorded_images(images, out.parent),
                 negative_prompts=negative_prompt or None,
                 arguments={
-                    name: (arguments | {"dtype": dtype})[name] for name in metadata.ARGUMENTS
+                    name: (arguments | {"dtype": dtype})[name] for name in RECORDED_ARGUMENTS
                 },
                 loras=lora,
-                latents=metadata.source(latents, out.parent) if latents else None,
+                latents=recorded_file(latents, out.parent) if latents else None,
                 vae_path=vae_path,
                 revision=revision,
             )
-            replace(record, index=MAX_IMAGES - 1).text()  # now: it may be too long to be saved
+            replace(record, index=MAX_IMAGES - 1).text()  # raises now if it is too long to save
         noise = _read_latents(latents) if latents else None
-        one = len(prompt) == 1
         from ..pipeline import OmniGenPipeline
 
         pipe = OmniGenPipeline.from_pretrained(
@@ -171,42 +198,42 @@ def generate(
             local_files_only=local_files_only,
             memory=memory,
         )
-        for path, weight in loras:
-            pipe.load_lora_weights(path, weight=weight)
+        for lora_path, weight in loras:
+            hub: dict[str, Any] = {
+                "cache_dir": cache_dir,
+                "local_files_only": local_files_only,
+            }
+            if lora_path.count("/") != 1 or os.path.exists(lora_path):
+                hub = {}  # no hub id
+            pipe.load_lora_weights(lora_path, weight=weight, **hub)
         result = pipe(
-            prompt=prompt[0] if one else list(prompt),
-            input_images=(images[0] if one else images) if any(images) else None,
-            negative_prompt=(
-                None
-                if not negative_prompt
-                else negative_prompt[0]
-                if len(negative_prompt) == 1
-                else list(negative_prompt)
-            ),
+            prompt=_one_or_all(prompt),
+            input_images=_one_or_all(images) if any(images) else None,
+            negative_prompt=_one_or_all(negative_prompt) if negative_prompt else None,
             latents=noise,
             output_type=output_type,
             progress=not quiet,
             **arguments,
         )
-        for path in _save(result, output_type, out, record):
-            click.echo(path)
+        for file in save_result(result, output_type, out, record):
+            click.echo(file)
     except (OmniGenError, OSError) as error:
-        raise _Failure(error) from error
+        raise failure(error) from error
 
 
 @click.command()
 @click.argument("file")
 def show(file: str) -> None:
-    """Prints the request that a PNG file carries."""
+    """Prints the request in a PNG file."""
     try:
-        for line in metadata.read(file).lines():
+        for line in read_record(file).lines():
             click.echo(line)
     except (OmniGenError, OSError) as error:
-        raise _Failure(error) from error
+        raise failure(error) from error
 
 
 def _given(context: click.Context) -> set[str]:
-    """The options that stand on the command line."""
+    """The options given on the command line."""
     return {
         name
         for name in context.params
@@ -215,15 +242,22 @@ def _given(context: click.Context) -> set[str]:
 
 
 def _check_rerun(
-    record: metadata.Record,
+    record: Record,
     picture: str,
     given: set[str],
     model: str | None,
-    recorded_images: bool,
+    trusts_images: bool,
 ) -> None:
-    """A picture does not choose which files are opened: the caller does.
+    """Raises RequestError if the record names files that the caller has not confirmed.
 
-    `model` is what the caller gave, if anything.
+    A picture must not choose which files are opened.
+
+    Args:
+        record: of the picture.
+        picture: its file.
+        given: options on the command line.
+        model: the model on the command line.
+        trusts_images: whether to open the recorded input images.
     """
     needed = [] if model is not None else [("model", record.model)]
     if model in (None, record.model):
@@ -234,11 +268,11 @@ def _check_rerun(
     if "lora" not in given:
         needed += [("lora", lora) for lora in record.loras]
     if "latents" not in given and record.latents is not None:
-        needed.append(("latents", metadata.found_from(picture, record.latents)))
-    if not recorded_images and "input_images" not in given:
+        needed.append(("latents", record.latents.path_from(picture)))
+    if not trusts_images and "input_images" not in given:
         several = len(record.prompts) > 1
         needed += [
-            ("image", f"{i}:" * several + metadata.found_from(picture, image))
+            ("image", f"{i}:" * several + image.path_from(picture))
             for i, images in enumerate(record.input_images, 1)
             for image in images
         ]
@@ -247,19 +281,29 @@ def _check_rerun(
     options = " ".join(f"--{name} {shlex.quote(value)}" for name, value in needed)
     also = ", or --recorded-images to open those it names" if "image" in dict(needed) else ""
     raise RequestError(
-        f"{picture} was made with {metadata.printable(options)}; a picture opens nothing by "
+        f"{picture} was made with {printable(options)}; a picture opens nothing by "
         f"itself: give that, or others{also}"
     )
 
 
+def _check_out(out: Path, output_type: str) -> None:
+    suffixes = SUFFIXES[output_type]
+    if out.suffix.lower() not in suffixes:
+        raise RequestError(
+            f"--out must end in {' or '.join(suffixes)} for --output-type {output_type}, got {out}"
+        )
+    check_writable(out)
+
+
 def _parse_lora(text: str) -> tuple[str, float]:
+    """Folder and weight."""
     path, colon, weight = text.rpartition(":")
-    if not colon or os.path.isdir(text):
-        return text, 1.0
+    if not colon or os.path.exists(os.path.expanduser(text)):
+        return os.path.expanduser(text), 1.0
     try:
-        return path, float(weight)
+        return os.path.expanduser(path), float(weight)
     except ValueError as error:
-        raise RequestError(f"--lora {text}: {weight!r} is not a weight; give FOLDER:0.8") from error
+        raise RequestError(f"--lora {text}: {weight!r} is not a weight; give LORA:0.8") from error
 
 
 def _assign_images(images: tuple[str, ...], prompts: int) -> list[list[str]]:
@@ -278,6 +322,11 @@ def _assign_images(images: tuple[str, ...], prompts: int) -> list[list[str]]:
     return lists
 
 
+def _one_or_all(values: Sequence[T]) -> T | list[T]:
+    """The value if there is one, else the list, as calls take them."""
+    return values[0] if len(values) == 1 else list(values)
+
+
 def _read_latents(path: str) -> Any:
     import torch
 
@@ -285,5 +334,5 @@ def _read_latents(path: str) -> Any:
 
     tensors = read_tensors([path], torch.float32, torch.device("cpu"))
     if len(tensors) != 1:
-        raise CheckpointError(f"{path} has {len(tensors)} tensors; it must hold the latents alone")
+        raise CheckpointError(f"{path} has {len(tensors)} tensors; it must have only the latents")
     return next(iter(tensors.values()))

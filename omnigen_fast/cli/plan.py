@@ -7,7 +7,7 @@ import click
 from ..errors import OmniGenError
 from ..memory.plan import PROMPT_TOKENS, Switches, typical_workload
 from ..request import checked_side
-from .files import _Failure
+from .failure import failure
 
 
 @click.command()
@@ -131,4 +131,4 @@ def plan(
         )
         click.echo(report(profile, workload, decision, precision, explain))
     except (OmniGenError, OSError) as error:
-        raise _Failure(error) from error
+        raise failure(error) from error

@@ -13,7 +13,7 @@ from functools import lru_cache
 from itertools import product
 
 from ..config import ModelConfig
-from ..errors import MemoryBudgetError
+from ..errors import MAX_MESSAGE, MemoryBudgetError
 from ..precision import Precision
 from ..profiles import Profile
 from .autoencoder import VaeShape
@@ -337,16 +337,18 @@ def _nothing_fits(
     )
     given = switches.given
     left_out = [(name,) for name in given] + ([tuple(given)] if len(given) > 1 else [])
-    ways = []
+    switched = []
     for names in left_out:
         needed = front(estimate, switches.without(*names), capture=False)[-1].peak_bytes
         if needed < _LESS * least:
-            values = ", ".join(f"{name}={given[name]}" for name in names)
-            ways.append(f"leave out {values} (then {gigabytes(needed)} is enough)")
-    ways.append("make height and width smaller")
-    if estimate.workload.images:
-        ways.append("make max_input_image_size smaller")
+            values = "all" if len(names) > 1 else f"{names[0]}={given[names[0]]}"
+            switched.append(f"{values} (then {gigabytes(needed)} is enough)")
+    sizes = ["height", "width"] + ["max_input_image_size"] * bool(estimate.workload.images)
+    ways = [f"leave out {' or '.join(switched)}"] if switched else []
+    ways.append(f"make {', '.join(sizes[:-1])} or {sizes[-1]} smaller")
     if len(estimate.workload.branches) > 1:
-        ways.append("ask for fewer pictures per call")
-    ways.append("give it more memory")
-    return MemoryBudgetError(f"{message}; {', or '.join(ways)}", least, budget_bytes)
+        ways.append("ask for fewer pictures")
+    message = f"{message}; {', or '.join(ways)}"
+    if len(message) > MAX_MESSAGE:
+        message = message.replace(" is enough)", ")")
+    return MemoryBudgetError(message, least, budget_bytes)

@@ -1,1 +1,1 @@
-"""The page: its jobs, its looks, its examples, and the record that a picture carries."""
+"""The page: its interface, jobs and examples, the demo, and the record in a saved picture."""

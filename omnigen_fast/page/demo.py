@@ -1,4 +1,4 @@
-"""The demo: what the model that ships can do, on one sheet."""
+"""The demo: what the bundled model can do, on one sheet."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ _INK, _FAINT = "#202020", "#707070"
 
 
 @dataclass(frozen=True)
-class Example:
-    """A request to the demo model; `images` are names of files in `INPUTS`."""
+class DemoExample:
+    """A request to the bundled model."""
 
     task: str
     prompt: str
-    images: tuple[str, ...] = ()
+    images: tuple[str, ...] = ()  # names of files in `INPUTS`
 
     def paths(self) -> list[Path]:
         return [INPUTS / f"{name}.png" for name in self.images]
@@ -40,28 +40,30 @@ class Example:
 
 _ONE, _TWO, _THREE = (f"<img><|image_{number}|></img>" for number in (1, 2, 3))
 EXAMPLES = (
-    Example(
+    DemoExample(
         "text to image",
         "A large blue triangle at the top left and a small red star at the bottom right "
         "on a meadow background.",
     ),
-    Example("text to image", "a large purple circle in the bottom left corner, black background"),
-    Example("recolour", f"{_ONE} Make the triangle purple.", ("circle-triangle",)),
-    Example("remove", f"{_ONE} Remove the circle.", ("circle-triangle",)),
-    Example("add", f"{_ONE} Add a small blue square at the top left.", ("star",)),
-    Example("move", f"{_ONE} Move the star to the top right.", ("star",)),
-    Example("background", f"{_ONE} Change the background to striped.", ("square",)),
-    Example(
+    DemoExample(
+        "text to image", "a large purple circle in the bottom left corner, black background"
+    ),
+    DemoExample("recolour", f"{_ONE} Make the triangle purple.", ("circle-triangle",)),
+    DemoExample("remove", f"{_ONE} Remove the circle.", ("circle-triangle",)),
+    DemoExample("add", f"{_ONE} Add a small blue square at the top left.", ("star",)),
+    DemoExample("move", f"{_ONE} Move the star to the top right.", ("star",)),
+    DemoExample("background", f"{_ONE} Change the background to striped.", ("square",)),
+    DemoExample(
         "subject",
         f"Draw the object in {_ONE} at the top left and a small green circle at the bottom right, "
         "meadow background.",
         ("star",),
     ),
-    Example(
+    DemoExample(
         "composition", f"The object of {_ONE} on the background of {_TWO}", ("star", "checkered")
     ),
-    Example("mask", f"Segment the triangle in {_ONE}", ("circle-triangle",)),
-    Example(
+    DemoExample("mask", f"Segment the triangle in {_ONE}", ("circle-triangle",)),
+    DemoExample(
         "in-context pair",
         f"{_ONE} becomes {_TWO}. Do the same to {_THREE}",
         ("star", "yellow-star", "square"),
@@ -71,24 +73,24 @@ EXAMPLES = (
 
 @dataclass(frozen=True)
 class Made:
-    """An example's picture, and what it took."""
+    """The picture of an example, and what it cost."""
 
-    example: Example
+    example: DemoExample
     picture: Image.Image
     step_seconds: float  # median
-    cached_share: float  # of the rows of a run without a cache, those that were kept
+    cached_share: float  # rows from the cache, as a share of the rows of a run without one
 
 
-def make(pipe: OmniGenPipeline, example: Example, seed: int = SEED) -> Made:
+def make(pipe: OmniGenPipeline, example: DemoExample, seed: int = SEED) -> Made:
     """Runs one example.
 
     Args:
-        pipe: the demo model, or another that takes pictures of `SIDE` pixels.
-        example: what is asked.
+        pipe: the bundled model, or another that makes pictures of `SIDE` pixels.
+        example: the request.
         seed: of the noise.
 
     Raises:
-        OmniGenError: what the pipeline's call raises.
+        OmniGenError: the call fails.
     """
     ends: list[float] = []
 
@@ -114,16 +116,16 @@ def make(pipe: OmniGenPipeline, example: Example, seed: int = SEED) -> Made:
 
 
 def run(pipe: OmniGenPipeline, say: Callable[[str], None], seed: int = SEED) -> list[Made]:
-    """Makes all examples; tells `say` what ran, line by line."""
+    """Runs all examples; reports to `say` line by line."""
     results = []
     for example in EXAMPLES:
         made = make(pipe, example, seed)
         results.append(made)
         say(
             f"{example.task:<16}{made.step_seconds:7.4f} s a step, {made.cached_share:4.0%} of the "
-            f"rows kept from before   {example.prompt}"
+            f"rows cached   {example.prompt}"
         )
-    say("the last one ran as follows:")
+    say("summary of the last one:")
     for line in pipe.summary().splitlines():
         say("  " + line)
     return results

@@ -1,32 +1,29 @@
-"""The examples that the page starts with."""
+"""Galleries: the settings and examples that the page starts with, for each model."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from . import demo
 
-if TYPE_CHECKING:
-    pass
 _PICTURES = Path(__file__).parents[1] / "example_images"
 
 TIPS = """
-- Name each image where it belongs in the sentence: `<img><|image_1|></img>`.
+- Refer to each image in the prompt by its tag: `<img><|image_1|></img>`.
 - For an edit, put the image before the instruction:
   `<img><|image_1|></img> Remove the cup.` That is also faster.
 - For an edit, use the size of the input image.
-- Colours too strong: lower the guidance scale. The picture does not follow the words: raise it, or
-  say more.
-- To edit a picture that was made here, use another seed than it was made with.
+- If colours are too strong, lower the guidance scale. If the picture does not follow the prompt,
+  raise it or describe more.
+- To edit a picture that you made here, use a different seed.
 - Smaller input images (max input image size) take less time and memory.
 """
 
 
 @dataclass(frozen=True)
 class Example:
-    """One of a gallery's: what it puts into the fields."""
+    """An example of a gallery: the values of the page's fields."""
 
     prompt: str
     images: tuple[Path, ...] = ()
@@ -39,7 +36,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Gallery:
-    """What the page starts with for a model, and examples that run with it."""
+    """A model's settings at the start, and its examples."""
 
     side: int  # pixels, of output and input images
     steps: int
@@ -49,7 +46,7 @@ class Gallery:
 
 
 def gallery(model: str) -> Gallery:
-    """A model's own gallery, or that of the full model."""
+    """The model's own gallery, else that of the released model."""
     return _GALLERIES.get(model, _FULL)
 
 
@@ -86,4 +83,4 @@ _SHAPES = Gallery(
     img_guidance_scale=demo.IMAGE_GUIDANCE,
     examples=tuple(Example(one.prompt, tuple(one.paths()), demo.GUIDANCE) for one in demo.EXAMPLES),
 )
-_GALLERIES = {demo.MODEL: _SHAPES}  # by what --model says
+_GALLERIES = {demo.MODEL: _SHAPES}  # by the value of --model

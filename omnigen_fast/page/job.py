@@ -1,4 +1,4 @@
-"""What the page does, apart from how it looks: from its fields to a call, and the call's course."""
+"""The page without its looks: its fields as a call, a call as a job, and what it saves."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import OmniGenError, RequestError
 from ..request import DEFAULT_NEGATIVE_PROMPT
-from . import record as metadata
+from .record import RECORDED_ARGUMENTS, Record, png_info, recorded_images
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -26,15 +26,16 @@ if TYPE_CHECKING:
     from ..pipeline import OmniGenPipeline
     from ..vae.preview import Preview
 
-_PREVIEW_SECONDS = 0.3  # between previews: the page and the network get no more of them
-_RECENT_STEPS = 8  # whose median says how long the others will take
+_PREVIEW_SECONDS = 0.3  # least time between previews, to spare the browser and the network
+_RECENT_STEPS = 8  # steps whose median predicts the time left
 _MAX_SEED = (1 << 32) - 1
 _SHOWN_PLANS = 8
+TABLE_HEADERS = ["", "GB (predicted)", "s (predicted)", "plan"]
 
 
 @dataclass(frozen=True)
 class Fields:
-    """The page's fields, as they come: anything may be empty or of a wrong kind."""
+    """The page's fields, unchecked: any of them may be empty or of the wrong type."""
 
     prompt: Any
     image_1: Any  # path of an upload, or None
@@ -53,9 +54,9 @@ class Fields:
     memory: Any
 
     def call(self) -> dict[str, Any]:
-        """Arguments of the pipeline, which checks their values.
+        """The arguments of a call, whose values the pipeline checks.
 
-        Raises RequestError for what only the page can get wrong.
+        Raises RequestError for mistakes that only the page allows.
         """
         images = [self.image_1, self.image_2, self.image_3]
         given = [image is not None for image in images]
@@ -87,12 +88,12 @@ class Fields:
 
 @dataclass(frozen=True)
 class Progress:
-    """After a step."""
+    """The state after a step."""
 
     done: int
     steps: int
     seconds_per_step: float | None  # None until one has been timed
-    preview: Image | None  # None where it would come too soon after the last
+    preview: Image | None  # None if it would come too soon after the last one
 
     def __str__(self) -> str:
         text = f"Step {self.done} of {self.steps}"
@@ -117,7 +118,7 @@ class Finished:
 
 
 class Job:
-    """One call in a thread of its own, which can be watched and stopped."""
+    """A call in its own thread, which can be watched and stopped."""
 
     def __init__(
         self, pipe: OmniGenPipeline, arguments: Mapping[str, Any], preview: Preview | None = None
@@ -131,7 +132,7 @@ class Job:
         self._seconds: deque[float] = deque(maxlen=_RECENT_STEPS)
 
     def stop(self) -> None:
-        """Ends the call after the step that is running."""
+        """Ends the call after the current step."""
         self._stop.set()
 
     @property
@@ -139,13 +140,16 @@ class Job:
         return self._stop.is_set()
 
     def run(self) -> Iterator[Progress | Finished]:
-        """The call's course; raises what the call raises. Left early, it stops the call."""
+        """Runs the call and yields its progress; closing the iterator stops the call.
+
+        Raises whatever the call raises.
+        """
         threading.Thread(target=self._work, daemon=True).start()
         try:
             while True:
                 event = self._events.get()
                 while isinstance(event, Progress) and not self._events.empty():
-                    event = self._events.get()  # the watcher is slower than the steps
+                    event = self._events.get()  # skips to the latest
                 if isinstance(event, BaseException):
                     raise event
                 yield event
@@ -165,7 +169,7 @@ class Job:
                 callback_on_step_end=self._after_step,
             )
             self._events.put(Finished(image, self._done, steps, time.monotonic() - start))
-        except BaseException as error:  # raised again where the job is watched
+        except BaseException as error:  # raised again in `run`
             self._events.put(error)
 
     def _after_step(self, pipe: Any, step: int, time_: float, tensors: dict[str, Any]) -> None:
@@ -189,9 +193,9 @@ class Job:
 
 
 def save(image: Image, arguments: Mapping[str, Any], model: str, dtype: str, folder: Path) -> Path:
-    """Writes a picture with its request, and its input images beside it; returns its path.
+    """Writes a picture with its request, and its input images next to it; returns its path.
 
-    Nothing that is there is overwritten. If it fails, nothing is left behind.
+    Overwrites nothing, and leaves nothing behind if it fails.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = _new_file(folder, f"{datetime.now():%Y%m%d-%H%M%S}-{arguments['seed']}")
@@ -207,14 +211,14 @@ def save(image: Image, arguments: Mapping[str, Any], model: str, dtype: str, fol
             "dtype": dtype,
             **arguments,
         }
-        record = metadata.Record(
+        record = Record(
             model=model,
             prompts=(arguments["prompt"],),
-            input_images=metadata.sources([inputs], folder),
+            input_images=recorded_images([inputs], folder),
             negative_prompts=None if negative is None else (negative,),
-            arguments={name: recorded[name] for name in metadata.ARGUMENTS},
+            arguments={name: recorded[name] for name in RECORDED_ARGUMENTS},
         )
-        image.save(path, pnginfo=metadata.png_info(record))
+        image.save(path, pnginfo=png_info(record))
     except BaseException:
         for written in (path, *inputs):
             written.unlink(missing_ok=True)
@@ -223,37 +227,33 @@ def save(image: Image, arguments: Mapping[str, Any], model: str, dtype: str, fol
 
 
 def memory_table(pipe: OmniGenPipeline, arguments: Mapping[str, Any]) -> list[list[str]]:
-    """The planner's plans for a request: mark, peak, seconds, what it does; see TABLE_HEADERS.
+    """The planner's plans for a request, with the columns of TABLE_HEADERS.
 
     Raises:
-        RequestError: a request that can't be made.
-        MemoryBudgetError: one for which no plan fits.
+        RequestError: the request is invalid.
+        MemoryBudgetError: no plan fits.
     """
     from ..memory.planner import describe
 
     memory = _at_most_free(pipe, arguments["memory"])
     decision = pipe.plan(**{**arguments, "memory": memory})
-    every = decision.candidates
-    fitting = every.index(decision.chosen)
-    shown = sorted({round(i * (len(every) - 1) / (_SHOWN_PLANS - 1)) for i in range(_SHOWN_PLANS)})
-    if fitting not in shown:
-        shown = sorted([*shown, fitting])
+    plans = decision.candidates
+    chosen = plans.index(decision.chosen)
+    last = len(plans) - 1
+    shown = {round(i * last / (_SHOWN_PLANS - 1)) for i in range(_SHOWN_PLANS)} | {chosen}
     return [
         [
-            "chosen" if i == fitting else "fits" if decision.fits(every[i]) else "too large",
-            f"{every[i].peak_bytes / 1e9:.2f}",
-            f"{every[i].seconds:.1f}",
-            describe(every[i].plan, pipe.config),
+            "chosen" if i == chosen else "fits" if decision.fits(plans[i]) else "too large",
+            f"{plans[i].peak_bytes / 1e9:.2f}",
+            f"{plans[i].seconds:.1f}",
+            describe(plans[i].plan, pipe.config),
         ]
-        for i in shown
+        for i in sorted(shown)
     ]
 
 
-TABLE_HEADERS = ["", "GB (predicted)", "s (predicted)", "plan"]
-
-
 def sentence(error: BaseException) -> str:
-    """What the page says about an error: for one of ours what Python and the command line say."""
+    """An error in one sentence; for ours, the same as in Python and on the command line."""
     if isinstance(error, OmniGenError | OSError):
         return str(error)
     return f"it failed ({type(error).__name__}: {error}); the terminal has the details"
@@ -272,20 +272,21 @@ def clock(seconds: float) -> str:
 
 
 def _at_most_free(pipe: OmniGenPipeline, memory: Any) -> str | int:
-    """The amount that is asked for, but no more than there is: a page is not its machine's owner.
+    """The requested amount of memory, but no more than is free: others use the machine too.
 
-    Raises RequestError for what is no amount.
+    Raises RequestError if it is not an amount.
     """
     from ..memory.device import free_bytes, parse_memory, profile_of
 
     asked = parse_memory(memory)
     if asked is None:
         return "auto"
-    return max(1 << 20, min(asked, free_bytes(pipe.device, profile_of(pipe.device))))
+    held = pipe.engine.held_bytes()
+    return max(1 << 20, min(asked, free_bytes(pipe.device, profile_of(pipe.device), held)))
 
 
 def _new_file(folder: Path, name: str) -> Path:
-    """An empty PNG file of that name, or with a number behind it where one is there."""
+    """Creates an empty PNG file of that name, with a number appended if the name is taken."""
     number = 1
     while True:
         path = folder / f"{name}{f'-{number}' if number > 1 else ''}.png"
@@ -295,5 +296,5 @@ def _new_file(folder: Path, name: str) -> Path:
 
 
 def _whole(value: Any) -> Any:
-    """A browser's numbers are floats; what is no whole number stays, for the pipeline to refuse."""
+    """A browser's float as an integer; other values stay, for the pipeline to reject."""
     return int(value) if isinstance(value, float) and value.is_integer() else value

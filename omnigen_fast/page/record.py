@@ -1,10 +1,9 @@
-"""The request that a saved picture carries, and what is believed of one that comes from elsewhere.
+"""Record: the request embedded in a saved picture, and how to read one from an untrusted file.
 
-A PNG file holds it as JSON in one uncompressed tEXt chunk. Whoever made the file wrote that text,
-so it is data and no more: it is read up to a fixed length, without decoding any picture; only
-known names with values of the right type are taken, and the pipeline then checks them as it checks
-every call; it never decides which weights are loaded; and the files that it names as input images
-are opened only if the caller says so, and only if their content is what was recorded.
+A PNG file holds it as JSON in one uncompressed tEXt chunk. The text is untrusted: it is read up to
+a fixed length, without decoding the picture; only known names with values of the right type are
+accepted, and the pipeline checks them like any call; it never chooses which weights to load; and
+recorded input images are opened only if the caller asks for it and their content is unchanged.
 """
 
 from __future__ import annotations
@@ -26,40 +25,44 @@ if TYPE_CHECKING:
     from PIL.PngImagePlugin import PngInfo
 
 KEY = "omnigen_fast"
-MAX_BYTES = 1 << 20  # of the text; the longest prompt that the model takes fits in
-_MAX_BITS = 14_000  # of a number: Python writes none of more than 4300 digits
+MAX_BYTES = 1 << 20  # of the text; enough for the longest prompt that the model accepts
+_MAX_BITS = 14_000  # of an integer; Python prints at most 4300 digits
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
-class Source:
-    """An input image or a file of latents: where it was and what it held."""
+class RecordedFile:
+    """An input image or a latents file: its path and content."""
 
-    path: str  # from the picture's folder
-    sha256: str | None  # of the file; None if there was none that could be read
+    path: str  # relative to the picture's folder
+    sha256: str | None  # None if the file could not be read
+
+    def path_from(self, picture: str | os.PathLike[str]) -> str:
+        """The file's path, given the picture that refers to it."""
+        return os.path.normpath(Path(picture).parent / self.path)
 
 
 @dataclass(frozen=True)
 class Record:
-    """What a picture was made of: all that decides it, nothing that only decides how fast."""
+    """The request of a picture: everything that affects the result, nothing that affects speed."""
 
     model: str
     prompts: tuple[str, ...]
-    input_images: tuple[tuple[Source, ...], ...]  # of each prompt
+    input_images: tuple[tuple[RecordedFile, ...], ...]  # of each prompt
     negative_prompts: tuple[str, ...] | None  # None for the built-in one
-    arguments: Mapping[str, Any]  # of the call, see ARGUMENTS, and the dtype
+    arguments: Mapping[str, Any]  # of the call and its dtype, see RECORDED_ARGUMENTS
     loras: tuple[str, ...] = ()
-    latents: Source | None = None
-    index: int = 0  # which picture of the call this is
+    latents: RecordedFile | None = None
+    index: int = 0  # of the picture in its call
     vae_path: str | None = None
     revision: str | None = None
     version: str = __version__
 
     def text(self) -> str:
-        """The JSON that a file carries.
+        """The JSON text to embed.
 
-        Raises RequestError if it is longer than what is read back.
+        Raises RequestError if it is too long to be read back.
         """
         fields = {
             "version": self.version,
@@ -78,12 +81,12 @@ class Record:
         if len(text) > MAX_BYTES:
             raise RequestError(
                 f"a picture carries at most {MAX_BYTES:,} bytes of request, this one has "
-                f"{len(text):,}; shorten the prompt, or write another format than PNG"
+                f"{len(text):,}; shorten the prompt, or choose a format other than PNG"
             )
         return text
 
     def lines(self) -> Iterator[str]:
-        """For people: one value a line, with nothing in it that a terminal would obey."""
+        """For display: one value per line, with control characters escaped."""
         rows: list[tuple[str, Any]] = [("made with", f"omnigen_fast {self.version}")]
         rows.append(("model", self.model))
         parts = (("VAE", self.vae_path), ("revision", self.revision))
@@ -102,25 +105,27 @@ class Record:
             yield f"{name:<30}  {printable(str(value))}"
 
 
-def source(path: str | os.PathLike[str], folder: Path) -> Source:
-    """How a picture in a folder refers to a file."""
+def recorded_file(path: str | os.PathLike[str], folder: Path) -> RecordedFile:
+    """A reference to a file, from a picture in `folder`."""
     try:
         relative = os.path.relpath(path, folder)
     except ValueError:  # another drive
         relative = os.path.abspath(path)
     try:
-        return Source(relative, _sha256(path) if os.path.isfile(path) else None)
-    except OSError:  # whoever opens it says so
-        return Source(relative, None)
+        return RecordedFile(relative, _sha256(path) if os.path.isfile(path) else None)
+    except OSError:  # reported when the file is opened
+        return RecordedFile(relative, None)
 
 
-def sources(images: Sequence[Sequence[Any]], folder: Path) -> tuple[tuple[Source, ...], ...]:
-    """How a picture in a folder refers to the input images of each prompt."""
-    return tuple(tuple(source(image, folder) for image in one) for one in images)
+def recorded_images(
+    images: Sequence[Sequence[Any]], folder: Path
+) -> tuple[tuple[RecordedFile, ...], ...]:
+    """References to the input images of each prompt, from a picture in `folder`."""
+    return tuple(tuple(recorded_file(image, folder) for image in one) for one in images)
 
 
 def png_info(record: Record) -> PngInfo:
-    """For `save(..., pnginfo=)`."""
+    """The record as Pillow's `save(..., pnginfo=)` takes it."""
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
@@ -128,11 +133,11 @@ def png_info(record: Record) -> PngInfo:
     return info
 
 
-def read(path: str | os.PathLike[str]) -> Record:
-    """The request that a PNG file carries.
+def read_record(path: str | os.PathLike[str]) -> Record:
+    """Reads the request from a PNG file.
 
     Raises:
-        RequestError: no PNG file, none in it, or damaged.
+        RequestError: not a PNG file, or it carries no request or a damaged one.
     """
     if not os.path.isfile(path):
         what = "is a folder" if os.path.isdir(path) else "does not exist"
@@ -148,28 +153,23 @@ def read(path: str | os.PathLike[str]) -> Record:
         ) from error
 
 
-def recorded_images(record: Record, path: str | os.PathLike[str]) -> list[list[str]]:
-    """The input images that a file names, found from its folder and compared with its digests.
+def find_images(record: Record, picture: str | os.PathLike[str]) -> list[list[str]]:
+    """Paths of the recorded input images, checked against their digests.
 
-    Raises RequestError if one is gone or has changed.
+    Raises RequestError if one is missing or has changed.
     """
-    return [[_unchanged(image, path) for image in images] for images in record.input_images]
-
-
-def found_from(picture: str | os.PathLike[str], file: Source) -> str:
-    """Where a file is that a picture refers to."""
-    return os.path.normpath(Path(picture).parent / file.path)
+    return [[_unchanged(image, picture) for image in images] for images in record.input_images]
 
 
 def printable(text: str) -> str:
-    """Control characters and the like written as escapes."""
+    """The text with control characters escaped."""
     return "".join(
         one if one.isprintable() else one.encode("unicode_escape").decode() for one in text
     )
 
 
-def _unchanged(image: Source, picture: str | os.PathLike[str]) -> str:
-    found = found_from(picture, image)
+def _unchanged(image: RecordedFile, picture: str | os.PathLike[str]) -> str:
+    found = image.path_from(picture)
     if not os.path.isfile(found):
         problem = "is not there"
     elif _sha256(found) != image.sha256:
@@ -191,9 +191,9 @@ def _sha256(path: str | os.PathLike[str]) -> str:
 
 
 def _read_text(file: BinaryIO, name: str) -> bytes:
-    """The text of our chunk; after the PNG specification, 2nd edition, chapters 5 and 11.3.4."""
+    """The text of our chunk (PNG specification, 2nd edition, chapters 5 and 11.3.4)."""
     if file.read(len(_SIGNATURE)) != _SIGNATURE:
-        raise RequestError(f"{name} is no PNG file; only PNG files carry their request")
+        raise RequestError(f"{name} is not a PNG file; only PNG files carry their request")
     prefix = KEY.encode() + b"\0"
     while len(header := file.read(8)) == 8:
         length, kind = int.from_bytes(header[:4], "big"), header[4:]
@@ -213,44 +213,44 @@ def _read_text(file: BinaryIO, name: str) -> bytes:
             )
         return text
     raise RequestError(
-        f"{name} carries no request; PNG files that omnigen-fast wrote do, unless another program "
-        "has saved them since"
+        f"{name} carries no request; give a PNG file that omnigen-fast wrote and no other program "
+        "has saved again"
     )
 
 
 def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is no number")
+    raise ValueError(f"{name} is not a number")
 
 
 def _parse(fields: Any) -> Record:
-    """Raises ValueError unless all is there and of the right type, and nothing else is."""
+    """Raises ValueError unless it has exactly the known names, with values of the right type."""
     if not isinstance(fields, dict):
         raise ValueError("not an object")
-    names = [*_TEXTS, *_LISTS, *ARGUMENTS, "latents", "index"]
+    names = [*_TEXTS, *_LISTS, *RECORDED_ARGUMENTS, "latents", "index"]
     for name in fields:
         if name not in names:
             raise ValueError(f"unknown name {printable(repr(name)[:60])}")
     for name in names:
         if name not in fields:
             raise ValueError(f"{name} is missing")
-    for name, (kind, is_right) in (_TEXTS | _LISTS | ARGUMENTS).items():
+    for name, (kind, is_right) in (_TEXTS | _LISTS | RECORDED_ARGUMENTS).items():
         if not is_right(fields[name]):
             raise ValueError(f"{name} must be {kind}")
     prompts, images = fields["prompt"], fields["input_images"]
     if not prompts or len(prompts) != len(images):
         raise ValueError("prompt and input_images must have one entry for each prompt")
     latents, index = fields["latents"], fields["index"]
-    if not _is_whole(index) or index < 0:
-        raise ValueError("index must be a number from 0")
+    if not _is_integer(index) or index < 0:
+        raise ValueError("index must be an integer of at least 0")
     negatives = fields["negative_prompt"]
     return Record(
         model=fields["model"],
         prompts=tuple(prompts),
-        input_images=tuple(tuple(map(_source, one)) for one in images),
+        input_images=tuple(tuple(map(_parse_file, one)) for one in images),
         negative_prompts=None if negatives is None else tuple(negatives),
-        arguments={name: fields[name] for name in ARGUMENTS},
+        arguments={name: fields[name] for name in RECORDED_ARGUMENTS},
         loras=tuple(fields["loras"]),
-        latents=None if latents is None else _source(latents),
+        latents=None if latents is None else _parse_file(latents),
         index=index,
         vae_path=fields["vae_path"],
         revision=fields["revision"],
@@ -258,7 +258,7 @@ def _parse(fields: Any) -> Record:
     )
 
 
-def _source(fields: Any) -> Source:
+def _parse_file(fields: Any) -> RecordedFile:
     if not isinstance(fields, dict) or set(fields) != {"path", "sha256"}:
         raise ValueError("a file must have path and sha256")
     path, digest = fields["path"], fields["sha256"]
@@ -266,7 +266,7 @@ def _source(fields: Any) -> Source:
         raise ValueError("a file's path must be a string")
     if digest is not None and not (isinstance(digest, str) and _DIGEST.fullmatch(digest)):
         raise ValueError("a file's sha256 must be 64 hexadecimal digits")
-    return Source(path, digest)
+    return RecordedFile(path, digest)
 
 
 def _is_text(value: Any) -> bool:
@@ -277,14 +277,14 @@ def _is_texts(value: Any) -> bool:
     return isinstance(value, list) and all(map(_is_text, value))
 
 
-def _is_whole(value: Any) -> bool:
+def _is_integer(value: Any) -> bool:
     if not isinstance(value, int) or isinstance(value, bool):
         return False
     return value.bit_length() < _MAX_BITS
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, float) or _is_whole(value)
+    return isinstance(value, float) or _is_integer(value)
 
 
 def _is_switch(value: Any) -> bool:
@@ -308,22 +308,22 @@ _LISTS: dict[str, _Check] = {
         lambda value: value is None or (_is_texts(value) and bool(value)),
     ),
 }
-_WHOLE, _NUMBER, _SWITCH = (
-    ("a whole number", _is_whole),
+_INTEGER, _NUMBER, _SWITCH = (
+    ("an integer", _is_integer),
     ("a number", _is_number),
     ("true or false", _is_switch),
 )
-# Of a call, as `OmniGenPipeline.__call__` names them. Those that change no picture are left out.
-ARGUMENTS: dict[str, _Check] = {
-    "height": _WHOLE,
-    "width": _WHOLE,
-    "num_inference_steps": _WHOLE,
+# The arguments of `OmniGenPipeline.__call__` that affect the picture.
+RECORDED_ARGUMENTS: dict[str, _Check] = {
+    "height": _INTEGER,
+    "width": _INTEGER,
+    "num_inference_steps": _INTEGER,
     "guidance_scale": _NUMBER,
     "use_img_guidance": _SWITCH,
     "img_guidance_scale": _NUMBER,
-    "max_input_image_size": _WHOLE,
+    "max_input_image_size": _INTEGER,
     "use_input_image_size_as_output": _SWITCH,
-    "num_images_per_prompt": _WHOLE,
-    "seed": _WHOLE,
+    "num_images_per_prompt": _INTEGER,
+    "seed": _INTEGER,
     "dtype": ("a string", _is_text),
 }

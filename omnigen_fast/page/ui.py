@@ -1,4 +1,4 @@
-"""The Gradio page: fields and buttons, and what each does through `app`."""
+"""The Gradio page: its fields and buttons, and their actions through `job`."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from base64 import b64encode
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict
 
-# Gradio reads them: it would report each start and ask for newer versions, and the browser would
-# keep every request with its pictures.
+# Read by Gradio on import. By default it reports each start and looks for newer versions, and the
+# browser keeps every request with its pictures.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ["GRADIO_RUN_HISTORY"] = "False"
 
@@ -34,8 +34,8 @@ from .job import TABLE_HEADERS, Fields, Finished, Job, clock, memory_table, save
 
 _MEMORY = ["auto", "4GiB", "6GiB", "8GiB", "12GiB", "16GiB", "24GiB"]
 _MAX_UPLOAD = "64mb"
-_MAX_WAITING = 16  # calls that know their place in the line; of Gradio's 40 threads
-_MAX_QUEUE = 64  # calls that are taken at all
+_MAX_WAITING = 16  # calls that show their place in the queue; each holds one of 40 threads
+_MAX_QUEUE = 64  # calls before Gradio rejects more
 _NOT_UPLOADED = "an input image must be uploaded"
 _CSS = """
 .gradio-container {max-width: 1240px !important; margin: 0 auto !important}
@@ -48,25 +48,39 @@ _CSS = """
 #examples td:first-child {min-width: 26em; text-align: left}
 footer {display: none !important}
 """
-# Its own default asks Google for the font.
-_FONTS = {
-    "font": ["system-ui", "sans-serif"],
-    "font_mono": ["ui-monospace", "monospace"],
-}
+
+
+class _Hidden(TypedDict):
+    """Options of an event without a spinner and without an entry in Gradio's API."""
+
+    show_progress: Literal["hidden"]
+    api_visibility: Literal["private"]
+
+
+class _OneLine(TypedDict):
+    """Options of events that share a queue."""
+
+    concurrency_id: str
+    concurrency_limit: int
+
+
+_HIDDEN: _Hidden = {"show_progress": "hidden", "api_visibility": "private"}
+# waiting calls hold threads; others must stay free for stopping and for files
+_ONE_LINE: _OneLine = {"concurrency_id": "pipeline", "concurrency_limit": _MAX_WAITING}
 
 
 class Page:
-    """A model, where its pictures go, and the calls that run or wait."""
+    """A model, the folder for its pictures, and the calls that run or wait."""
 
     def __init__(self, pipe: OmniGenPipeline, model: str, folder: Path) -> None:
         self._pipe, self._model, self._folder = pipe, model, folder
         self._preview = Preview.fit(pipe.vae)
-        # Calls in the order in which they came, each with its session; the first one runs.
+        # calls in order of arrival, each with its session; the first one runs
         self._line: list[tuple[str | None, Job]] = []
         self._moved = threading.Condition()
 
     def generate(self, request: gr.Request, *values: Any) -> Iterator[tuple[Any, ...]]:
-        """Status, picture, seed, file, and whether to generate and to stop is possible."""
+        """Yields status, picture, seed, saved file, and the states of both buttons."""
         same = gr.skip()
         running = gr.Button(interactive=False), gr.Button(interactive=True)
         idle = gr.Button(interactive=True), gr.Button(interactive=False)
@@ -88,11 +102,11 @@ class Page:
                         picture = same if event.preview is None else event.preview
                         status = _status(str(event), event.done / event.steps)
                         yield status, picture, same, same, same, same
-        except Exception as error:  # any: it is shown, and the page goes on
+        except Exception as error:  # of any kind: shown, and the page goes on
             yield _failure(error), same, same, same, *idle
 
     def stop(self, request: gr.Request) -> None:
-        """Stops the session's own calls, which then say so."""
+        """Stops the session's own calls."""
         with self._moved:
             for session, job in self._line:
                 if session == request.session_hash:
@@ -100,10 +114,10 @@ class Page:
             self._moved.notify_all()
 
     def plans(self, *values: Any) -> tuple[Any, Any]:
-        """The planner's table for the fields, and the status."""
+        """The planner's table for the request, and the status."""
         try:
             return memory_table(self._pipe, Fields(*values).call()), ""
-        except Exception as error:  # any: as above
+        except Exception as error:  # as above
             return [], _failure(error)
 
     @contextmanager
@@ -118,11 +132,15 @@ class Page:
                 self._moved.notify_all()
 
     def _wait(self, job: Job) -> Iterator[int]:
-        """How many are before a call, whenever that changes, until none is or it is stopped."""
-        before = None
+        """Yields the number of calls before this one when it changes, until its turn or a stop."""
+        before: int | None = None
+
+        def changed() -> bool:
+            return job.stopping or self._place(job) != before
+
         while True:
             with self._moved:
-                self._moved.wait_for(lambda known=before: job.stopping or self._place(job) != known)
+                self._moved.wait_for(changed)
                 before = self._place(job)
             if job.stopping or before == 0:
                 return
@@ -138,14 +156,14 @@ class Page:
         dtype = str(self._pipe.dtype).removeprefix("torch.")
         try:
             path = save(event.image, arguments, self._model, dtype, self._folder)
-        except (OmniGenError, OSError) as error:  # the picture is there all the same
+        except (OmniGenError, OSError) as error:  # the picture is shown all the same
             return _failure(error, "The picture was not saved: "), event.image, gr.skip(), ""
         text = f"Done: {event.steps} steps in {clock(event.seconds)}"
-        # the file itself, so that what is downloaded carries the request
+        # the file itself, so that the download carries the request
         return _status(text, 1), path, gr.skip(), str(path)
 
     def build(self) -> gr.Blocks:
-        """The page."""
+        """Builds the page."""
         start = gallery(self._model)
 
         def fill(index: int) -> list[Any]:
@@ -175,7 +193,7 @@ class Page:
                             for i in (1, 2, 3)
                         ]
                     gr.Markdown(
-                        "The prompt names them where they belong: "
+                        "Refer to them in the prompt as: "
                         + ", ".join(f"`<img><|image_{i}|></img>`" for i in (1, 2, 3))
                     )
                     with gr.Row():
@@ -224,7 +242,7 @@ class Page:
                         value="auto",
                         allow_custom_value=True,
                         label="How much to use",
-                        info="auto: what is free; or an amount such as 8GiB",
+                        info="auto: the free memory; or an amount such as 8GiB",
                         elem_id="memory",
                         scale=3,
                     )
@@ -250,26 +268,23 @@ class Page:
             with gr.Accordion("Tips", open=False):
                 gr.Markdown(TIPS)
             outputs = [status, result, seed, saved, generate, stop]
-            # each call that waits holds a thread; the others are for stopping and for files
-            same_queue = {"concurrency_id": "pipeline", "concurrency_limit": _MAX_WAITING}
-            hidden = {"show_progress": "hidden", "api_visibility": "private"}
-            generate.click(self.generate, fields, outputs, **same_queue, **hidden)
+            generate.click(self.generate, fields, outputs, **_ONE_LINE, **_HIDDEN)
             filled = [prompt, *images, guidance, use_size]
-            examples.click(fill, examples, filled, queue=False, **hidden).then(
-                self.generate, fields, outputs, **same_queue, **hidden
+            examples.click(fill, examples, filled, queue=False, **_HIDDEN).then(
+                self.generate, fields, outputs, **_ONE_LINE, **_HIDDEN
             )
-            stop.click(self.stop, queue=False, **hidden)
-            # it reads the images, which may be large
-            plan.click(self.plans, fields, [table, status], concurrency_limit=2, **hidden)
-            blocks.unload(self.stop)  # nobody waits for it any more
+            stop.click(self.stop, queue=False, **_HIDDEN)
+            # reads the images, which may be large
+            plan.click(self.plans, fields, [table, status], concurrency_limit=2, **_HIDDEN)
+            blocks.unload(self.stop)  # the page was closed
         return blocks
 
 
 def _uploaded(self: gr.Image, file: ImageData | None) -> str | None:
-    """An image as its file, whatever that holds.
+    """The path of an uploaded file, whatever its content.
 
-    Whether it can be read is decided where every input image is, in the same words. Gradio's own
-    check of the path is left out for a caller who leaves out the field that marks files.
+    The pipeline checks the content, with the same messages as elsewhere. The path is checked here:
+    Gradio's own check does not run if a client omits the field that marks files.
 
     Raises gr.Error for a file that was not uploaded.
     """
@@ -282,7 +297,7 @@ def _uploaded(self: gr.Image, file: ImageData | None) -> str | None:
 
 
 class _Blocks(gr.Blocks):
-    """Fetches nothing: Gradio would download what any field names as a file on the web."""
+    """Downloads nothing; Gradio would fetch any URL that a client sends as a file."""
 
     async def preprocess_data(
         self, block_fn: Any, inputs: list[Any], *arguments: Any, **options: Any
@@ -293,7 +308,7 @@ class _Blocks(gr.Blocks):
 
 
 def _names_address(value: Any) -> bool:
-    """Whether a file on the web is named anywhere in what a browser sent."""
+    """Whether a client's input contains the URL of a file."""
     if isinstance(value, list):
         return any(map(_names_address, value))
     if not isinstance(value, dict):
@@ -303,14 +318,14 @@ def _names_address(value: Any) -> bool:
 
 
 def _shown(self: gr.Image, value: Path | Image | None) -> ImageData | None:
-    """A file, wherever it is, or an image that is nowhere but on the page.
+    """A file in any folder, or an image that is only shown.
 
-    Gradio refuses files that are not below the working directory, and would keep each preview.
+    Gradio rejects files outside the working directory, and would keep every preview.
     """
     if value is None:
         return None
     if isinstance(value, Path):
-        with suppress(OSError):  # the disk of Gradio's folder is full
+        with suppress(OSError):  # Gradio's cache folder may be full
             copy = save_file_to_cache(value, self.GRADIO_CACHE)
             return ImageData(path=copy, orig_name=value.name)
         return _inline("png", value.read_bytes())
@@ -323,7 +338,7 @@ def _inline(kind: str, data: bytes) -> ImageData:
     return ImageData(url=f"data:image/{kind};base64,{b64encode(data).decode()}")
 
 
-# A subclass of gr.Image. Made by a class statement, Gradio would write a .pyi file beside this one.
+# A subclass of gr.Image. For a class statement Gradio would write a .pyi file next to this one.
 _Image = ABCMeta.__new__(
     type(gr.Image),
     "_Image",
@@ -346,7 +361,7 @@ def serve(
     share: bool,
     out_dir: Path,
 ) -> None:
-    """Loads the model, opens the page and waits until it is interrupted."""
+    """Loads the model and serves the page until interrupted."""
     if out_dir.exists() and not out_dir.is_dir():
         raise OmniGenError(f"--out-dir {out_dir} is a file; give a folder")
     pipe = OmniGenPipeline.from_pretrained(
@@ -364,19 +379,22 @@ def serve(
         ssr_mode=False,
         pwa=False,
         mcp_server=False,
-        theme=gr.themes.Default(**_FONTS),
+        # the default theme loads its font from Google
+        theme=gr.themes.Default(
+            font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+        ),
         css=_CSS,
     )
     print(f"The page is at {local}", flush=True)
     if public:
-        print(f"and for anyone who knows the address at {public}", flush=True)
+        print(f"and, for anyone who has the link, at {public}", flush=True)
     elif share:
-        print("There is no public address: Gradio's server gave none", flush=True)
+        print("There is no public link: Gradio's server provided none", flush=True)
     blocks.block_thread()
 
 
 def _number(label: str, value: float, name: str, step: float = 1) -> gr.Number:
-    # without limits of its own: what is wrong is said by what checks every request
+    # without limits: the request's own checks report errors
     return gr.Number(value, label=label, step=step, elem_id=name, min_width=110)
 
 

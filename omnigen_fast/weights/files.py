@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError, first_line
+from ..errors import MAX_MESSAGE, CheckpointError, first_line, printable
 
 SDXL_VAE = "stabilityai/sdxl-vae"  # the original's fallback
 SHIPPED = ("shapes",)  # models bundled with this package
@@ -21,6 +21,7 @@ MODEL_FILES = ("*.json", "*.safetensors", "*/*.json", "*/*.safetensors")
 VAE_FILES = ("config.json", "diffusion_pytorch_model*.safetensors*")
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # safetensors' names
 # Bytes to convert before a file is mapped anew, so that its pages don't add to the copies' memory.
+_NAMED = 8  # tensors that a message names at most
 _RENEW_BYTES = 256 << 20
 
 
@@ -45,8 +46,7 @@ def resolve(
     if name in SHIPPED:
         if os.path.isdir(name):
             warnings.warn(
-                f"{name} means the model bundled with this package; to use the folder {name}, give "
-                f"./{name}",
+                f"{name} is the model bundled with this package; for the folder here give ./{name}",
                 UserWarning,
                 stacklevel=3,
             )
@@ -168,22 +168,26 @@ def check_shapes(
     expected: Mapping[str, tuple[int, ...]],
 ) -> None:
     """Raises one CheckpointError naming all missing, unexpected and misshapen tensors."""
-    faults = []
-    if missing := sorted(expected.keys() - found.keys()):
-        faults.append(f"missing {_some(missing)}")
-    if unexpected := sorted(found.keys() - expected.keys()):
-        faults.append(f"unexpected {_some(unexpected)}")
-    if misshapen := [
-        f"{name} is {list(found[name])} instead of {list(expected[name])}"
-        for name in sorted(expected.keys() & found.keys())
-        if found[name] != expected[name]
-    ]:
-        faults.append(f"misshapen {_some(misshapen)}")
-    if faults:
-        raise CheckpointError(f"{where}: {'; '.join(faults)}")
+    lists = {
+        "missing": sorted(expected.keys() - found.keys()),
+        "unexpected": sorted(found.keys() - expected.keys()),
+        "misshapen": [
+            f"{name} is {list(found[name])} instead of {list(expected[name])}"
+            for name in sorted(expected.keys() & found.keys())
+            if found[name] != expected[name]
+        ],
+    }
+    if any(lists.values()):
+        for most in range(_NAMED, 0, -1):  # so many that each list is seen in the message
+            faults = [f"{kind} {_some(names, most)}" for kind, names in lists.items() if names]
+            place = where if len(faults) == 1 else printable(where, 80)
+            message = f"{place}: {'; '.join(faults)}"
+            if len(faults) == 1 or len(message) <= MAX_MESSAGE:
+                break
+        raise CheckpointError(message)
 
 
-def _some(names: Sequence[str], most: int = 8) -> str:
+def _some(names: Sequence[str], most: int = _NAMED) -> str:
     """The first few names, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
@@ -196,7 +200,7 @@ def read_headers(paths: Sequence[str]) -> tuple[dict[str, tuple[int, ...]], dict
     odd = []
     for path in paths:
         with open_file(path, torch.device("cpu")) as file:
-            for name in file.keys():  # noqa: SIM118 - a safetensors file is no dict
+            for name in file.keys():  # noqa: SIM118 - a safetensors file is not a dict
                 header = file.get_slice(name)
                 if header.get_dtype() not in _FLOATS:
                     odd.append(f"{name} holds {header.get_dtype()}")

@@ -1,26 +1,19 @@
-"""LoRA adapters in PEFT's format: merged into the weights, and removed without a trace."""
+"""LoRA adapters: which are loaded, what each adds, and the weights they are merged into."""
 
 from __future__ import annotations
 
-import math
-import os
-import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ..errors import RequestError
 from .checkpoint import Checkpoint
-from .files import find_weights, read_json, read_tensors
 
-_KEY = re.compile(r"(?:base_model\.model\.|transformer\.)?(.+)\.lora_([AB])(?:\.\w+)?\.weight")
-_NAME_CHARACTERS = 64  # longer than any module's name
-_MAX_WAYS, _MAX_PATTERN = 1 << 13, 256  # of an alpha_pattern, see _check_pattern
-_MAX_SCALE = 1e9  # of an update; larger ones overflow float32 sums
+MAX_SCALE = 1e9  # of an update; larger ones overflow float32 sums
+_SHOWN_NAMES, _SHOWN_LENGTH = 3, 60  # of adapters, in an error
 
 
 @dataclass(frozen=True)
@@ -34,72 +27,160 @@ class LowRank:
     scale: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Adapter:
-    """A LoRA and its weight."""
+    """A LoRA as it was read."""
 
     updates: tuple[LowRank, ...]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """An adapter, and how strongly it acts."""
+
+    adapter: Adapter
+    name: str | None  # None: unloaded after it was fused
     weight: float
+    active: bool = True
+    fused: float | None = None  # the strength that it keeps, whatever happens to its name
 
 
-def read_adapter(
-    folder: str | os.PathLike[str], checkpoint: Checkpoint, weight: float = 1.0
-) -> Adapter:
-    """Reads a PEFT folder: `adapter_config.json` and `adapter_model.safetensors`.
+@dataclass(frozen=True)
+class Loras:
+    """The adapters of a model in the order of their loading; each change gives another object.
 
-    Modules may have the original's names or diffusers', whatever the checkpoint's layout.
-
-    Raises:
-        CheckpointError: files are missing or malformed, the adapter is not a LoRA, or it doesn't
-            fit the model (the tensors that don't are named).
+    The order alone decides in which order updates are summed, so equal strengths mean equal bits.
     """
-    folder = os.fspath(folder)
-    if not os.path.isdir(folder):
-        raise CheckpointError(f"{folder} is not a folder; give one with adapter_config.json")
-    config = read_json(os.path.join(folder, "adapter_config.json"))
-    _check_config(config, folder)
-    paths = find_weights(folder, "adapter_model")
-    tensors = read_tensors(paths, torch.float32, torch.device("cpu"))
-    pairs: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    unknown = []
-    for name, tensor in tensors.items():
-        match = _KEY.fullmatch(name)
-        if match and tensor.ndim >= 2 and match[2] not in pairs[match[1]]:
-            pairs[match[1]][match[2]] = tensor
-        else:
-            unknown.append(name)
-    updates = []
-    for module, pair in sorted(pairs.items()):
-        found = checkpoint.find(f"{module}.weight")
-        # a vector (a norm's weight) has no low-rank update
-        if found is None or pair.keys() != {"A", "B"} or len(found[1].shape) < 2:
-            unknown.append(module)
-            continue
-        parameter, source = found
-        down, up = pair["A"].flatten(1), pair["B"].flatten(1)
-        rows, inputs = source.shape[0], math.prod(source.shape[1:])
-        if down.shape != (len(down), inputs) or up.shape != (rows, len(down)) or not len(down):
-            raise CheckpointError(
-                f"{paths[0]}: {module} has A {list(pair['A'].shape)} and B {list(pair['B'].shape)},"
-                f" whose product does not match the model's {rows} x {inputs}"
+
+    loaded: tuple[Loaded, ...] = ()
+    enabled: bool = True
+
+    @property
+    def names(self) -> list[str]:
+        return [one.name for one in self.loaded if one.name is not None]
+
+    @property
+    def active(self) -> list[str]:
+        return [one.name for one in self.loaded if one.name is not None and one.active]
+
+    def applied(self) -> list[tuple[Adapter, float]]:
+        """Adapters with their strengths, as they act on the weights."""
+        strengths = [
+            (one.adapter, one.fused)
+            if one.fused is not None
+            else (one.adapter, one.weight if one.active and self.enabled else 0.0)
+            for one in self.loaded
+        ]
+        return [(adapter, strength) for adapter, strength in strengths if strength]
+
+    def changed(self, other: Loras) -> set[str]:
+        """Parameters whose values differ between two states."""
+        before, after = dict(self.applied()), dict(other.applied())
+        return {
+            update.parameter
+            for adapter in before.keys() | after.keys()
+            if before.get(adapter) != after.get(adapter)
+            for update in adapter.updates
+        }
+
+    def free_name(self, name: str) -> str:
+        """`name`, or with a number if an adapter has it."""
+        taken = set(self.names)
+        numbered = (f"{name} ({i})" for i in range(2, len(taken) + 3))
+        return name if name not in taken else next(n for n in numbered if n not in taken)
+
+    def check_new(self, name: str) -> None:
+        """Raises RequestError if an adapter has the name."""
+        if name in self.names:
+            raise RequestError(
+                f"an adapter {_named(name)} is loaded already; unload it first, or give another "
+                "adapter_name"
             )
-        if not (down.isfinite().all() and up.isfinite().all()):
-            raise CheckpointError(f"{paths[0]}: {module} holds NaN or infinities")
-        scale = _scale(config, module, len(down))
-        if not abs(scale * weight) <= _MAX_SCALE:
-            raise CheckpointError(
-                f"{paths[0]}: {module} would be scaled by {scale * weight:.3g}, which is too much"
+
+    def with_adapter(self, name: str, adapter: Adapter, weight: float) -> Loras:
+        self.check_new(name)
+        return replace(self, loaded=(*self.loaded, Loaded(adapter, name, weight)))
+
+    def without(self, names: Iterable[str]) -> Loras:
+        """Unloads adapters; what was fused stays in the weights.
+
+        Raises RequestError if there is none of a name.
+        """
+        gone = set(names)
+        self._check(gone)
+        kept = [
+            replace(one, name=None) if one.name in gone else one
+            for one in self.loaded
+            if one.name not in gone or one.fused is not None
+        ]
+        return replace(self, loaded=tuple(kept))
+
+    def with_active(self, weights: Mapping[str, float]) -> Loras:
+        """Makes these adapters active, with these weights, and no others."""
+        self._check(weights)
+        changed = [
+            one
+            if one.name is None
+            else replace(one, active=True, weight=weights[one.name])
+            if one.name in weights
+            else replace(one, active=False)
+            for one in self.loaded
+        ]
+        return replace(self, loaded=tuple(changed))
+
+    def with_fused(self, scale: float, names: Sequence[str] | None) -> Loras:
+        """Fuses the active adapters, or those named, at their weights times `scale`.
+
+        Raises RequestError if there is nothing to fuse, one is fused already, or the product is
+        too large.
+        """
+        chosen = set(self.active if names is None else names)
+        self._check(chosen)
+        fused, loaded = 0, []
+        for one in self.loaded:
+            if one.name in chosen:
+                if one.fused is not None and names is None:
+                    loaded.append(one)
+                    continue
+                if one.fused is not None:
+                    raise RequestError(
+                        f"{_named(one.name)} is fused already; call unfuse_lora() first"
+                    )
+                strength = one.weight * scale
+                if not abs(strength) <= MAX_SCALE:
+                    raise RequestError(
+                        f"lora_scale {scale:g} times the weight of {_named(one.name)} is above "
+                        f"{MAX_SCALE:g}"
+                    )
+                fused += 1
+                one = replace(one, fused=strength)
+            loaded.append(one)
+        if not fused:
+            raise RequestError(
+                "there is no active adapter to fuse that is not fused already; load one with "
+                "load_lora_weights"
             )
-        updates.append(LowRank(parameter, source.start, down, up, scale))
-    if unknown or not updates:
-        names = ", ".join(sorted(unknown)[:8]) or "no LoRA tensors at all"
-        raise CheckpointError(f"{paths[0]} has tensors that belong to no OmniGen layer: {names}")
-    return Adapter(tuple(updates), weight)
+        return replace(self, loaded=tuple(loaded))
+
+    def without_fused(self) -> Loras:
+        """Adapters act by their weights again; those unloaded since are gone."""
+        kept = [replace(one, fused=None) for one in self.loaded if one.name is not None]
+        return replace(self, loaded=tuple(kept))
+
+    def _check(self, names: Iterable[str]) -> None:
+        unknown = [name for name in names if name not in set(self.names)]
+        if unknown:
+            some = [_named(name) for name in self.names[:_SHOWN_NAMES]]
+            more = ["..."] if len(self.names) > _SHOWN_NAMES else []
+            raise RequestError(
+                f"no adapter {_named(unknown[0])} is loaded; loaded: "
+                f"{', '.join(some + more) or 'none'}"
+            )
 
 
 def merged(
     checkpoint: Checkpoint,
-    adapters: Iterable[Adapter],
+    adapters: Iterable[tuple[Adapter, float]],
     dtype: torch.dtype,
     device: torch.device,
     parameters: Iterable[str],
@@ -108,11 +189,14 @@ def merged(
 
     Each value is computed from the checkpoint, so it does not depend on which adapters were loaded
     before; without adapters the weights are the checkpoint's, bit for bit.
+
+    Args:
+        adapters: each with its strength.
     """
     by_parameter: dict[str, list[tuple[LowRank, float]]] = defaultdict(list)
-    for adapter in adapters:
+    for adapter, strength in adapters:
         for update in adapter.updates:
-            by_parameter[update.parameter].append((update, adapter.weight))
+            by_parameter[update.parameter].append((update, strength))
     for name in parameters:
         weight = checkpoint.read(dtype, device, [name])[name]
         if updates := by_parameter.get(name):
@@ -127,65 +211,7 @@ def merged(
         yield name, weight
 
 
-def _check_config(config: Mapping[str, Any], folder: str) -> None:
-    kind = config.get("peft_type", "LORA")
-    if kind != "LORA":
-        raise CheckpointError(f"{folder} has a {kind} adapter; only LoRA is supported")
-    for option in (
-        "use_dora",
-        "use_qalora",
-        "fan_in_fan_out",
-        "modules_to_save",
-        "layer_replication",
-        "lora_bias",
-    ):
-        if config.get(option):
-            raise CheckpointError(f"{folder} uses {option}, which is not supported; merge it first")
-    patterns = config.get("alpha_pattern") or {}
-    if not isinstance(patterns, dict):
-        raise CheckpointError(
-            f"adapter_config.json: alpha_pattern must be an object, got {type(patterns).__name__}"
-        )
-    for pattern in patterns:
-        _check_pattern(pattern)
-
-
-def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """alpha / rank, or alpha / sqrt(rank) for rank-stabilised LoRA (Kalajdzievski, 2023)."""
-    alpha = config.get("lora_alpha", rank)
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", module):
-            alpha = value
-            break
-    if not isinstance(alpha, int | float) or not abs(alpha) <= _MAX_SCALE:
-        raise CheckpointError(
-            f"adapter_config.json: lora_alpha must be a number up to {_MAX_SCALE:g}, got {alpha!r}"
-        )
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-
-def _check_pattern(pattern: str) -> None:
-    """Raises CheckpointError for an invalid or potentially slow regular expression.
-
-    Bounds the ways that backtracking may try: the places where each repetition can end, times the
-    alternatives of each group. Repeated groups, lookarounds and references are rejected.
-    """
-    # each escape and each class of characters is one character
-    plain = re.sub(
-        r"\\(.)|\[\^?\]?[^\]]*\]",
-        lambda found: "\0" if (found[1] or "").isdigit() else "x",
-        pattern,
-        flags=re.DOTALL,
-    )
-    ways = _NAME_CHARACTERS ** sum(map(plain.count, "*+{")) * 2 ** plain.count("?")
-    ways *= (plain.count("|") + 1) ** plain.count("(")
-    odd = "\0" in plain or re.search(r"\(\?(?!:)|\)[*+?{]", plain)
-    if odd or ways > _MAX_WAYS or len(pattern) > _MAX_PATTERN:
-        raise CheckpointError(
-            f"adapter_config.json: alpha_pattern {pattern[:80]!r} is not supported; give names of "
-            r"modules, with at most two of * and +, and | between several"
-        )
-    try:
-        re.compile(pattern)
-    except (re.error, OverflowError) as error:  # the latter for enormous repetitions
-        raise CheckpointError(f"adapter_config.json: alpha_pattern: {error}") from error
+def _named(name: object) -> str:
+    """A name for an error message, cut."""
+    text = repr(name)
+    return text if len(text) <= _SHOWN_LENGTH else f"{text[: _SHOWN_LENGTH - 3]}..."

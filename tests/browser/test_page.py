@@ -19,8 +19,8 @@ import pytest
 from PIL import Image
 from playwright.sync_api import BrowserContext, Page, expect, sync_playwright
 
-from omnigen_fast.page import record as metadata
 from omnigen_fast.page.demo import INPUTS, SIDE, STEPS
+from omnigen_fast.page.record import find_images, read_record
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CAT = GOLDEN / "images/cat.png"
@@ -132,7 +132,7 @@ def test_generate(page, server):
     generate(page, "A cat on a sofa.")
     path = done(page, server, before)
     usable(page)
-    record = metadata.read(path)
+    record = read_record(path)
     assert record.prompts == ("A cat on a sofa.",)
     assert record.arguments["num_inference_steps"] == 3
     assert Image.open(path).size == (64, 64)
@@ -154,8 +154,8 @@ def test_edit_with_an_upload(page, server):
     generate(page, "<img><|image_1|></img> Make the cat black.")
     path = done(page, server, before)
     usable(page)
-    record = metadata.read(path)
-    ((found,),) = metadata.recorded_images(record, path)  # raises if it is not what was uploaded
+    record = read_record(path)
+    ((found,),) = find_images(record, path)  # raises if it is not what was uploaded
     assert Path(found).read_bytes() == CAT.read_bytes()
     assert Image.open(path).size == (64, 48)  # a photograph of 3 : 2, in steps of 16
 
@@ -264,7 +264,7 @@ def test_reload_while_it_runs(page, server):
     fill(page, width=64, height=64, steps=3, max_input_size=64)
     generate(page, "A dog on a sofa.")
     path = done(page, server, before)  # one file: the call that nobody watched was stopped
-    assert metadata.read(path).prompts == ("A dog on a sofa.",)
+    assert read_record(path).prompts == ("A dog on a sofa.",)
 
 
 def test_two_users(page, browser, server):
@@ -285,7 +285,7 @@ def test_two_users(page, browser, server):
             expect(page.locator("#status")).to_contain_text("Step ")
             usable(other)
     expect(page.locator("#status")).to_contain_text("Stopped after step")
-    assert metadata.read(done(other, server, before)).prompts == ("A dog on a sofa.",)
+    assert read_record(done(other, server, before)).prompts == ("A dog on a sofa.",)
     other.close()
 
 
@@ -293,7 +293,7 @@ def test_example_fills_the_fields_and_runs(page, server):
     before = server.saved()
     page.locator("#examples").get_by_text("Remove the cup.").click()
     path = done(page, server, before)
-    record = metadata.read(path)
+    record = read_record(path)
     assert record.prompts == ("<img><|image_1|></img> Remove the cup.",)
     assert record.arguments["use_input_image_size_as_output"]
     assert record.arguments["num_inference_steps"] == 3

@@ -17,7 +17,7 @@ from gradio import processing_utils
 from gradio.data_classes import ImageData
 from PIL import Image
 
-from omnigen_fast.page import ui as page
+from omnigen_fast.page import ui
 from omnigen_fast.request import DEFAULT_NEGATIVE_PROMPT
 
 
@@ -45,8 +45,8 @@ def user(name: str) -> SimpleNamespace:
 
 
 @pytest.fixture
-def opened(pipe, tmp_path) -> page.Page:
-    return page.Page(pipe, str(TINY), tmp_path / "pictures")
+def opened(pipe, tmp_path) -> ui.Page:
+    return ui.Page(pipe, str(TINY), tmp_path / "pictures")
 
 
 def test_answers(opened, tmp_path):
@@ -60,7 +60,7 @@ def test_on_a_full_disk_the_picture_is_shown(opened, monkeypatch):
     def full(*arguments, **options):
         raise OSError(errno.ENOSPC, "No space left on device", "a.png")
 
-    monkeypatch.setattr(page, "save", full)
+    monkeypatch.setattr(ui, "save", full)
     *_, (status, picture, _, saved, *_) = opened.generate(user("a"), *values())
     assert "alert" in status
     assert "The picture was not saved: [Errno 28] No space left on device" in status
@@ -108,7 +108,7 @@ def test_a_bug_is_shown_and_told(opened, monkeypatch, capsys):
     def broken(*arguments):
         raise KeyError("<b>oops</b>")
 
-    monkeypatch.setattr(page, "Job", broken)
+    monkeypatch.setattr(ui, "Job", broken)
     ((status, *_),) = opened.generate(user("a"), *values())
     assert "it failed (KeyError: &#x27;&lt;b&gt;oops&lt;/b&gt;&#x27;)" in status
     assert "Traceback" in capsys.readouterr().err
@@ -117,7 +117,7 @@ def test_a_bug_is_shown_and_told(opened, monkeypatch, capsys):
 def test_pictures_may_lie_anywhere(opened, tmp_path, monkeypatch):
     path = tmp_path / "a.png"
     Image.new("RGB", (8, 8)).save(path)
-    component = page._Image()
+    component = ui._Image()
     monkeypatch.setattr(component, "GRADIO_CACHE", str(tmp_path / "cache"))
     shown = component.postprocess(path)
     assert Path(shown.path).read_bytes() == path.read_bytes()
@@ -134,7 +134,7 @@ def test_nothing_is_reported_or_kept(opened):
     assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"
     blocks = opened.build()
     assert not blocks.analytics_enabled
-    assert not list(Path(page.__file__).parent.glob("*.pyi"))
+    assert not list(Path(ui.__file__).parent.glob("*.pyi"))
     assert isinstance(blocks, gr.Blocks)
 
 
@@ -146,7 +146,7 @@ def test_only_what_was_uploaded_is_an_input_image(tmp_path, monkeypatch):
     Image.new("RGB", (8, 8)).save(secret)
     Image.new("RGB", (8, 8)).save(tmp_path / "uploads/a.png")
     link.symlink_to(secret)
-    component = page._Image()
+    component = ui._Image()
     uploaded = str(tmp_path / "uploads/a.png")
     assert component.preprocess(ImageData(path=uploaded)) == uploaded
     upwards = str(tmp_path / "uploads/../secret.png")

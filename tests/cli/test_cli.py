@@ -163,6 +163,27 @@ class TestGenerate:
         assert not np.array_equal(pixels("whole.png"), plain)
         assert not np.array_equal(pixels("whole.png"), pixels("half.png"))
 
+    def test_lora_file(self):
+        folder = GOLDEN / "lora"
+        for name, lora in (
+            ("folder.png", f"{folder}:0.5"),
+            ("file.png", f"{folder / 'adapter_model.safetensors'}:0.5"),
+        ):
+            generate("--prompt", "A cat.", "--lora", lora, "--out", name)
+        np.testing.assert_array_equal(pixels("folder.png"), pixels("file.png"))
+
+    def test_a_lora_of_the_hub_is_fetched_as_the_model_is(self, monkeypatch, tmp_path):
+        asked = []
+
+        def snapshot_download(name, **arguments):
+            asked.append((name, arguments["cache_dir"], arguments["local_files_only"]))
+            return str(GOLDEN / "lora")
+
+        monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+        hub = ["--cache-dir", str(tmp_path), "--local-files-only"]
+        generate("--prompt", "A cat.", "--lora", "owner/name:0.5", *hub, "--out", "hub.png")
+        assert asked == [("owner/name", str(tmp_path), True)]
+
     @pytest.mark.parametrize("suffix", [".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tiff", ".PNG"])
     def test_image_files(self, suffix):
         name = f"cat{suffix}"

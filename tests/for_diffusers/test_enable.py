@@ -15,6 +15,8 @@ from omnigen_fast import RequestError
 from omnigen_fast.for_diffusers.conditions import kv_ends
 from omnigen_fast.memory.plan import SHARED_TOKENS
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 FLOAT32 = [name for name, case in CASES.items() if not (case.get("dtype") or case.get("lora"))]
 # what only the original's pipeline has

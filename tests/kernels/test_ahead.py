@@ -14,6 +14,8 @@ from pathlib import Path
 import ahead
 import pytest
 
+pytestmark = pytest.mark.slow
+
 CASES = list(ahead.cases())
 _PROCESSES = 2
 

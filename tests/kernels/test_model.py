@@ -9,6 +9,8 @@ from omnigen_fast.kernels import ops
 
 from omnigen_fast.sequence import lay_out_all
 
+pytestmark = pytest.mark.slow
+
 TRITON_CASES = ["text", "mixed_batch", "one_image_lora"]
 
 

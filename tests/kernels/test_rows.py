@@ -19,6 +19,8 @@ from numerics import (
 )
 from omnigen_fast.kernels import guidance, modulate, ops, reference, rms_norm, rope, swiglu
 
+pytestmark = pytest.mark.slow
+
 ROWS = (0, 1, 63, 64, 65, 4097)
 
 

@@ -17,6 +17,8 @@ from omnigen_fast.memory.seconds import step_flops
 from omnigen_fast.memory.terms import total_bytes, total_seconds
 from omnigen_fast.precision import Precision
 
+pytestmark = pytest.mark.slow
+
 A800, RTX3090 = profiles.load("a800"), profiles.load("rtx3090")
 PLAIN = MemoryPlan.plain(layers=32)
 # Bytes that both sides count alike, whatever is done with them.

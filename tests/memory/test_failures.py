@@ -23,6 +23,8 @@ from omnigen_fast.errors import OmniGenError
 from omnigen_fast.memory.plan import MemoryPlan
 from omnigen_fast.weights.checkpoint import Checkpoint
 
+pytestmark = pytest.mark.slow
+
 PACKAGE = str(Path(omnigen_fast.__file__).parent)
 REQUEST = {
     **golden_request("one_image"),

@@ -26,6 +26,8 @@ from omnigen_fast.memory.plan import MemoryPlan, Switches, typical_workload
 from omnigen_fast.precision import Precision
 from omnigen_fast.schedule import StepSchedule
 
+pytestmark = pytest.mark.slow
+
 CONFIG, VAE, BFLOAT16 = released_sizes(), VaeShape(), Precision.of("bfloat16")
 A800, RTX3090 = profiles.load("a800"), profiles.load("rtx3090")
 CELLS = [(one, cell) for one in (A800, RTX3090) for cell in one.documented]

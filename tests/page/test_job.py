@@ -19,10 +19,18 @@ from PIL import Image
 
 from omnigen_fast.cli.main import main
 from omnigen_fast.errors import MemoryBudgetError, OmniGenError, RequestError
-from omnigen_fast.page import job as app
-from omnigen_fast.page import record as metadata
 from omnigen_fast.page.gallery import gallery
-from omnigen_fast.page.job import Fields, Finished, Job, Progress
+from omnigen_fast.page.job import (
+    TABLE_HEADERS,
+    Fields,
+    Finished,
+    Job,
+    Progress,
+    memory_table,
+    save,
+    sentence,
+)
+from omnigen_fast.page.record import find_images, read_record
 from omnigen_fast.request import DEFAULT_NEGATIVE_PROMPT
 from omnigen_fast.vae.preview import Preview, expected
 
@@ -107,9 +115,9 @@ class TestFields:
             list(Job(pipe, arguments).run())
         with pytest.raises(OmniGenError) as there:
             pipe(**arguments, progress=False)
-        assert app.sentence(here.value) == str(there.value)
+        assert sentence(here.value) == str(there.value)
         with pytest.raises(OmniGenError) as table:
-            app.memory_table(pipe, arguments)
+            memory_table(pipe, arguments)
         assert str(table.value) == str(there.value)
 
     def test_errors_are_those_of_the_command_line(self, pipe, tmp_path):
@@ -159,7 +167,7 @@ class TestJob:
 
         with pytest.raises(MemoryError, match="no more"):
             list(Job(broken, FIELDS.call()).run())
-        assert "MemoryError: no more" in app.sentence(MemoryError("no more"))
+        assert "MemoryError: no more" in sentence(MemoryError("no more"))
 
     @pytest.mark.parametrize(
         ("progress", "text"),
@@ -213,7 +221,7 @@ class TestSave:
     IMAGE = Image.new("RGB", (48, 32), "teal")
 
     def save(self, folder, fields=EDIT):
-        return app.save(self.IMAGE, fields.call(), "some/model", "float32", folder)
+        return save(self.IMAGE, fields.call(), "some/model", "float32", folder)
 
     def test_two_in_the_same_second(self, tmp_path):
         first, second = (self.save(tmp_path / "new/folder") for _ in range(2))
@@ -221,10 +229,10 @@ class TestSave:
         assert sorted(path.name for path in first.parent.iterdir()) == sorted(
             name for path in (first, second) for name in (path.name, f"{path.stem}-input-1.png")
         )
-        record = metadata.read(second)
+        record = read_record(second)
         assert record.model == "some/model"
         assert record.prompts == (EDIT.prompt,)
-        ((image,),) = metadata.recorded_images(record, second)
+        ((image,),) = find_images(record, second)
         assert image == str(second.with_name(f"{second.stem}-input-1.png"))
 
     @pytest.mark.parametrize("fails", ["shutil.copyfile", "PIL.Image.Image.save"])
@@ -239,7 +247,7 @@ class TestSave:
 
     def test_made_again_to_the_same_bytes(self, pipe, tmp_path):
         end = course(pipe, EDIT)[-1]
-        path = app.save(end.image, EDIT.call(), str(TINY), "float32", tmp_path)
+        path = save(end.image, EDIT.call(), str(TINY), "float32", tmp_path)
         again = tmp_path / "again.png"
         options = ["--model", str(TINY), "--device", "cpu", "--recorded-images", "--quiet"]
         result = CliRunner().invoke(
@@ -251,9 +259,9 @@ class TestSave:
 
 class TestMemoryTable:
     def test_marks_the_plan_that_is_carried_out(self, pipe):
-        table = app.memory_table(pipe, EDIT.call())
+        table = memory_table(pipe, EDIT.call())
         assert [row[0] for row in table].count("chosen") == 1
-        assert all(len(row) == len(app.TABLE_HEADERS) for row in table)
+        assert all(len(row) == len(TABLE_HEADERS) for row in table)
         course(pipe, EDIT)
         from omnigen_fast.memory.planner import describe
 
@@ -261,9 +269,9 @@ class TestMemoryTable:
         assert chosen[3] == describe(pipe.last_plan, pipe.config)
 
     def test_what_does_not_fit(self, pipe):
-        least = min(float(row[1]) for row in app.memory_table(pipe, FIELDS.call()))
+        least = min(float(row[1]) for row in memory_table(pipe, FIELDS.call()))
         with pytest.raises(MemoryBudgetError):
-            app.memory_table(pipe, replace(FIELDS, memory=f"{least / 2} GB").call())
+            memory_table(pipe, replace(FIELDS, memory=f"{least / 2} GB").call())
 
     def test_while_a_picture_is_made(self, pipe):
         """It neither waits for the call that runs nor disturbs it."""
@@ -278,7 +286,7 @@ class TestMemoryTable:
         job._after_step = after
         events = job.run()
         next(events)
-        tables.append(app.memory_table(pipe, EDIT.call()))
+        tables.append(memory_table(pipe, EDIT.call()))
         free.set()
         *_, end = events
         assert tables[0]
@@ -315,10 +323,10 @@ def test_as_a_module(module):
 
 def test_the_page_gives_no_more_memory_than_there_is(pipe, monkeypatch):
     """Who asks for more would end the process, and with it the calls of others."""
-    there = app.memory_table(pipe, FIELDS.call())
-    assert app.memory_table(pipe, replace(FIELDS, memory="999TiB").call()) == there
+    there = memory_table(pipe, FIELDS.call())
+    assert memory_table(pipe, replace(FIELDS, memory="999TiB").call()) == there
     monkeypatch.setattr("omnigen_fast.memory.device.free_bytes", lambda *arguments: 1 << 10)
     greedy = replace(FIELDS, memory="999TiB")
-    for call in (lambda: course(pipe, greedy), lambda: app.memory_table(pipe, greedy.call())):
+    for call in (lambda: course(pipe, greedy), lambda: memory_table(pipe, greedy.call())):
         with pytest.raises(MemoryBudgetError):
             call()

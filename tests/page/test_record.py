@@ -17,8 +17,14 @@ from PIL import Image
 
 from omnigen_fast.cli.main import main
 from omnigen_fast.errors import RequestError
-from omnigen_fast.page import record as metadata
-from omnigen_fast.page.record import Record, Source
+from omnigen_fast.page.record import (
+    MAX_BYTES,
+    Record,
+    RecordedFile,
+    find_images,
+    png_info,
+    read_record,
+)
 
 CAT = GOLDEN / "images/cat.png"
 ARGUMENTS = {
@@ -37,11 +43,11 @@ ARGUMENTS = {
 RECORD = Record(
     model="some/model",
     prompts=("A cat, größer 猫\n\x1b[2J", "<img><|image_1|></img> at night"),
-    input_images=((), (Source("in/cat.png", "0" * 64),)),
+    input_images=((), (RecordedFile("in/cat.png", "0" * 64),)),
     negative_prompts=("blurry",),
     arguments=ARGUMENTS,
     loras=("style:0.5",),
-    latents=Source("noise.safetensors", None),
+    latents=RecordedFile("noise.safetensors", None),
     index=1,
     vae_path="some/vae",
     revision="v1",
@@ -94,19 +100,19 @@ def made(*arguments: str, out: str = "a.png") -> str:
 
 class TestRoundTrip:
     def test_all_comes_back(self):
-        Image.new("RGB", (8, 8)).save("a.png", pnginfo=metadata.png_info(RECORD))
-        assert metadata.read("a.png") == RECORD
+        Image.new("RGB", (8, 8)).save("a.png", pnginfo=png_info(RECORD))
+        assert read_record("a.png") == RECORD
 
     def test_survives_among_other_chunks(self):
-        Image.new("RGB", (8, 8)).save("a.png", pnginfo=metadata.png_info(RECORD))
+        Image.new("RGB", (8, 8)).save("a.png", pnginfo=png_info(RECORD))
         data = Path("a.png").read_bytes()
         other = chunk(b"tEXt", b"Comment\0hello") + chunk(b"tEXt", b"x") + chunk(b"tEXt", b"")
         Path("b.png").write_bytes(data[:33] + other + data[33:])  # behind IHDR
         Image.open("b.png").load()
-        assert metadata.read("b.png") == RECORD
+        assert read_record("b.png") == RECORD
 
     def test_show_has_no_control_characters(self):
-        Image.new("RGB", (8, 8)).save("a.png", pnginfo=metadata.png_info(RECORD))
+        Image.new("RGB", (8, 8)).save("a.png", pnginfo=png_info(RECORD))
         result = run("show", "a.png")
         assert result.exit_code == 0
         assert "größer 猫\\n\\x1b[2J" in result.output
@@ -124,9 +130,9 @@ class TestRoundTrip:
             assert value in result.output
 
     def test_a_request_too_long_to_be_read_is_not_written(self):
-        record = Record("m", ("x" * metadata.MAX_BYTES,), ((),), None, ARGUMENTS)
+        record = Record("m", ("x" * MAX_BYTES,), ((),), None, ARGUMENTS)
         with pytest.raises(RequestError, match="carries at most 1,048,576 bytes"):
-            metadata.png_info(record)
+            png_info(record)
 
 
 class TestRerun:
@@ -146,9 +152,9 @@ class TestRerun:
     def test_what_is_given_counts(self):
         made(*SMALL, "--prompt", "A cat.", "--seed", "5")
         made(*MODEL, "--from", "a.png", "--seed", "6", "--prompt", "A dog.", out="b.png")
-        record = metadata.read("b.png")
+        record = read_record("b.png")
         assert record.prompts == ("A dog.",)
-        assert record.arguments == metadata.read("a.png").arguments | {"seed": 6}
+        assert record.arguments == read_record("a.png").arguments | {"seed": 6}
 
     def test_a_file_opens_nothing_by_itself(self):
         made(*SMALL, "--prompt", "<img><|image_1|></img> at night", "--image", str(CAT))
@@ -191,7 +197,7 @@ class TestRerun:
         os.mkfifo("pipe")
         with_text(json.dumps(fields(input_images=[[], [{"path": path, "sha256": "0" * 64}]])))
         with pytest.raises(RequestError, match=r"is not there|has changed since"):
-            metadata.recorded_images(metadata.read("x.png"), "x.png")
+            find_images(read_record("x.png"), "x.png")
 
 
 MALFORMED = {
@@ -261,7 +267,7 @@ class TestHostile:
     @pytest.mark.parametrize(
         ("data", "message"),
         [
-            (b"", "is no PNG file"),
+            (b"", "is not a PNG file"),
             (CAT.read_bytes(), "carries no request"),
             (CAT.read_bytes()[:50], "carries no request"),
             (b"\x89PNG\r\n\x1a\n\xff\xff\xff\xfftEXtomnigen_fast\0", "at most 1,048,576 are read"),
@@ -272,24 +278,24 @@ class TestHostile:
     def test_files_that_are_not_ours(self, data, message):
         Path("x.png").write_bytes(data)
         with pytest.raises(RequestError, match=message):
-            metadata.read("x.png")
+            read_record("x.png")
 
     def test_wrong_checksum(self):
         text = b"omnigen_fast\0" + RECORD.text().encode()
         png(chunk(b"tEXt", text, checksum=1))
         with pytest.raises(RequestError, match="checksum"):
-            metadata.read("x.png")
+            read_record("x.png")
 
     @pytest.mark.parametrize("path", ["absent.png", "."])
     def test_no_file(self, path):
         with pytest.raises(RequestError, match=r"give a PNG file that omnigen-fast wrote"):
-            metadata.read(path)
+            read_record(path)
 
     def test_compressed_text_is_not_opened(self):
         """A zTXt chunk could be a bomb; we never write one."""
         png(chunk(b"zTXt", b"omnigen_fast\0\0" + zlib.compress(b"0" * 10_000_000)))
         with pytest.raises(RequestError, match="carries no request"):
-            metadata.read("x.png")
+            read_record("x.png")
 
     @settings(max_examples=150, deadline=None)
     @given(
@@ -303,7 +309,7 @@ class TestHostile:
     def test_any_value_is_taken_as_it_is_or_refused(self, name, value):
         with_text(json.dumps(fields(**{name: value})))
         try:
-            record = metadata.read("x.png")
+            record = read_record("x.png")
         except RequestError as error:
             assert str(error).isprintable()
         else:

@@ -1,0 +1,49 @@
+"""`omnigen-fast app`: the page in the browser."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ..errors import OmniGenError
+from .failure import failure
+
+
+@click.command()
+@click.option("--model", default="Shitao/OmniGen-v1", show_default=True, help="Folder or hub id.")
+@click.option("--device", help="cuda, cuda:1, cpu, ...; the current GPU if there is one.")
+@click.option("--dtype", default="bfloat16", show_default=True, help="bfloat16 or float32.")
+@click.option("--local-files-only", is_flag=True, help="Do not download from the hub.")
+@click.option(
+    "--port", type=click.IntRange(1, 65535), help="By default the first free one from 7860."
+)
+@click.option("--share", is_flag=True, help="Also create a public link through Gradio's server.")
+@click.option(
+    "--out-dir",
+    default="omnigen-pictures",
+    show_default=True,
+    type=click.Path(path_type=Path),
+    help="Folder for pictures.",
+)
+def app(
+    model: str,
+    device: str | None,
+    dtype: str,
+    local_files_only: bool,
+    port: int | None,
+    share: bool,
+    out_dir: Path,
+) -> None:
+    """Serves a page for making images, on 127.0.0.1 only unless --share is given."""
+    try:
+        from ..page.ui import serve
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] != "gradio":
+            raise
+        message = "the page needs gradio; install it with: pip install 'omnigen_fast[app]'"
+        raise failure(OmniGenError(message)) from error
+    try:
+        serve(model, device, dtype, local_files_only, port, share, out_dir)
+    except (OmniGenError, OSError) as error:
+        raise failure(error) from error
