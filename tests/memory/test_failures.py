@@ -4,6 +4,7 @@ a pipeline that works as if nothing had been."""
 from __future__ import annotations
 
 import sys
+import weakref
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 import omnigen_fast
 from omnigen_fast.errors import OmniGenError
 from omnigen_fast.memory.plan import MemoryPlan
+from omnigen_fast.weights.checkpoint import Checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -117,6 +119,69 @@ def test_the_next_plan_goes_on_from_the_last_finished_step(load_pipe, monkeypatc
     assert steps == ["done", "failed", "done"]
     assert relative_error(found, expected) < 1e-5
     assert torch.equal(pipe(**REQUEST), expected)
+
+
+def kept(engine) -> list[weakref.ref]:
+    """Crops of the position table, image latents, keys and values."""
+    tensors = [*engine.model.crops(), *engine.image_latents.values(), engine.cache.keys]
+    return [weakref.ref(tensor) for tensor in tensors]
+
+
+def test_what_is_kept_is_freed_before_the_next_plan(load_pipe, monkeypatch):
+    """And what the failed step worked with: a smaller plan may need that memory."""
+    pipe = load_pipe()
+    held, starts, real_start = [], [], pipe.engine.start
+
+    def start(call, plan):
+        starts.append([one() for one in held])
+        running = real_start(call, plan)
+        held.extend([*kept(pipe.engine), *map(weakref.ref, running.loop.memory())])
+        return running
+
+    def step(running):
+        if len(starts) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+        real_step(running)
+
+    real_step = pipe.engine.step
+    monkeypatch.setattr(pipe.engine, "start", start)
+    monkeypatch.setattr(pipe.engine, "step", step)
+    pipe(**REQUEST)
+    assert len(starts) == 2 and len(starts[1]) > 20
+    assert all(one is None for one in starts[1])
+
+
+def test_clear_cache_frees_what_is_kept(load_pipe):
+    pipe = load_pipe()
+    pipe(**REQUEST)
+    held = kept(pipe.engine)
+    assert len(held) == 4  # positions of the picture and of its input image
+    pipe.clear_cache()
+    assert all(one() is None for one in held)
+
+
+@pytest.mark.parametrize("fails", ["arrange", "read"])
+def test_the_last_plan_is_one_that_was(load_pipe, monkeypatch, fails):
+    """Not one whose weights could not be brought to their places."""
+    pipe = load_pipe(memory=PLAIN)
+    pipe(**REQUEST)
+    last, summary = pipe.last_plan, pipe.summary()
+
+    def fail(*arguments):
+        raise OSError("the disk is gone")
+
+    other = {"memory": replace(PLAIN, resident_layers=1)}
+    if fails == "read":
+        other["dtype"] = "bfloat16"
+        monkeypatch.setattr(Checkpoint, "read", fail)
+    else:
+        monkeypatch.setattr(pipe.engine, "arrange", fail)
+    with pytest.raises(OSError, match="the disk is gone"):
+        pipe(**REQUEST, **other)
+    assert (pipe.last_plan, pipe.summary()) == (last, summary)
+    monkeypatch.undo()
+    pipe(**REQUEST, **other)
+    assert pipe.last_plan.resident_layers == 1
 
 
 def test_no_plan_is_tried_twice(load_pipe, monkeypatch):

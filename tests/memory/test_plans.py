@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 from itertools import permutations
 
@@ -12,6 +13,7 @@ from omnigen_fast.kernels import ops
 
 from omnigen_fast.memory.plan import MemoryPlan
 from omnigen_fast.weights import store
+from omnigen_fast.weights.checkpoint import Checkpoint
 
 LAYERS = 3  # of the golden checkpoint
 PLAIN = MemoryPlan.plain(LAYERS, kept_bytes=1 << 20)
@@ -146,6 +148,32 @@ def test_adapters_while_layers_are_on_their_way(load_pipe, monkeypatch, copies):
     assert torch.equal(pipe(**request), with_adapter)
     pipe.unload_lora_weights()
     assert torch.equal(pipe(**request), without)
+
+
+@pytest.mark.parametrize("layers", [LAYERS, 1, 0])
+def test_another_dtype_is_read_by_plan(load_pipe, monkeypatch, layers):
+    """No layer that the plan streams is read meanwhile, and never are two models there at once."""
+    pipe = load_pipe(memory=replace(PLAIN, resident_layers=layers))
+    request = {**golden_request("text"), "output_type": "latent", "progress": False}
+    expected = pipe(**request)
+    real = Checkpoint.read
+    for new in (torch.bfloat16, torch.float32):
+        old, read = [weakref.ref(one) for one in pipe.model.parameters()], []
+
+        def watched(self, dtype, device, names=None, old=old, read=read, new=new):
+            if dtype == new:  # a ring may still be filled from the other one's file
+                alive = [one for one in old if one() is not None]
+                read.append((len(alive), set(self.sources if names is None else names)))
+            return real(self, dtype, device, names)
+
+        monkeypatch.setattr(Checkpoint, "read", watched)
+        found = pipe(**request, dtype=new)
+        alive, names = read[0]
+        at_once = {name.split(".")[1] for name in names if name.startswith("layers.")}
+        assert not alive
+        assert len(at_once) == layers == pipe.engine.store.resident
+        assert pipe.dtype == new
+    assert torch.equal(found, expected)
 
 
 def test_streamed_layers_hold_no_memory(pipe):
