@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from omnigen_fast import CheckpointError, RequestError
+from omnigen_fast.weights import lora_scale
 from omnigen_fast.weights.checkpoint import Checkpoint
 
 LORA = GOLDEN / "lora"
@@ -513,3 +514,28 @@ class TestFiles:
         folder = write_adapter(tmp_path, ORIGINAL)
         _weights(folder).write_bytes(_weights(LORA).read_bytes()[:-1])
         self.refused(fresh, folder, "not a readable safetensors file")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "ways"),
+    [
+        ("o_proj", 1),
+        ("a|b|c", 1),  # alternatives without a group are tried once each
+        ("(a|b|c)", 3),
+        ("(a|b)(c|d)", 9),  # as if each group had all of them
+        ("l?", 2),
+        ("l?l?l?", 8),
+        (".*", 64),
+        (".*.+", 64**2),
+        (r"\*\+\?\|\(", 1),  # escaped: characters
+        ("[*+?|(]", 1),
+    ],
+)
+def test_ways_of_a_pattern(pattern, ways):
+    assert lora_scale._ways(pattern) == ways
+
+
+def test_the_most_ways_of_a_pattern():
+    assert lora_scale._ways(".*.*l?") == 1 << 13
+    with pytest.raises(CheckpointError, match="not supported"):
+        lora_scale._ways(".*.*l?l?")
