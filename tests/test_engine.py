@@ -217,3 +217,57 @@ def test_a_failure_of_one_leaves_the_other(pipe, engine, alone, monkeypatch):
     second = engine.start(pipe.make_call(**EDIT), PLAN)
     found = finish(engine, first, second)
     assert torch.equal(found[0], alone(TEXT)) and torch.equal(found[1], alone(EDIT))
+
+
+class TestWhatIsHeld:
+    """What an engine gives up, and when."""
+
+    @pytest.fixture
+    def kept(self, load_pipe):
+        """An engine that keeps everything there is to keep, with half of its layers streamed."""
+        pipe = load_pipe()
+        pipe(**EDIT, memory=replace(PLAN, resident_layers=1, cache="ring"), progress=False)
+        engine = pipe.engine
+        assert engine.image_latents and engine.model.crops()
+        assert engine.streamed is not None and len(engine.streamed)
+        assert engine.store.slots  # latents were asked for: no decoder needed the ring's memory
+        return engine
+
+    def test_freeing_keeps_what_is_on_the_host(self, kept):
+        kept.free()
+        assert not kept.image_latents and not kept.model.crops() and not kept.store.slots
+        assert kept.cache.nbytes == kept.streamed.nbytes == 0
+        assert len(kept.streamed)
+
+    def test_freeing_leaves_what_a_call_uses(self, pipe, engine):
+        going = engine.start(pipe.make_call(**TEXT), PLAN)
+        rows = engine.cache.used_rows
+        engine.free()
+        assert engine.cache.used_rows == rows > 0
+        engine.drop(going)
+        engine.free()
+        assert engine.cache.nbytes == 0
+
+    def test_forgetting_keeps_nothing_but_weights(self, kept):
+        kept.forget()
+        assert not kept.image_latents and not kept.model.crops()
+        assert kept.streamed is None and kept.cache.nbytes == 0
+        assert kept.store.resident == 1
+
+    def test_a_forked_child_leaves_the_rings_to_its_parent(self, kept):
+        kept.after_fork()
+        assert kept.streamed is None and kept.model.stream is None and not kept.store.slots
+        assert kept.store.resident == 1
+
+    def test_where_weights_are(self, kept, load_pipe):
+        assert kept.arrangement == replace(MemoryPlan.plain(1), vae_resident=True)
+        unloaded = load_pipe().engine
+        unloaded._model = unloaded._store = None
+        assert unloaded.arrangement.resident_layers == 0
+        for method in (unloaded.free, unloaded.forget, unloaded.recover, unloaded.after_fork):
+            method()
+        assert unloaded.model.dtype == torch.float32  # loaded again where it is wanted
+
+    def test_budgets_are_two_gibibytes_unless_given(self, load_pipe):
+        assert load_pipe().engine.cache_bytes == 2 << 30
+        assert load_pipe(condition_cache_bytes=5).engine.cache_bytes == 5
