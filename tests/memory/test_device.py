@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import multiprocessing
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,11 +30,28 @@ def anonymous_bytes() -> int:
     return int(found[1]) << 10
 
 
-@pytest.fixture
-def alone(monkeypatch):
-    """A host of 64 GiB that no other process uses."""
-    monkeypatch.setattr(device, "_host_bytes", lambda: 64 << 30)
-    monkeypatch.setattr(device, "free_host_bytes", lambda: (32 << 30) - anonymous_bytes())
+def in_a_new_process(function):
+    """Runs a test there: one that has run other tests reuses memory that it once had."""
+
+    @functools.wraps(function)
+    def test():
+        child = multiprocessing.get_context("spawn").Process(target=_run, args=(test.__name__,))
+        child.start()
+        child.join()
+        assert child.exitcode == 0
+
+    test.inside = function
+    return test
+
+
+def _run(name: str) -> None:
+    globals()[name].inside()
+
+
+def alone() -> None:
+    """From here on the host has 64 GiB, and no other process uses them."""
+    device._host_bytes = lambda: 64 << 30
+    device.free_host_bytes = lambda: (32 << 30) - anonymous_bytes()
 
 
 def free(held=0) -> int:
@@ -40,7 +59,9 @@ def free(held=0) -> int:
 
 
 @needs_proc
-def test_arrays_of_the_caller_are_not_free(alone):
+@in_a_new_process
+def test_arrays_of_the_caller_are_not_free():
+    alone()
     before = free()
     array = np.ones(300 * MB, np.uint8)
     assert before - free() == pytest.approx(array.nbytes, abs=NEAR)
@@ -49,7 +70,9 @@ def test_arrays_of_the_caller_are_not_free(alone):
 
 
 @needs_proc
-def test_another_model_is_not_ours(alone):
+@in_a_new_process
+def test_another_model_is_not_ours():
+    alone()
     before = free()
     ours = [torch.ones(50 * MB // 4) for _ in range(2)]
     assert free(held_bytes(ours)) == pytest.approx(before, abs=NEAR)
@@ -81,6 +104,7 @@ def test_mapped_files_are_not_held(tmp_path):
 
 
 @needs_proc
+@in_a_new_process
 def test_memory_that_nobody_wrote_is_not_held():
     """A cache takes its room only as its rows are written."""
     cache = torch.empty(64, MB)
