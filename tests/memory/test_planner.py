@@ -230,9 +230,9 @@ def test_planning_is_quick():
     def seconds(images: int) -> float:
         planner.front.cache_clear()
         workload = typical_workload(1024, 1024, images=images, pictures=2)
-        start = time.perf_counter()
+        start = time.process_time()
         decide(workload, RTX3090, int(8e9))
-        return time.perf_counter() - start
+        return time.process_time() - start
 
     assert min(seconds(2) for _ in range(20)) < 0.02
 
