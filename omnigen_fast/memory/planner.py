@@ -55,8 +55,8 @@ class Decision:
 
     @property
     def chosen(self) -> Candidate:
-        """The candidate that became `plan`."""
-        return next(one for one in self.candidates if self.fits(one))
+        """The candidate that became `plan`; a plan that the caller gave need not fit."""
+        return next(filter(self.fits, self.candidates), self.candidates[-1])
 
     def after(self, failed: Sequence[MemoryPlan]) -> Candidate | None:
         """The next candidate after these plans ran out of memory; it needs less than each of them.

@@ -110,3 +110,12 @@ def test_a_call_runs_by_the_plan_that_was_told(load_pipe, monkeypatch, request_,
 
 def forbidden(*args, **kwargs):
     raise AssertionError("a plan starts nothing")
+
+
+def test_a_given_plan_that_does_not_fit_is_still_explained(pipe, monkeypatch):
+    monkeypatch.setattr("omnigen_fast.run.free_bytes", lambda *arguments: 1 << 20)
+    plan = MemoryPlan.plain(3)
+    decision = pipe.plan("A cat.", height=64, width=64, memory=plan)
+    assert decision.chosen.plan == decision.plan == plan
+    assert not decision.fits(decision.chosen)
+    assert "predicted" in decision.explain()
