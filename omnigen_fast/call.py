@@ -35,6 +35,7 @@ class Call:
     finished: bool = False  # all steps, or stopped
     calling_back: bool = False  # what fails now is the callback's own
     failures: list[str] = field(default_factory=list)
+    _workload: Workload | None = field(default=None, init=False, repr=False)
 
     @classmethod
     def of(
@@ -71,8 +72,10 @@ class Call:
         return chunk, strips, self.schedule.times, ops.choice()
 
     def workload(self) -> Workload:
-        """The request's sizes, as the planner wants them."""
-        return workload_of(self.request, self.schedule, self.pictures)
+        """The request's sizes, as the planner wants them; found once."""
+        if self._workload is None:
+            self._workload = workload_of(self.request, self.schedule, self.pictures)
+        return self._workload
 
 
 def encoded(request: Request, processor: Processor) -> list[list[tuple[EncodedBranch, float]]]:

@@ -293,8 +293,8 @@ class RecomputedVelocity:
         distinct = _distinct(pictures)
         self._model, self._cache = model, cache
         self._image_latents = image_latents
-        self._sequences = [lay_out(b.branch, 1, b.span, model.device) for b in distinct]
-        self._states = model.prefill_states(self._sequences, mlp_rows)
+        sequences = [lay_out(b.branch, 1, b.span, model.device) for b in distinct]
+        self._states = model.prefill_states(sequences, mlp_rows)
         self._time_rows = torch.tensor([b.span.times for b in distinct], device=model.device)
         self._staging = cache.staging(len(distinct))
 
@@ -385,7 +385,8 @@ class Loop:
         if not passes.in_order:
             for one, found in zip(passes.passes, velocities):
                 prediction.index_copy_(0, one.places, found)
-        return self._placement.gather(prediction)
+        self._placement.gather(prediction)
+        return prediction
 
     def step(self, kind: StepKind = ALL_BRANCHES) -> None:
         """One Euler step: `z += (t_{i+1} - t_i) * sum_b coefficient_b v_b(z, t_i)`."""

@@ -149,20 +149,21 @@ class Engine:
         return replace(plan, vae_resident=self.vae.resident)
 
     def held_bytes(self) -> int:
-        """Bytes on the device that this engine holds and that a plan's estimate includes."""
+        """Bytes on the device that this engine holds and that a plan's estimate includes.
+
+        Not the crops and image latents that are kept: most are of other calls.
+        """
         return held_bytes(self._tensors(), self.device)
 
     def _tensors(self) -> Iterator[Tensor]:
         if self._model is not None:
             yield from self._model.parameters()
-            yield from self._model.crops()
         if self._store is not None:
             yield from self._store.slots
         yield from self.vae.autoencoder.parameters()
         yield from (self.cache.keys, self.cache.values)
         if self.streamed is not None:
             yield from self.streamed.tensors()
-        yield from self.image_latents.values()
         yield from self.graphs.tensors()
 
     # Calls
@@ -325,10 +326,7 @@ class Engine:
         self._stale.update(parameters)
         if not self._stale:
             return
-        self.cache.clear()
-        if self.streamed is not None:
-            self.streamed.clear()
-        self.graphs.clear()
+        self._weights_changed()
         self.store.refresh(sorted(self._stale))
         self._stale.clear()
         self._fingerprint = None
@@ -358,10 +356,14 @@ class Engine:
         if before is None:
             return
         if before[0] != now[0] or not torch.equal(before[1], now[1]):
-            self.cache.clear()
-            if self.streamed is not None:
-                self.streamed.clear()
-            self.graphs.clear()
+            self._weights_changed()
+
+    def _weights_changed(self) -> None:
+        """Drops the keys and values and the captures that were made with other weights."""
+        self.cache.clear()
+        if self.streamed is not None:
+            self.streamed.clear()
+        self.graphs.clear()
 
     # Places
 
@@ -372,21 +374,21 @@ class Engine:
             OmniGenError: other calls are under way and the plan moves what they use.
         """
         here = self.arrangement
-        stays = (plan.resident_layers, plan.vae_resident) == (
-            here.resident_layers,
-            here.vae_resident,
-        )
         precision = plan.precision or self.precision
-        ready = self._model is not None and precision == self.precision
+        loaded = self._model is not None and precision == self.precision
+        stays = loaded and (
+            (plan.resident_layers, plan.vae_resident) == (here.resident_layers, here.vae_resident)
+        )
         if self._running:
-            if not (stays and ready and plan.cache == "device"):
+            if not (stays and plan.cache == "device"):
                 raise OmniGenError(
                     "another call is under way and this one's plan moves what it uses; finish it "
                     "first"
                 )
         else:
-            if not (stays and ready):
+            if not stays:
                 self.graphs.clear()
+                self._fingerprint = None  # what moves is not changed
             shape = (call.request.latent_shape, len(call.schedule), replace(plan, kept_bytes=0))
             self.graphs.expect(shape if plan.capture else None)
             if plan.cache == "ring":
@@ -395,9 +397,7 @@ class Engine:
                 self.streamed.clear()
             if plan.cache == "none":
                 self.cache.clear()
-            if not (stays and ready):
-                self._fingerprint = None  # what moves is not changed
-            if not ready:
+            if not loaded:
                 self.load(precision, plan.resident_layers)
             self.vae.place(plan.vae_resident)
             self.store.arrange(plan.resident_layers)
@@ -419,9 +419,10 @@ class Engine:
             if missing and plan.cache != "none":
                 wanted = {one: entries[one] for one in missing}
                 self._prefill(plan, wanted, embedded.tokens, cache)
+            placed = PlacedBranch.of(call.pictures, entries, cache)
             values = StepValues.make(
                 self.model,
-                PlacedBranch.of(call.pictures, entries, cache),
+                placed,
                 call.latents.clone(),
                 times.diff().to(self.device),
                 embedded,
@@ -429,7 +430,8 @@ class Engine:
                 plan.branches_per_pass,
             )
             values.seek(call.steps_done)
-            loop, runner = self._loop(call, plan, values, entries, cache)
+            images = self._latents_of(plan, entries) if plan.cache == "none" else {}
+            loop, runner = self._loop(call, plan, values, placed, images, cache)
         except BaseException:
             cache.discard(missing)  # the rows of some hold nothing
             cache.hold(held)  # an interrupt may have come before or after `reserve` held these
@@ -442,7 +444,8 @@ class Engine:
         call: Call,
         plan: MemoryPlan,
         values: StepValues,
-        entries: Mapping[Entry, Sequence[EncodedBranch]],
+        placed: Sequence[Sequence[PlacedBranch]],
+        images: Mapping[str, Tensor],
         cache: Cache,
     ) -> tuple[Loop, Runner]:
         """What takes the steps: the loop of an earlier call of the same shapes, or a new one."""
@@ -451,9 +454,8 @@ class Engine:
         loop = None if fixed is None else self.graphs.loop_for(values, fixed, plan.mlp_rows)
         if loop is None:
             if plan.cache == "none":
-                placed = PlacedBranch.of(call.pictures, entries, cache)
                 velocity: Velocity = RecomputedVelocity(
-                    self.model, cache, placed, self._latents_of(plan, entries), plan.mlp_rows
+                    self.model, cache, placed, images, plan.mlp_rows
                 )
             else:
                 velocity = CachedVelocity(self.model, cache, len(values.slots))

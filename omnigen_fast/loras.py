@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from typing import Any, TypeAlias
@@ -20,7 +21,7 @@ LoraSource: TypeAlias = str | os.PathLike[str] | Mapping[str, Tensor]
 _COMPONENT = "transformer"  # diffusers' name for what carries the adapters
 
 
-class LoraMethods:
+class LoraMethods(ABC):
     """LoRAs are always merged into the weights, so they cost no time in a step.
 
     Each change computes the weights that it touches from the checkpoint's own, in float32, and
@@ -29,8 +30,9 @@ class LoraMethods:
 
     engine: Engine
 
+    @abstractmethod
     def _exclusive(self) -> AbstractContextManager[None]:
-        raise NotImplementedError
+        """One call or change at a time."""
 
     @isolated
     def load_lora_weights(

@@ -13,8 +13,11 @@ class Placement(Protocol):
     def runs(self, picture: int, branch: int) -> bool:
         """Whether this rank computes a branch, by its place in the picture's list."""
 
-    def gather(self, prediction: Tensor) -> Tensor:
-        """Velocities [groups, N, 16] of all ranks, given with this rank's own filled in."""
+    def gather(self, prediction: Tensor) -> None:
+        """Fills in the velocities of the other ranks, [groups, N, 16]; this rank's own are there.
+
+        In place: an extrapolated step reads them again.
+        """
 
 
 class OneDevice:
@@ -23,5 +26,5 @@ class OneDevice:
     def runs(self, picture: int, branch: int) -> bool:
         return True
 
-    def gather(self, prediction: Tensor) -> Tensor:
-        return prediction
+    def gather(self, prediction: Tensor) -> None:
+        pass

@@ -157,12 +157,11 @@ def decide(
         MemoryBudgetError: no plan fits.
     """
     profile = profile_of(engine.device)
-    given = memory if isinstance(memory, MemoryPlan) else None
     budget = None if isinstance(memory, MemoryPlan) else parse_memory(memory)
     if budget is None:
         budget = free_bytes(engine.device, profile, engine.held_bytes())
-    if given is not None:
-        plan = _given(given, switches, engine)
+    if isinstance(memory, MemoryPlan):
+        plan = _given(memory, switches, engine)
         estimate = Estimate(engine.config, engine.vae.shape, precision, workload, profile)
         cost = estimate.cost(plan, engine.arrangement)
         candidate = Candidate(plan, cost.peak_bytes, cost.seconds)

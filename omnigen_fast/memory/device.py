@@ -110,7 +110,8 @@ def held_bytes(tensors: Iterable[Tensor], device: torch.device | None = None) ->
         if not tensor.is_meta and _is_on(tensor, device)
         for storage in (tensor.untyped_storage(),)
     }
-    mapped = _file_mappings()
+    on_cpu = any(storage.device.type == "cpu" for storage in storages.values())
+    mapped = _file_mappings() if on_cpu else []
     total = 0
     for storage in storages.values():
         size = storage.nbytes()
