@@ -153,14 +153,16 @@ class Engine:
 
         Not the crops and image latents that are kept: most are of other calls.
         """
-        return held_bytes(self._tensors(), self.device)
+        return held_bytes(self._kept(), self.device, weights=self._weights())
 
-    def _tensors(self) -> Iterator[Tensor]:
+    def _weights(self) -> Iterator[Tensor]:
         if self._model is not None:
             yield from self._model.parameters()
+        yield from self.vae.autoencoder.parameters()
+
+    def _kept(self) -> Iterator[Tensor]:
         if self._store is not None:
             yield from self._store.slots
-        yield from self.vae.autoencoder.parameters()
         yield from (self.cache.keys, self.cache.values)
         if self.streamed is not None:
             yield from self.streamed.tensors()

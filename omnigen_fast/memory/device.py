@@ -8,6 +8,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,9 @@ _LEAST_BYTES = 1 << 20  # a smaller number without a unit was meant in GiB
 # What /proc/cpuinfo calls instructions for bfloat16, the fastest first.
 _INSTRUCTIONS = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-bf16"}
 # Mapped "files" that are memory: devices, shared memory, huge pages.
-_NO_FILES = ("/dev/", "/memfd:", "/SYSV", "/anon_hugepage")
+_NO_FILES = (b"/dev/", b"/memfd:", b"/SYSV", b"/anon_hugepage")
+# Addresses and path of a line of /proc/self/maps.
+_FILE_MAPPING = re.compile(rb"^([0-9a-f]+)-([0-9a-f]+) \S+ \S+ \S+ \d+ +(/.*)$", re.MULTILINE)
 _ABSENT = bytes(range(128))  # highest bytes of /proc/self/pagemap's entries without a page
 
 
@@ -93,7 +96,9 @@ def free_bytes(device: torch.device, profile: Profile, held: int = 0) -> int:
     return max(0, min(free + ours - (total - usable), usable))
 
 
-def held_bytes(tensors: Iterable[Tensor], device: torch.device | None = None) -> int:
+def held_bytes(
+    tensors: Iterable[Tensor], device: torch.device | None = None, weights: Iterable[Tensor] = ()
+) -> int:
     """Bytes that tensors take of their devices; a storage that several share counts once.
 
     On the host, only pages in use count, and none of mapped files: the system can drop those, so
@@ -102,23 +107,34 @@ def held_bytes(tensors: Iterable[Tensor], device: torch.device | None = None) ->
     Args:
         tensors: on any devices; meta tensors take nothing.
         device: count only tensors on it; all unless given.
+        weights: more tensors. They were written as a whole, so all their pages are in use: to look
+            at them would take 16 ms a GiB.
     """
     # the storages themselves are kept meanwhile, so that no address is used twice
-    storages = {
-        storage._cdata: storage
-        for tensor in tensors
-        if not tensor.is_meta and _is_on(tensor, device)
-        for storage in (tensor.untyped_storage(),)
-    }
+    written = {one._cdata: one for one in _storages(weights, device)}
+    storages = {one._cdata: one for one in _storages(tensors, device)} | written
     on_cpu = any(storage.device.type == "cpu" for storage in storages.values())
-    mapped = _file_mappings() if on_cpu else []
+    starts, stops = _file_mappings() if on_cpu else ([], [])
     total = 0
-    for storage in storages.values():
+    for key, storage in storages.items():
         size = storage.nbytes()
         if storage.device.type == "cpu" and size:
-            size = _anonymous_bytes(storage.data_ptr(), size, mapped)
+            address = storage.data_ptr()
+            place = bisect_right(starts, address) - 1
+            if place >= 0 and address < stops[place]:
+                continue
+            if key not in written:
+                size = _present_bytes(address, size)
         total += size
     return total
+
+
+def _storages(
+    tensors: Iterable[Tensor], device: torch.device | None
+) -> Iterator[torch.UntypedStorage]:
+    for tensor in tensors:
+        if not tensor.is_meta and _is_on(tensor, device):
+            yield tensor.untyped_storage()
 
 
 def _is_on(tensor: Tensor, device: torch.device | None) -> bool:
@@ -129,26 +145,18 @@ def _is_on(tensor: Tensor, device: torch.device | None) -> bool:
     return there.type == device.type and device.index in (None, there.index)
 
 
-def _file_mappings() -> list[tuple[int, int]]:
-    """(first address, last + 1) of mapped files in ascending order."""
+def _file_mappings() -> tuple[list[int], list[int]]:
+    """First addresses of mapped files in ascending order, and the addresses after their last."""
     try:
-        lines = Path("/proc/self/maps").read_text(errors="replace").splitlines()
+        maps = Path("/proc/self/maps").read_bytes()
     except OSError:
-        return []
-    found = []
-    for line in lines:
-        addresses, _, _, _, _, *path = line.split(maxsplit=5)
-        if path and path[0].startswith("/") and not path[0].startswith(_NO_FILES):
-            first, last = addresses.split("-")
-            found.append((int(first, 16), int(last, 16)))
-    return found
+        return [], []
+    found = [one for one in _FILE_MAPPING.findall(maps) if not one[2].startswith(_NO_FILES)]
+    return [int(start, 16) for start, *_ in found], [int(stop, 16) for _, stop, _ in found]
 
 
-def _anonymous_bytes(address: int, size: int, mapped: list[tuple[int, int]]) -> int:
-    """What a storage on the host takes: nothing in a mapped file, else its pages in use."""
-    place = bisect_right(mapped, address, key=lambda one: one[0]) - 1
-    if place >= 0 and address < mapped[place][1]:
-        return 0
+def _present_bytes(address: int, size: int) -> int:
+    """Bytes of a storage on the host whose pages are in use."""
     try:
         page = os.sysconf("SC_PAGE_SIZE")
         first, last = address // page, -(-(address + size) // page)
@@ -217,31 +225,42 @@ def _meminfo(root: Path) -> dict[str, int]:
 def _cgroups(root: Path) -> Iterator[tuple[int, int]]:
     """Limit and use in bytes of each control group that this process is in; version 2, then 1."""
     try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
+        names = (root / "proc/self/cgroup").read_text()
     except OSError:
-        lines = []
+        names = ""
+    for limit, used, stat in _cgroup_files(root, names):
+        try:
+            most, now, pages = int(_read(limit)), int(_read(used)), _read(stat)
+        except (OSError, ValueError):  # "max" where there is none
+            continue
+        # pages that can be dropped; version 1 lists those of child groups too, as the total
+        inactive = re.findall(r"^(?:total_)?inactive_file (\d+)$", pages, re.MULTILINE)
+        yield most, now - max(map(int, inactive), default=0)
+
+
+@lru_cache(maxsize=16)
+def _cgroup_files(root: Path, names: str) -> tuple[tuple[str, str, str], ...]:
+    """Files of limit, use and statistics of the groups in the text of /proc/self/cgroup."""
+    found = []
     for mount, controller, limit, used in (
         ("sys/fs/cgroup", "", "memory.max", "memory.current"),
         ("sys/fs/cgroup/memory", "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
     ):
         groups = {PurePosixPath("/")}  # a container's own group is where its mount begins
-        for line in lines:
+        for line in names.splitlines():
             _, controllers, name = line.split(":", 2)
             group = PurePosixPath("/", name)
             if controller in controllers.split(",") and ".." not in group.parts:
                 groups |= {group, *group.parents}  # the limit of each counts
         for group in groups:
             place = root / mount / group.relative_to("/")
-            try:
-                most, now = (int((place / name).read_text()) for name in (limit, used))
-                stat = dict(
-                    line.split() for line in (place / "memory.stat").read_text().splitlines()
-                )
-            except (OSError, ValueError):  # "max" where there is none
-                continue
-            # pages that can be dropped; version 1 lists those of child groups separately
-            pages = stat.get("total_inactive_file", stat.get("inactive_file", 0))
-            yield most, now - int(pages)
+            found.append((str(place / limit), str(place / used), str(place / "memory.stat")))
+    return tuple(found)
+
+
+def _read(path: str) -> str:
+    with open(path) as file:
+        return file.read()
 
 
 def _host_bytes(root: Path = Path("/")) -> int:
