@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 # Each module may import those before it.
 ORDER = [
     "errors",
+    "whole_files",
     "surroundings",
     "config",
     "precision",
@@ -69,6 +70,7 @@ ORDER = [
     "page.record",
     "page.job",
     "page.ui",
+    "cli.process",
     "cli.failure",
     "cli.files",
     "cli.generate",

@@ -8,8 +8,9 @@ from pathlib import Path
 import click
 
 from ..errors import OmniGenError, RequestError
+from ..whole_files import write_whole
 from .failure import failure
-from .files import IMAGE_SUFFIXES, check_writable, make_folder, write_whole
+from .files import IMAGE_SUFFIXES, check_writable, make_folder
 
 
 @click.command()

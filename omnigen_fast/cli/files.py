@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 
 from ..errors import RequestError
 from ..page.record import Record, png_info
+from ..whole_files import write_whole
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tiff")
 SUFFIXES = {  # by output type
@@ -63,31 +62,3 @@ def save_result(result: Any, output_type: str, out: Path, record: Record | None)
         tensors = {name: result.cpu().contiguous()}
         write_whole(out, partial(save_file, tensors))
     return [out]
-
-
-def write_whole(out: Path, write: Callable[[str], object]) -> None:
-    """Writes a file under a temporary name, then puts it in place.
-
-    Raises OSError if that fails; an earlier file then stays as it is.
-    """
-    from safetensors import SafetensorError
-
-    temporary = None
-    try:
-        handle, temporary = tempfile.mkstemp(suffix=out.suffix, dir=out.parent)
-        os.close(handle)
-        write(temporary)
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, out)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise OSError(f"{out} can't be written: {reason}") from error
-    finally:
-        if temporary and os.path.exists(temporary):
-            os.unlink(temporary)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.metadata import entry_points
+from typing import Any
 
 import click
 
@@ -12,9 +13,16 @@ from .demo import demo
 from .env import env
 from .generate import generate, show
 from .plan import plan
+from .process import as_a_process
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Group(click.Group):
+    def main(self, *arguments: Any, **options: Any) -> Any:
+        with as_a_process():
+            return super().main(*arguments, **options)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="omnigen-fast")
 def main() -> None:
     """Makes and edits images with OmniGen."""

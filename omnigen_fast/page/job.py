@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import queue
 import secrets
 import shutil
@@ -9,15 +10,16 @@ import statistics
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import OmniGenError, RequestError
 from ..request import DEFAULT_NEGATIVE_PROMPT
+from ..whole_files import write_whole
 from .record import RECORDED_ARGUMENTS, Record, png_info, recorded_images
 
 if TYPE_CHECKING:
@@ -30,6 +32,8 @@ _PREVIEW_SECONDS = 0.3  # least time between previews, to spare the browser and 
 _RECENT_STEPS = 8  # steps whose median predicts the time left
 _MAX_SEED = (1 << 32) - 1
 _SHOWN_PLANS = 8
+_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jp2", ".avif"}
+_SUFFIXES |= {".heic", ".heif", ".ppm"}
 TABLE_HEADERS = ["", "GB (predicted)", "s (predicted)", "plan"]
 
 
@@ -195,35 +199,49 @@ class Job:
 def save(image: Image, arguments: Mapping[str, Any], model: str, dtype: str, folder: Path) -> Path:
     """Writes a picture with its request, and its input images next to it; returns its path.
 
-    Overwrites nothing, and leaves nothing behind if it fails.
+    Overwrites nothing, and leaves nothing behind if it fails. The picture appears last, whole.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = _new_file(folder, f"{datetime.now():%Y%m%d-%H%M%S}-{arguments['seed']}")
-    inputs: list[Path] = []
-    try:
-        for i, source in enumerate(arguments["input_images"], 1):
-            inputs.append(path.with_name(f"{path.stem}-input-{i}{Path(source).suffix}"))
-            shutil.copyfile(source, inputs[-1])
-        negative = arguments["negative_prompt"]
-        recorded = {
-            "use_img_guidance": True,
-            "num_images_per_prompt": 1,
-            "dtype": dtype,
-            **arguments,
-        }
-        record = Record(
-            model=model,
-            prompts=(arguments["prompt"],),
-            input_images=recorded_images([inputs], folder),
-            negative_prompts=None if negative is None else (negative,),
-            arguments={name: recorded[name] for name in RECORDED_ARGUMENTS},
-        )
-        image.save(path, pnginfo=png_info(record))
-    except BaseException:
-        for written in (path, *inputs):
-            written.unlink(missing_ok=True)
-        raise
-    return path
+    name = f"{datetime.now():%Y%m%d-%H%M%S}-{arguments['seed']}"
+    for number in itertools.count(1):
+        path = folder / f"{name}{f'-{number}' if number > 1 else ''}.png"
+        if path.exists():
+            continue
+        inputs: list[Path] = []
+        try:
+            for i, source in enumerate(arguments["input_images"], 1):
+                copy = path.with_name(f"{path.stem}-input-{i}{_suffix(source)}")
+                write_whole(copy, partial(shutil.copyfile, source), replace=False)
+                inputs.append(copy)
+            info = png_info(_record(arguments, model, dtype, inputs, folder))
+            write_whole(path, partial(image.save, pnginfo=info), replace=False)
+            return path
+        except BaseException as error:
+            for written in inputs:
+                written.unlink(missing_ok=True)
+            if not isinstance(error, FileExistsError):  # else another process took the name
+                raise
+    raise AssertionError("the numbers have no end")
+
+
+def _suffix(source: str) -> str:
+    """The suffix of an upload if it is an image's: clients choose the names of their files."""
+    suffix = Path(source).suffix.lower()
+    return suffix if suffix in _SUFFIXES else ""
+
+
+def _record(
+    arguments: Mapping[str, Any], model: str, dtype: str, inputs: Sequence[Path], folder: Path
+) -> Record:
+    negative = arguments["negative_prompt"]
+    recorded = {"use_img_guidance": True, "num_images_per_prompt": 1, "dtype": dtype, **arguments}
+    return Record(
+        model=model,
+        prompts=(arguments["prompt"],),
+        input_images=recorded_images([inputs], folder),
+        negative_prompts=None if negative is None else (negative,),
+        arguments={name: recorded[name] for name in RECORDED_ARGUMENTS},
+    )
 
 
 def memory_table(pipe: OmniGenPipeline, arguments: Mapping[str, Any]) -> list[list[str]]:
@@ -283,16 +301,6 @@ def _at_most_free(pipe: OmniGenPipeline, memory: Any) -> str | int:
         return "auto"
     held = pipe.engine.held_bytes()
     return max(1 << 20, min(asked, free_bytes(pipe.device, profile_of(pipe.device), held)))
-
-
-def _new_file(folder: Path, name: str) -> Path:
-    """Creates an empty PNG file of that name, with a number appended if the name is taken."""
-    number = 1
-    while True:
-        path = folder / f"{name}{f'-{number}' if number > 1 else ''}.png"
-        with suppress(FileExistsError), open(path, "xb"):
-            return path
-        number += 1
 
 
 def _whole(value: Any) -> Any:
