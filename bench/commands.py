@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 
+from omnigen_fast.cli.files import PATH_OR_NAME, UserPath
 from omnigen_fast.errors import OmniGenError, RequestError
 
 
@@ -25,12 +26,13 @@ class _Failure(click.ClickException):
         self.exit_code = 2 if isinstance(error, RequestError) else 1
 
 
-_PATH = click.Path(path_type=Path, dir_okay=False)
+_PATH = UserPath(path_type=Path, dir_okay=False)
 
 
 @click.command()
 @click.option(
     "--model",
+    type=PATH_OR_NAME,
     help="Folder or hub id of a checkpoint, random:full or random:small.  "
     "[default: random:full on a GPU, else random:small]",
 )
@@ -65,7 +67,7 @@ _PATH = click.Path(path_type=Path, dir_okay=False)
     help="Markdown file for the tables; replaces the marked block, if present.",
 )
 @click.option(
-    "--plot", type=click.Path(path_type=Path, file_okay=False), help="Folder for plots (PNG)."
+    "--plot", type=UserPath(path_type=Path, file_okay=False), help="Folder for plots (PNG)."
 )
 def bench(**options: Any) -> None:
     """Benchmarks pictures and steps against other programs, in the original's tables.
@@ -224,7 +226,9 @@ def _profile(options: dict[str, Any]) -> int:
 
 
 @click.command()
-@click.option("--model", default="random:small", show_default=True, help="As for bench.")
+@click.option(
+    "--model", default="random:small", show_default=True, type=PATH_OR_NAME, help="As for bench."
+)
 @click.option("--device", help="cuda, cuda:1, cpu, ...; the first GPU if there is one.")
 @click.option(
     "--a",

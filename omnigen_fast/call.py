@@ -115,6 +115,12 @@ def workload_of(
     )
 
 
+def seeded_noise(seed: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """The initial latents of a seed, float32, before they are rounded to the dtype of a call."""
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device=device)
+
+
 def draw_noise(request: Request, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Initial latents, float32, with the values that the transformer's dtype can hold.
 
@@ -124,8 +130,8 @@ def draw_noise(request: Request, dtype: torch.dtype, device: torch.device) -> Te
         return request.latents.to(device, dtype).to(torch.float32, copy=True)
     generator, shape = request.generator, request.latent_shape
     if request.seed is not None:
-        generator = torch.Generator(device).manual_seed(request.seed)
-    if isinstance(generator, list | tuple):
+        noise = seeded_noise(request.seed, shape, device)
+    elif isinstance(generator, list | tuple):
         one = (1, *shape[1:])
         drawn = [
             torch.randn(one, generator=each, dtype=torch.float32, device=each.device)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+
+_LEFT = re.compile(r"\.[0-9a-f]{16}-\w{8}\.\w+")  # names of temporary files
 
 
 def write_whole(out: Path, write: Callable[[str], object], *, replace: bool = True) -> None:
@@ -24,12 +27,13 @@ def write_whole(out: Path, write: Callable[[str], object], *, replace: bool = Tr
     """
     from safetensors import SafetensorError
 
-    # known before the file exists, so that a signal in between leaves nothing behind
+    # known before the file exists, so that a signal in between leaves nothing behind; see _LEFT
     prefix, temporary = f".{secrets.token_hex(8)}-", None
     try:
         handle, temporary = tempfile.mkstemp(suffix=out.suffix, prefix=prefix, dir=out.parent)
         os.close(handle)
         write(temporary)
+        _to_disk(temporary)
         os.chmod(temporary, 0o666 & ~_UMASK)
         if replace:
             os.replace(temporary, out)
@@ -45,6 +49,20 @@ def write_whole(out: Path, write: Callable[[str], object], *, replace: bool = Tr
             _remove(out.parent, prefix)
         else:
             Path(temporary).unlink(missing_ok=True)
+
+
+def remove_left(folder: Path) -> None:
+    """Removes temporary files that killed processes left in a folder that no other writes to."""
+    with suppress(OSError):
+        for name in os.listdir(folder):
+            if _LEFT.fullmatch(name):
+                (folder / name).unlink(missing_ok=True)
+
+
+def _to_disk(path: str) -> None:
+    """A crash of the machine must not leave a file's name without its content."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
 
 
 def _put_new(temporary: str, out: Path) -> None:

@@ -8,10 +8,17 @@ import click
 
 from ..errors import OmniGenError
 from .failure import failure
+from .files import PATH_OR_NAME, UserPath
 
 
 @click.command()
-@click.option("--model", default="Shitao/OmniGen-v1", show_default=True, help="Folder or hub id.")
+@click.option(
+    "--model",
+    default="Shitao/OmniGen-v1",
+    show_default=True,
+    type=PATH_OR_NAME,
+    help="Folder or hub id.",
+)
 @click.option("--device", help="cuda, cuda:1, cpu, ...; the current GPU if there is one.")
 @click.option("--dtype", default="bfloat16", show_default=True, help="bfloat16 or float32.")
 @click.option("--local-files-only", is_flag=True, help="Do not download from the hub.")
@@ -23,7 +30,7 @@ from .failure import failure
     "--out-dir",
     default="omnigen-pictures",
     show_default=True,
-    type=click.Path(path_type=Path),
+    type=UserPath(path_type=Path),
     help="Folder for pictures.",
 )
 def app(

@@ -10,16 +10,18 @@ import click
 from ..errors import OmniGenError, RequestError
 from ..whole_files import write_whole
 from .failure import failure
-from .files import IMAGE_SUFFIXES, check_writable, make_folder
+from .files import IMAGE_SUFFIXES, PATH_OR_NAME, UserPath, check_writable, make_folder
 
 
 @click.command()
-@click.option("--model", default="shapes", show_default=True, help="Folder or hub id.")
+@click.option(
+    "--model", default="shapes", show_default=True, type=PATH_OR_NAME, help="Folder or hub id."
+)
 @click.option(
     "--out",
     default="demo-output/sheet.png",
     show_default=True,
-    type=click.Path(path_type=Path),
+    type=UserPath(path_type=Path),
     help="Image file to write.",
 )
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0))

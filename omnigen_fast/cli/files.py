@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import click
+
 from ..errors import RequestError
 from ..page.record import Record, png_info
 from ..whole_files import write_whole
@@ -21,6 +23,17 @@ SUFFIXES = {  # by output type
 }
 
 
+class UserPath(click.Path):
+    """A path in which ~ is the home folder, as in --out=~/a.png, which no shell replaces."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert(os.path.expanduser(value), param, ctx)
+
+
+# A path that is checked when it is opened, or the name of something else.
+PATH_OR_NAME = UserPath(readable=False)
+
+
 def check_writable(out: Path) -> None:
     """Raises RequestError now if writing the file would fail after the work."""
     if out.is_dir():
@@ -31,14 +44,14 @@ def check_writable(out: Path) -> None:
         raise RequestError(f"--out: the folder {out.parent} can't be written to")
 
 
-def make_folder(folder: Path) -> None:
-    """Makes a folder unless it exists."""
+def make_folder(folder: Path, name: str = "--out") -> None:
+    """Makes a folder unless it exists; `name` is that of the argument."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         exists = isinstance(error, FileExistsError)
         reason = "a file of that name exists" if exists else error.strerror
-        raise OSError(f"--out: the folder {folder} can't be made: {reason}") from error
+        raise OSError(f"{name}: the folder {folder} can't be made: {reason}") from error
 
 
 def save_result(result: Any, output_type: str, out: Path, record: Record | None) -> list[Path]:

@@ -9,11 +9,11 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from ..errors import CheckpointError, OmniGenError, RequestError
+from ..errors import OmniGenError, RequestError
 from ..page.record import (
     RECORDED_ARGUMENTS,
     Record,
@@ -25,16 +25,27 @@ from ..page.record import (
 )
 from ..request import MAX_IMAGES, OUTPUT_TYPES
 from .failure import failure
-from .files import SUFFIXES, check_writable, save_result
+from .files import PATH_OR_NAME, SUFFIXES, UserPath, check_writable, save_result
+
+if TYPE_CHECKING:
+    from ..pipeline import OmniGenPipeline
 
 T = TypeVar("T")
 
 
 @click.command()
-@click.option("--model", default="Shitao/OmniGen-v1", show_default=True, help="Folder or hub id.")
-@click.option("--vae-path", help="Folder or hub id of the VAE, for a model without one.")
+@click.option(
+    "--model",
+    default="Shitao/OmniGen-v1",
+    show_default=True,
+    type=PATH_OR_NAME,
+    help="Folder or hub id.",
+)
+@click.option(
+    "--vae-path", type=PATH_OR_NAME, help="Folder or hub id of the VAE, for a model without one."
+)
 @click.option("--revision", help="Branch, tag or commit on the hub.")
-@click.option("--cache-dir", help="Folder for files from the hub.")
+@click.option("--cache-dir", type=PATH_OR_NAME, help="Folder for files from the hub.")
 @click.option("--local-files-only", is_flag=True, help="Do not download from the hub.")
 @click.option("--device", help="cuda, cuda:1, cpu, ...; the current GPU if there is one.")
 @click.option("--dtype", default="bfloat16", show_default=True, help="bfloat16 or float32.")
@@ -44,6 +55,7 @@ T = TypeVar("T")
     "--image",
     "input_images",
     multiple=True,
+    type=PATH_OR_NAME,
     help="Input image; the prompt refers to it as <img><|image_1|></img>. May be repeated. "
     "With several prompts, 2:FILE is an image of the second one.",
 )
@@ -91,7 +103,7 @@ T = TypeVar("T")
 @click.option("--seed", type=int, help="Makes the result reproducible.")
 @click.option(
     "--latents",
-    type=click.Path(exists=True, dir_okay=False),
+    type=UserPath(exists=True, dir_okay=False),
     help="Initial noise: a safetensors file with one tensor, as --output-type latent writes it.",
 )
 @click.option(
@@ -101,12 +113,13 @@ T = TypeVar("T")
     show_default=True,
     help="pil: image files; np: a .npy file; pt, latent: a .safetensors file.",
 )
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="File to write.")
+@click.option("--out", required=True, type=UserPath(path_type=Path), help="File to write.")
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 @click.option(
     "--from",
     "picture",
     metavar="FILE",
+    type=PATH_OR_NAME,
     help="Take options that are not given from the request in a PNG file.",
 )
 @click.option(
@@ -164,7 +177,7 @@ def generate(
         if not prompt:
             raise click.UsageError("Missing option '--prompt'.", context)
         _check_out(out, output_type)
-        loras = [_parse_lora(one) for one in lora]
+        loras = parse_loras(lora)
         if images is None:
             images = _assign_images(input_images, len(prompt))
         record = None
@@ -185,12 +198,15 @@ def generate(
                 revision=revision,
             )
             replace(record, index=MAX_IMAGES - 1).text()  # raises now if it is too long to save
-        noise = _read_latents(latents) if latents else None
-        from ..pipeline import OmniGenPipeline
+        noise = None
+        if latents:
+            from ..weights.files import read_single_tensor
 
-        pipe = OmniGenPipeline.from_pretrained(
+            noise = read_single_tensor(latents)
+        pipe = load_pipeline(
             model,
             vae_path,
+            loras,
             device=device,
             dtype=dtype,
             revision=revision,
@@ -198,14 +214,6 @@ def generate(
             local_files_only=local_files_only,
             memory=memory,
         )
-        for lora_path, weight in loras:
-            hub: dict[str, Any] = {
-                "cache_dir": cache_dir,
-                "local_files_only": local_files_only,
-            }
-            if lora_path.count("/") != 1 or os.path.exists(lora_path):
-                hub = {}  # no hub id
-            pipe.load_lora_weights(lora_path, weight=weight, **hub)
         result = pipe(
             prompt=_one_or_all(prompt),
             input_images=_one_or_all(images) if any(images) else None,
@@ -222,7 +230,7 @@ def generate(
 
 
 @click.command()
-@click.argument("file")
+@click.argument("file", type=PATH_OR_NAME)
 def show(file: str) -> None:
     """Prints the request in a PNG file."""
     try:
@@ -295,8 +303,12 @@ def _check_out(out: Path, output_type: str) -> None:
     check_writable(out)
 
 
+def parse_loras(loras: Sequence[str]) -> list[tuple[str, float]]:
+    """Path or hub id, and weight, of each --lora."""
+    return [_parse_lora(one) for one in loras]
+
+
 def _parse_lora(text: str) -> tuple[str, float]:
-    """Folder and weight."""
     path, colon, weight = text.rpartition(":")
     if not colon or os.path.exists(os.path.expanduser(text)):
         return os.path.expanduser(text), 1.0
@@ -304,6 +316,26 @@ def _parse_lora(text: str) -> tuple[str, float]:
         return os.path.expanduser(path), float(weight)
     except ValueError as error:
         raise RequestError(f"--lora {text}: {weight!r} is not a weight; give LORA:0.8") from error
+
+
+def load_pipeline(
+    model: str,
+    vae_path: str | None,
+    loras: Sequence[tuple[str, float]],
+    *,
+    cache_dir: str | None,
+    local_files_only: bool,
+    **options: Any,
+) -> OmniGenPipeline:
+    """A model with its LoRAs; `options` are further arguments of `from_pretrained`."""
+    from ..pipeline import OmniGenPipeline
+
+    hub: dict[str, Any] = {"cache_dir": cache_dir, "local_files_only": local_files_only}
+    pipe = OmniGenPipeline.from_pretrained(model, vae_path, **hub, **options)
+    for lora, weight in loras:
+        is_hub_id = lora.count("/") == 1 and not os.path.exists(lora)
+        pipe.load_lora_weights(lora, weight=weight, **(hub if is_hub_id else {}))
+    return pipe
 
 
 def _assign_images(images: tuple[str, ...], prompts: int) -> list[list[str]]:
@@ -318,21 +350,10 @@ def _assign_images(images: tuple[str, ...], prompts: int) -> list[list[str]]:
                 f"--image {image}: with {prompts} prompts, say which one it belongs to, as in "
                 f"1:{image}"
             )
-        lists[int(match[1]) - 1].append(match[2])
+        lists[int(match[1]) - 1].append(os.path.expanduser(match[2]))
     return lists
 
 
 def _one_or_all(values: Sequence[T]) -> T | list[T]:
     """The value if there is one, else the list, as calls take them."""
     return values[0] if len(values) == 1 else list(values)
-
-
-def _read_latents(path: str) -> Any:
-    import torch
-
-    from ..weights.files import read_tensors
-
-    tensors = read_tensors([path], torch.float32, torch.device("cpu"))
-    if len(tensors) != 1:
-        raise CheckpointError(f"{path} has {len(tensors)} tensors; it must have only the latents")
-    return next(iter(tensors.values()))

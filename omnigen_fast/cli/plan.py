@@ -8,11 +8,14 @@ from ..errors import OmniGenError
 from ..memory.plan import PROMPT_TOKENS, Switches, typical_workload
 from ..request import checked_side
 from .failure import failure
+from .files import PATH_OR_NAME
 
 
 @click.command()
 @click.option(
-    "--device", help="A bundled profile (a800, rtx3090, cpu, ...) or a file; default: this device."
+    "--device",
+    type=PATH_OR_NAME,
+    help="A bundled profile (a800, rtx3090, cpu, ...) or a file; default: this device.",
 )
 @click.option(
     "--images",

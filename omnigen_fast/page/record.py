@@ -14,7 +14,7 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -84,6 +84,16 @@ class Record:
                 f"{len(text):,}; shorten the prompt, or choose a format other than PNG"
             )
         return text
+
+    def digest(self) -> str:
+        """Identifies the request: files by their content, any version of this package."""
+        record = replace(
+            self,
+            input_images=tuple(tuple(map(_content, images)) for images in self.input_images),
+            latents=self.latents and _content(self.latents),
+            version="",
+        )
+        return hashlib.sha256(record.text().encode()).hexdigest()
 
     def lines(self) -> Iterator[str]:
         """For display: one value per line, with control characters escaped."""
@@ -166,6 +176,21 @@ def printable(text: str) -> str:
     return "".join(
         one if one.isprintable() else one.encode("unicode_escape").decode() for one in text
     )
+
+
+def check_unchanged(file: RecordedFile, path: str | os.PathLike[str]) -> None:
+    """Raises RequestError if the file has changed since it was recorded."""
+    try:
+        found = _sha256(path) if os.path.isfile(path) else None
+    except OSError:
+        found = None
+    if found != file.sha256:
+        raise RequestError(f"{path} has changed since its line was read; run the batch again")
+
+
+def _content(file: RecordedFile) -> RecordedFile:
+    """The file under no name, unless its content is not known."""
+    return file if file.sha256 is None else replace(file, path="")
 
 
 def _unchanged(image: RecordedFile, picture: str | os.PathLike[str]) -> str:
@@ -291,12 +316,16 @@ def _is_switch(value: Any) -> bool:
     return isinstance(value, bool)
 
 
-_Check = tuple[str, Callable[[Any], bool]]
-_TEXTS: dict[str, _Check] = dict.fromkeys(("version", "model"), ("a string", _is_text))
+Check = tuple[str, Callable[[Any], bool]]  # what a value must be, and whether it is
+INTEGER: Check = ("an integer", _is_integer)
+NUMBER: Check = ("a number", _is_number)
+SWITCH: Check = ("true or false", _is_switch)
+TEXT: Check = ("a string", _is_text)
+_TEXTS: dict[str, Check] = dict.fromkeys(("version", "model"), TEXT)
 _TEXTS |= dict.fromkeys(
     ("vae_path", "revision"), ("null or a string", lambda value: value is None or _is_text(value))
 )
-_LISTS: dict[str, _Check] = {
+_LISTS: dict[str, Check] = {
     "loras": ("a list of strings", _is_texts),
     "prompt": ("a list of strings", _is_texts),
     "input_images": (
@@ -308,22 +337,17 @@ _LISTS: dict[str, _Check] = {
         lambda value: value is None or (_is_texts(value) and bool(value)),
     ),
 }
-_INTEGER, _NUMBER, _SWITCH = (
-    ("an integer", _is_integer),
-    ("a number", _is_number),
-    ("true or false", _is_switch),
-)
 # The arguments of `OmniGenPipeline.__call__` that affect the picture.
-RECORDED_ARGUMENTS: dict[str, _Check] = {
-    "height": _INTEGER,
-    "width": _INTEGER,
-    "num_inference_steps": _INTEGER,
-    "guidance_scale": _NUMBER,
-    "use_img_guidance": _SWITCH,
-    "img_guidance_scale": _NUMBER,
-    "max_input_image_size": _INTEGER,
-    "use_input_image_size_as_output": _SWITCH,
-    "num_images_per_prompt": _INTEGER,
-    "seed": _INTEGER,
-    "dtype": ("a string", _is_text),
+RECORDED_ARGUMENTS: dict[str, Check] = {
+    "height": INTEGER,
+    "width": INTEGER,
+    "num_inference_steps": INTEGER,
+    "guidance_scale": NUMBER,
+    "use_img_guidance": SWITCH,
+    "img_guidance_scale": NUMBER,
+    "max_input_image_size": INTEGER,
+    "use_input_image_size_as_output": SWITCH,
+    "num_images_per_prompt": INTEGER,
+    "seed": INTEGER,
+    "dtype": TEXT,
 }

@@ -162,6 +162,17 @@ def read_tensors(
         return {rename(name): reader.read(name, device) for name in found}
 
 
+def read_single_tensor(path: str) -> Tensor:
+    """The tensor of a safetensors file that holds only one, as float32.
+
+    Raises CheckpointError if it holds none or several, or can't be read.
+    """
+    tensors = read_tensors([path], torch.float32, torch.device("cpu"))
+    if len(tensors) != 1:
+        raise CheckpointError(f"{path} has {len(tensors)} tensors; it must have only the latents")
+    return next(iter(tensors.values()))
+
+
 def check_shapes(
     where: str,
     found: Mapping[str, tuple[int, ...]],
