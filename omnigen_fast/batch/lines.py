@@ -139,7 +139,7 @@ class Source:
 
         A file of more than `MAX_LINES` lines ends there, with a bad line that says so.
         """
-        claimed = _Claimed()
+        claimed = _Claimed(self.defaults["num_images_per_prompt"])
         for number, text, digest in _raw_lines(file):
             name: str | None = None
             try:
@@ -243,6 +243,7 @@ class Source:
 class _Claimed:
     """Which names of files the lines so far have taken."""
 
+    usual: int  # pictures of a line that does not say how many
     pictures: dict[str, int] = field(default_factory=dict)  # by folded id
 
     def take(self, fields: dict[str, Any], number: int) -> str:
@@ -253,7 +254,7 @@ class _Claimed:
         own = fields.pop("id", None)
         name = str(number) if own is None else _checked_id(own)
         given = fields.get("num_images_per_prompt")
-        count = next((i for i in range(1, MAX_IMAGES + 1) if i == given), 1)
+        count = next((i for i in range(1, MAX_IMAGES + 1) if i == given), self.usual)
         folded = _folded(name)
         stem, _, index = folded.rpartition("-")
         numbered = index.isdecimal() and len(index) <= 4 and index == str(int(index))

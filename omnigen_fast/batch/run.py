@@ -159,8 +159,6 @@ class _Runner:
             latents = None if job.latents is None else read_single_tensor(job.latents)
             call = _call([job], job.shared(), latents)
             decision = self.pipe.plan(**call, seed=job.record.arguments["seed"])
-        except OSError:
-            raise
         except Exception as error:  # one line must not stop the others
             self._failed(job, error)
             return None
@@ -194,7 +192,7 @@ class _Runner:
                     check_unchanged(file, path)
             call = _call(jobs, together[0].shared(), torch.cat(noise))
             result = self.pipe(**call, progress=False)
-        except OSError:
+        except OSError:  # weights that can't be read: no other line could do better
             raise
         except Exception as error:  # one line must not stop the others
             if len(together) == 1:

@@ -757,6 +757,18 @@ class TestBadLines:
         assert isinstance(other, BadLine)
         assert "names the files of an earlier line" in other.error
 
+    def test_pictures_that_an_option_asks_for_are_counted(self):
+        write({"id": "a", "prompt": "A cat."}, {"id": "a-2", "prompt": "A dog."})
+        assert made("--num-images-per-prompt", "2", code=1).startswith("1 done, 1 failed")
+        assert pictures() == ["a-1.png", "a-2.png"]
+
+    @pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="no file that can't be read")
+    def test_files_that_can_not_be_read(self):
+        odd = "/proc/self/mem"
+        write({"prompt": "a", "latents": odd}, {"prompt": EDIT, "input_images": [odd]}, *prompts(1))
+        assert made("--any-path", code=1) == "1 done, 2 failed: out/results.jsonl"
+        assert [entry["line"] for entry in entries() if entry["error"]] == [1, 2]
+
     def test_numbers_of_pictures_that_do_not_meet(self):
         found = lines(
             b'{"id": "a", "num_images_per_prompt": 3, "prompt": "a"}',
