@@ -888,6 +888,14 @@ class TestPaths:
         assert result.exit_code == 2
         assert "--prompt is for all lines; give it once" in result.output
 
+    def test_progress_is_shown_unless_quiet(self, calls):
+        write(*prompts(3))
+        options = [option for option in SMALL if option != "--quiet"]
+        result = CliRunner().invoke(main, ["batch", "in.jsonl", "out", *options])
+        assert result.stdout == "3 done: out/results.jsonl\n"
+        assert "3/3" in result.stderr
+        assert run(name="in.jsonl").stderr == ""
+
     def test_an_empty_file(self):
         write()
         assert made() == "0 done: out/results.jsonl"
