@@ -139,7 +139,7 @@ class Source:
 
         A file of more than `MAX_LINES` lines ends there, with a bad line that says so.
         """
-        claimed = _Claimed(self.defaults["num_images_per_prompt"])
+        claimed = _Claimed(min(self.defaults["num_images_per_prompt"], MAX_IMAGES))
         for number, text, digest in _raw_lines(file):
             name: str | None = None
             try:
@@ -159,18 +159,10 @@ class Source:
                 yield BadLine(number, name, digest, str(error))
 
     def _job(self, number: int, name: str, fields: Mapping[str, Any]) -> Job:
-        _check_keys(fields)
-        given = {
-            key: _checked(key, value)
-            for key, value in fields.items()
-            if value is not None and key not in _IGNORED
-        }
-        if "instruction" in given:
-            if "prompt" in given:
-                raise RequestError("the line has a prompt and an instruction; give one of them")
-            given["prompt"] = given.pop("instruction")
+        given = _given(fields)
         values = {**self.defaults, **given}
-        if values["prompt"] is None:
+        prompt, negative = values["prompt"], values["negative_prompt"]
+        if prompt is None:
             raise RequestError("the line has no prompt; add one, or give --prompt for all lines")
         images, latents = values["input_images"] or (), values["latents"]
         if given.get("input_images"):
@@ -180,17 +172,13 @@ class Source:
         read = {path: self._recorded(path) for path in (*images, *filter(None, [latents]))}
         record = replace(
             self.made_with,
-            prompts=(values["prompt"],),
+            prompts=(prompt,),
             input_images=(tuple(read[path] for path in images),),
-            negative_prompts=(
-                None if values["negative_prompt"] is None else (values["negative_prompt"],)
-            ),
+            negative_prompts=None if negative is None else (negative,),
             arguments={key: values[key] for key in RECORDED_ARGUMENTS},
             latents=None if latents is None else read[latents],
         )
-        replace(
-            record, index=MAX_IMAGES - 1, arguments={**record.arguments, "seed": 1 << 63}
-        ).text()  # raises now if it is too long to save
+        _check_length(record)
         settings = {key: values[key] for key in ("output_type", "memory", *_OPTIONAL_SWITCHES)}
         digest = hashlib.sha256(f"{record.digest()} {settings['output_type']}".encode()).hexdigest()
         return Job(number, name, digest, record, tuple(images), latents, settings)
@@ -223,7 +211,8 @@ class Source:
         return found
 
     def _recorded(self, path: str) -> RecordedFile:
-        if os.path.realpath(os.path.dirname(path)) == os.path.realpath(self.out):
+        folders = os.path.realpath(os.path.dirname(path)), os.path.dirname(os.path.realpath(path))
+        if os.path.realpath(self.out) in folders:
             raise RequestError(
                 f"{printable(path, 100)} is in the folder of the pictures, one of which might "
                 "replace it; give another folder for them"
@@ -347,6 +336,27 @@ def _check_keys(fields: Mapping[str, Any]) -> None:
             near = get_close_matches(key[:60], KEYS, 1)
             way_out = f"did you mean {near[0]}?" if near else "a line has arguments of a call"
             raise RequestError(f"unknown key {_show(key)}; {way_out}")
+
+
+def _given(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What a line says about its request, checked by itself."""
+    _check_keys(fields)
+    given = {
+        key: _checked(key, value)
+        for key, value in fields.items()
+        if value is not None and key not in _IGNORED
+    }
+    if "instruction" in given:
+        if "prompt" in given:
+            raise RequestError("the line has a prompt and an instruction; give one of them")
+        given["prompt"] = given.pop("instruction")
+    return given
+
+
+def _check_length(record: Record) -> None:
+    """Raises RequestError now if a picture can't carry the record, whatever its seed will be."""
+    longest = {**record.arguments, "seed": -1 << 63}
+    replace(record, arguments=longest, index=MAX_IMAGES - 1).text()
 
 
 def _no_constant(name: str) -> float:

@@ -157,7 +157,7 @@ class _Runner:
         """None for a line that no call takes; it then has its entry."""
         try:
             latents = None if job.latents is None else read_single_tensor(job.latents)
-            call = _call([job], job.shared(), latents)
+            call = _arguments([job], job.shared(), latents)
             decision = self.pipe.plan(**call, seed=job.record.arguments["seed"])
         except Exception as error:  # one line must not stop the others
             self._failed(job, error)
@@ -171,7 +171,7 @@ class _Runner:
         while count > 1:
             part = like[:count]
             try:
-                call = _call([one.job for one in part], part[0].shared())
+                call = _arguments([one.job for one in part], part[0].shared())
                 seconds = self.pipe.plan(**call).cost.seconds
             except OmniGenError:  # does not fit
                 seconds = math.inf
@@ -182,30 +182,36 @@ class _Runner:
 
     def _make(self, together: Sequence[_Ready]) -> None:
         """Runs lines in one call, or one by one if that fails."""
-        jobs = [one.job for one in together]
         start = time.perf_counter()
+        seeds = [_seed(one.job) for one in together]
+        result = None
         try:
-            seeds = [_seed(job) for job in jobs]
-            noise = [self._noise(one, seed) for one, seed in zip(together, seeds)]
-            for job in jobs:
-                for path, file in job.files():
-                    check_unchanged(file, path)
-            call = _call(jobs, together[0].shared(), torch.cat(noise))
-            result = self.pipe(**call, progress=False)
+            result = self._call(together, seeds)
         except OSError:  # weights that can't be read: no other line could do better
             raise
         except Exception as error:  # one line must not stop the others
             if len(together) == 1:
-                self._failed(jobs[0], error)
-            else:
-                for one in together:
-                    self._make([one])
+                self._failed(together[0].job, error)
+                return
+        if result is None:  # not in the handler: the traceback holds the call's tensors
+            for one in together:
+                self._make([one])
             return
-        seconds = (time.perf_counter() - start) / len(jobs)
+        seconds = (time.perf_counter() - start) / len(together)
         first = 0
-        for job, seed in zip(jobs, seeds):
-            self._done(job, result[first : first + job.pictures], seed, seconds)
-            first += job.pictures
+        for one, seed in zip(together, seeds):
+            self._done(one.job, result[first : first + one.job.pictures], seed, seconds)
+            first += one.job.pictures
+
+    def _call(self, together: Sequence[_Ready], seeds: Sequence[int]) -> Any:
+        """What a call for some lines returns, line by line."""
+        jobs = [one.job for one in together]
+        noise = [self._noise(one, seed) for one, seed in zip(together, seeds)]
+        for job in jobs:
+            for path, file in job.files():
+                check_unchanged(file, path)
+        arguments = _arguments(jobs, together[0].shared(), torch.cat(noise))
+        return self.pipe(**arguments, progress=False)
 
     def _noise(self, one: _Ready, seed: int) -> Tensor:
         """Initial latents of a line, the same as if it ran alone."""
@@ -229,7 +235,9 @@ class _Runner:
         self.count("failed")
 
 
-def _call(jobs: Sequence[Job], shared: Mapping[str, Any], latents: Any = None) -> dict[str, Any]:
+def _arguments(
+    jobs: Sequence[Job], shared: Mapping[str, Any], latents: Any = None
+) -> dict[str, Any]:
     """Arguments of a call that carries out some lines."""
     negatives = [job.record.negative_prompts for job in jobs]
     return {

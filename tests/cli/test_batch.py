@@ -663,6 +663,7 @@ BAD = {
     "link": ({"prompt": EDIT, "input_images": ["link/secret.png"]}, "is outside the folder"),
     "loop": ({"prompt": EDIT, "input_images": ["loop"]}, "loop"),
     "own output": ({"prompt": EDIT, "input_images": ["out/7.png"]}, "might replace it"),
+    "link to output": ({"prompt": EDIT, "input_images": ["linked.png"]}, "might replace it"),
     "many": ({"prompt": EDIT, "input_images": ["cat.png"] * 2000}, "names at most 1024"),
     "crafted": ({"prompt": EDIT, "input_images": ["bomb.png"]}, "input_images[0]"),
     "not an image": ({"prompt": EDIT, "input_images": ["in.jsonl"]}, "input_images[0]"),
@@ -705,6 +706,7 @@ class TestBadLines:
         (folder.parent / "secret.png").write_bytes(CAT.read_bytes())
         os.symlink("..", "link")
         os.symlink("loop", "loop")
+        os.symlink("out/7.png", "linked.png")
         Path("cat.png").write_bytes(CAT.read_bytes())
         Path("bomb.png").write_bytes(CAT.read_bytes()[:100])
         save_file({"x": torch.ones(1, 4, 9, 9)}, "noise.safetensors")
