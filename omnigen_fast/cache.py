@@ -29,7 +29,6 @@ class Span:
     slot: int  # row in which a step finds its time token
     times: int  # row of the first step's time token; the other steps' follow
     shared: int  # so many tokens, from the first on, another branch has in the same rows
-    first: int  # row of the first token
     rest: int  # row of the first token that is not shared
 
     def rows(self, steps: int, device: torch.device) -> Tensor:
@@ -62,10 +61,10 @@ class Entry:
         if len(tokens) == 2:
             rest = place + self.steps + 1
             place = rest + tokens[1] - shared
-            second = Span(rest - 1, tokens[1], rest - 1, rest - 1 - self.steps, shared, place, rest)
+            second = Span(rest - 1, tokens[1], rest - 1, rest - 1 - self.steps, shared, rest)
         slot = place + tokens[0]
         # the first branch is the one that computes the shared rows
-        first = Span(place, tokens[0], slot, slot + 1, 0, place, place)
+        first = Span(place, tokens[0], slot, slot + 1, 0, place)
         return (first, second) if len(tokens) == 2 else (first,)
 
 

@@ -332,7 +332,7 @@ def test_one_layer():
 
 def test_spans_of_one_branch():
     (span,) = Entry(("a",), Condition((5,)), 3).spans(10)
-    assert span == Span(start=10, condition=5, slot=15, times=16, shared=0, first=10, rest=10)
+    assert span == Span(start=10, condition=5, slot=15, times=16, shared=0, rest=10)
     assert span.rows(3, torch.device("cpu")).tolist() == [10, 11, 12, 13, 14, 16, 17, 18]
 
 
@@ -344,13 +344,13 @@ def test_two_branches_share_the_middle(shared, rest, other, steps):
     written = [row for span in spans for row in span.rows(steps, torch.device("cpu")).tolist()]
     slots = [span.slot for span in spans]
     assert sorted(written + slots) == list(range(7, 7 + entry.rows))
-    common = list(range(spans[0].first, spans[0].first + shared))
+    common = list(range(spans[0].rest, spans[0].rest + shared))
     for span, tokens in zip(spans, (shared + rest, shared + other)):
         rest_rows = list(range(span.rest, span.rest + tokens - span.shared))
         condition = rest_rows if span.shared == 0 else common + rest_rows
         assert span.condition == tokens
         assert sorted([*condition, span.slot]) == list(range(span.start, span.start + tokens + 1))
-    assert spans[1].shared == shared and spans[1].first == spans[0].first
+    assert spans[1].shared == shared
 
 
 def test_an_interrupt_while_rows_are_given_leaves_none_marked(monkeypatch):

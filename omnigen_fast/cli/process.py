@@ -78,9 +78,10 @@ def _handle(numbers: list[signal.Signals]) -> dict[int, Any]:
         if told[-1] - told[0] > _CLEANING_SECONDS:
             die_of(number)
 
-    handlers = {one: signal.getsignal(one) for one in numbers}
     # nohup ignores one, and a program that calls this one may handle them itself
-    handlers = {one: handler for one, handler in handlers.items() if handler == signal.SIG_DFL}
+    handlers: dict[int, Any] = {
+        one: signal.SIG_DFL for one in numbers if signal.getsignal(one) == signal.SIG_DFL
+    }
     for one in handlers:
         signal.signal(one, end)
     return handlers
