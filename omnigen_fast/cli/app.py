@@ -9,6 +9,7 @@ import click
 from ..errors import OmniGenError
 from .failure import failure
 from .files import PATH_OR_NAME, UserPath
+from .process import die_of
 
 
 @click.command()
@@ -22,6 +23,15 @@ from .files import PATH_OR_NAME, UserPath
 @click.option("--device", help="cuda, cuda:1, cpu, ...; the current GPU if there is one.")
 @click.option("--dtype", default="bfloat16", show_default=True, help="bfloat16 or float32.")
 @click.option("--local-files-only", is_flag=True, help="Do not download from the hub.")
+@click.option(
+    "--host", default="127.0.0.1", show_default=True, help="Address of this machine to listen at."
+)
+@click.option(
+    "--allowed-host",
+    "allowed_hosts",
+    multiple=True,
+    help="A name that the page answers to, besides --host and localhost. May be repeated.",
+)
 @click.option(
     "--port", type=click.IntRange(1, 65535), help="By default the first free one from 7860."
 )
@@ -38,11 +48,13 @@ def app(
     device: str | None,
     dtype: str,
     local_files_only: bool,
+    host: str,
+    allowed_hosts: tuple[str, ...],
     port: int | None,
     share: bool,
     out_dir: Path,
 ) -> None:
-    """Serves a page for making images, on 127.0.0.1 only unless --share is given."""
+    """Serves a page for making images, on 127.0.0.1 only unless --host or --share is given."""
     try:
         from ..page.ui import serve
     except ModuleNotFoundError as error:
@@ -51,6 +63,10 @@ def app(
         message = "the page needs gradio; install it with: pip install 'omnigen_fast[app]'"
         raise failure(OmniGenError(message)) from error
     try:
-        serve(model, device, dtype, local_files_only, port, share, out_dir)
+        number = serve(
+            model, device, dtype, local_files_only, host, port, allowed_hosts, share, out_dir
+        )
     except (OmniGenError, OSError) as error:
         raise failure(error) from error
+    if number is not None:
+        die_of(number)

@@ -139,6 +139,11 @@ class Job:
         """Ends the call after the current step."""
         self._stop.set()
 
+    def abandon(self) -> None:
+        """Ends the call for those who watch it, now; its thread ends after the current step."""
+        self.stop()
+        self._events.put(OmniGenError("the page is closing; start it again"))
+
     @property
     def stopping(self) -> bool:
         return self._stop.is_set()

@@ -5,14 +5,19 @@ from __future__ import annotations
 import html
 import io
 import os
+import secrets
+import shutil
+import tempfile
 import threading
 import traceback
 from abc import ABCMeta
 from base64 import b64encode
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypedDict
+from urllib.parse import urlsplit
 
 # Read by Gradio on import. By default it reports each start and looks for newer versions, and the
 # browser keeps every request with its pictures.
@@ -20,22 +25,31 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ["GRADIO_RUN_HISTORY"] = "False"
 
 import gradio as gr
+from fastapi import FastAPI
 from gradio.data_classes import ImageData
+from gradio.networking import setup_tunnel
 from gradio.processing_utils import save_file_to_cache
+from gradio.tunneling import CURRENT_TUNNELS
 from gradio.utils import get_upload_folder, is_in_or_equal
 from PIL.Image import Image
 
-from ..errors import OmniGenError
+from ..errors import OmniGenError, RequestError
 from ..pipeline import OmniGenPipeline
 from ..request import DEFAULT_NEGATIVE_PROMPT
 from ..vae.preview import Preview
+from .bodies import IMAGE, MAX_UPLOAD_BYTES, NUMBER, SWITCH, TEXT, Call, Kind, choice
 from .gallery import TIPS, gallery
+from .gate import Gate
+from .hosts import Hosts
 from .job import TABLE_HEADERS, Fields, Finished, Job, clock, memory_table, save, sentence
+from .line import Line
+from .server import Server, listen
 
 _MEMORY = ["auto", "4GiB", "6GiB", "8GiB", "12GiB", "16GiB", "24GiB"]
-_MAX_UPLOAD = "64mb"
-_MAX_WAITING = 16  # calls that show their place in the queue; each holds one of 40 threads
-_MAX_QUEUE = 64  # calls before Gradio rejects more
+_MAX_QUEUE = 64  # calls that Gradio may hold for a moment; the line is ours
+_MAX_TABLES = 2  # memory tables at a time: they read the images, which may be large
+_TABLE_PATIENCE = 1.0  # seconds that a table waits for its turn
+_IDLE_SECONDS = 60  # after which a session's messages that nobody fetched are dropped
 _NOT_UPLOADED = "an input image must be uploaded"
 _CSS = """
 .gradio-container {max-width: 1240px !important; margin: 0 auto !important}
@@ -57,16 +71,17 @@ class _Hidden(TypedDict):
     api_visibility: Literal["private"]
 
 
-class _OneLine(TypedDict):
-    """Options of events that share a queue."""
-
-    concurrency_id: str
-    concurrency_limit: int
-
-
 _HIDDEN: _Hidden = {"show_progress": "hidden", "api_visibility": "private"}
-# waiting calls hold threads; others must stay free for stopping and for files
-_ONE_LINE: _OneLine = {"concurrency_id": "pipeline", "concurrency_limit": _MAX_WAITING}
+_FIELDS: dict[str, Kind] = {
+    "prompt": TEXT,
+    **dict.fromkeys(("image 1", "image 2", "image 3"), IMAGE),
+    **dict.fromkeys(("height", "width", "guidance_scale", "img_guidance_scale"), NUMBER),
+    **dict.fromkeys(("num_inference_steps", "seed"), NUMBER),
+    "random seed": SWITCH,
+    "max_input_image_size": NUMBER,
+    "use_input_image_size_as_output": SWITCH,
+    **dict.fromkeys(("negative_prompt", "memory"), TEXT),
+}
 
 
 class Page:
@@ -75,9 +90,8 @@ class Page:
     def __init__(self, pipe: OmniGenPipeline, model: str, folder: Path) -> None:
         self._pipe, self._model, self._folder = pipe, model, folder
         self._preview = Preview.fit(pipe.vae)
-        # calls in order of arrival, each with its session; the first one runs
-        self._line: list[tuple[str | None, Job]] = []
-        self._moved = threading.Condition()
+        self.line = Line()
+        self._tables = threading.Semaphore(_MAX_TABLES)
 
     def generate(self, request: gr.Request, *values: Any) -> Iterator[tuple[Any, ...]]:
         """Yields status, picture, seed, saved file, and the states of both buttons."""
@@ -87,8 +101,8 @@ class Page:
         try:
             arguments = Fields(*values).call()
             job = Job(self._pipe, arguments, self._preview)
-            with self._in_line(request.session_hash, job):
-                for others in self._wait(job):
+            with self.line.place(request.session_hash, job):
+                for others in self.line.wait(job):
                     text = f"Waiting: {others} before this one"
                     yield _status(text), same, arguments["seed"], "", *running
                 if job.stopping:
@@ -107,47 +121,18 @@ class Page:
 
     def stop(self, request: gr.Request) -> None:
         """Stops the session's own calls."""
-        with self._moved:
-            for session, job in self._line:
-                if session == request.session_hash:
-                    job.stop()
-            self._moved.notify_all()
+        self.line.stop(request.session_hash)
 
     def plans(self, *values: Any) -> tuple[Any, Any]:
         """The planner's table for the request, and the status."""
+        if not self._tables.acquire(timeout=_TABLE_PATIENCE):
+            return [], _failure(RequestError("others ask for this too; try again in a minute"))
         try:
             return memory_table(self._pipe, Fields(*values).call()), ""
         except Exception as error:  # as above
             return [], _failure(error)
-
-    @contextmanager
-    def _in_line(self, session: str | None, job: Job) -> Iterator[None]:
-        with self._moved:
-            self._line.append((session, job))
-        try:
-            yield
         finally:
-            with self._moved:
-                self._line.remove((session, job))
-                self._moved.notify_all()
-
-    def _wait(self, job: Job) -> Iterator[int]:
-        """Yields the number of calls before this one when it changes, until its turn or a stop."""
-        before: int | None = None
-
-        def changed() -> bool:
-            return job.stopping or self._place(job) != before
-
-        while True:
-            with self._moved:
-                self._moved.wait_for(changed)
-                before = self._place(job)
-            if job.stopping or before == 0:
-                return
-            yield before
-
-    def _place(self, job: Job) -> int:
-        return next(i for i, (_, other) in enumerate(self._line) if other is job)
+            self._tables.release()
 
     def _finish(self, event: Finished, arguments: dict[str, Any]) -> tuple[Any, ...]:
         if event.stopped:
@@ -268,14 +253,13 @@ class Page:
             with gr.Accordion("Tips", open=False):
                 gr.Markdown(TIPS)
             outputs = [status, result, seed, saved, generate, stop]
-            generate.click(self.generate, fields, outputs, **_ONE_LINE, **_HIDDEN)
+            generate.click(self.generate, fields, outputs, concurrency_limit=None, **_HIDDEN)
             filled = [prompt, *images, guidance, use_size]
             examples.click(fill, examples, filled, queue=False, **_HIDDEN).then(
-                self.generate, fields, outputs, **_ONE_LINE, **_HIDDEN
+                self.generate, fields, outputs, concurrency_limit=None, **_HIDDEN
             )
             stop.click(self.stop, queue=False, **_HIDDEN)
-            # reads the images, which may be large
-            plan.click(self.plans, fields, [table, status], concurrency_limit=2, **_HIDDEN)
+            plan.click(self.plans, fields, [table, status], concurrency_limit=None, **_HIDDEN)
             blocks.unload(self.stop)  # the page was closed
         return blocks
 
@@ -292,7 +276,7 @@ def _uploaded(self: gr.Image, file: ImageData | None) -> str | None:
         return None
     folders = (get_upload_folder(), self.GRADIO_CACHE)
     if not file.path or not any(is_in_or_equal(file.path, folder) for folder in folders):
-        raise gr.Error(_NOT_UPLOADED)
+        raise gr.Error(_NOT_UPLOADED, print_exception=False)
     return file.path
 
 
@@ -303,7 +287,7 @@ class _Blocks(gr.Blocks):
         self, block_fn: Any, inputs: list[Any], *arguments: Any, **options: Any
     ) -> Any:
         if _names_address(inputs):
-            raise gr.Error(_NOT_UPLOADED)
+            raise gr.Error(_NOT_UPLOADED, print_exception=False)
         return await super().preprocess_data(block_fn, inputs, *arguments, **options)
 
 
@@ -357,25 +341,56 @@ def serve(
     device: str | None,
     dtype: str,
     local_files_only: bool,
+    host: str,
     port: int | None,
+    allowed_hosts: tuple[str, ...],
     share: bool,
     out_dir: Path,
-) -> None:
-    """Loads the model and serves the page until interrupted."""
+) -> int | None:
+    """Loads the model and serves the page; returns the signal that ended it.
+
+    Raises OmniGenError for options that can't be used.
+    """
     if out_dir.exists() and not out_dir.is_dir():
         raise OmniGenError(f"--out-dir {out_dir} is a file; give a folder")
-    pipe = OmniGenPipeline.from_pretrained(
-        model, device=device, dtype=dtype, local_files_only=local_files_only
-    )
-    blocks = Page(pipe, model, out_dir).build().queue(max_size=_MAX_QUEUE)
-    _, local, public = blocks.launch(
-        server_name="127.0.0.1",
-        server_port=port,
-        share=share,
-        quiet=True,
-        prevent_thread_lock=True,
-        max_file_size=_MAX_UPLOAD,
+    names = [*allowed_hosts, *([] if host in ("0.0.0.0", "::") else [host])]
+    Hosts.of(names)
+    with listen(host, port) as opened:
+        pipe = OmniGenPipeline.from_pretrained(
+            model, device=device, dtype=dtype, local_files_only=local_files_only
+        )
+        # apart from those of other programs, and gone with this one
+        folder = tempfile.mkdtemp(prefix="omnigen-fast-", dir=os.environ.get("GRADIO_TEMP_DIR"))
+        remove = partial(shutil.rmtree, folder, ignore_errors=True)
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        try:
+            page = Page(pipe, model, out_dir)
+            used = opened.getsockname()[1]
+            public = _share(used) if share else None
+            names += [urlsplit(public).hostname or ""] * (public is not None)
+            server = _server(page, Hosts.of(names), Path(folder), used)
+            shown = f"[{host}]" if ":" in host else host
+            print(f"The page is at http://{shown}:{used}/", flush=True)
+            if public:
+                print(f"and, for anyone who has the link, at {public}", flush=True)
+            elif share:
+                print("There is no public link: Gradio's server provided none", flush=True)
+            return server.serve_until_told(opened, remove)
+        finally:
+            remove()
+            for tunnel in CURRENT_TUNNELS:
+                tunnel.kill()
+
+
+def _server(page: Page, hosts: Hosts, folder: Path, port: int) -> Server:
+    """The server of the page, with the gate in front of Gradio."""
+    blocks = page.build().queue(max_size=_MAX_QUEUE)
+    application = gr.mount_gradio_app(
+        FastAPI(openapi_url=None, docs_url=None, redoc_url=None),
+        blocks,
+        path="/",
         footer_links=[],
+        max_file_size=MAX_UPLOAD_BYTES,
         ssr_mode=False,
         pwa=False,
         mcp_server=False,
@@ -385,12 +400,52 @@ def serve(
         ),
         css=_CSS,
     )
-    print(f"The page is at {local}", flush=True)
-    if public:
-        print(f"and, for anyone who has the link, at {public}", flush=True)
-    elif share:
-        print("There is no public link: Gradio's server provided none", flush=True)
-    blocks.block_thread()
+    gate = Gate(application, hosts, _calls(blocks), page.line, folder, port)
+    idle: set[str] = set()
+    seconds = 0
+
+    def every_second() -> None:
+        nonlocal idle, seconds
+        page.line.expire()
+        seconds += 1
+        if seconds % _IDLE_SECONDS == 0:
+            still = idle & gate.idle()
+            gate.forget(still)
+            _forget(blocks, still)
+            idle = gate.idle()
+
+    return Server(gate, page.line.close, every_second)
+
+
+def _calls(blocks: gr.Blocks) -> dict[int, Call]:
+    """What the page's buttons send, by the number of the action."""
+    fields: dict[str, dict[str, Kind]] = {"generate": _FIELDS, "plans": _FIELDS, "stop": {}}
+    calls = {}
+    for number, function in blocks.fns.items():
+        if any(event == "unload" for _, event in function.targets):
+            continue  # Gradio's own, when a page is closed
+        if function.name == "fill":
+            (examples,) = function.inputs
+            calls[number] = Call(function.queue, {"example": choice(len(examples.samples))})
+        else:
+            calls[number] = Call(function.queue, fields[function.name])
+    return calls
+
+
+def _forget(blocks: gr.Blocks, sessions: set[str]) -> None:
+    """Drops messages for sessions that never fetched them; Gradio would keep them."""
+    queue = blocks._queue
+    for session in sessions:
+        for kept in (queue.pending_messages_per_session, queue.pending_event_ids_session):
+            kept.pop(session, None)
+
+
+def _share(port: int) -> str | None:
+    """A public address from Gradio's server, or None."""
+    try:
+        return setup_tunnel("127.0.0.1", port, secrets.token_urlsafe(32), None, None)
+    except Exception:  # of any kind: the page itself works without
+        return None
 
 
 def _number(label: str, value: float, name: str, step: float = 1) -> gr.Number:
