@@ -281,24 +281,31 @@ def _uploaded(self: gr.Image, file: ImageData | None) -> str | None:
 
 
 class _Blocks(gr.Blocks):
-    """Downloads nothing; Gradio would fetch any URL that a client sends as a file."""
+    """Opens and fetches nothing but uploads.
+
+    Gradio would fetch any URL that a client sends as a file, and copy any file of this machine into
+    the folder that it serves if it runs under another server than its own.
+    """
 
     async def preprocess_data(
         self, block_fn: Any, inputs: list[Any], *arguments: Any, **options: Any
     ) -> Any:
-        if _names_address(inputs):
+        if _names_others(inputs, os.path.realpath(get_upload_folder())):
             raise gr.Error(_NOT_UPLOADED, print_exception=False)
         return await super().preprocess_data(block_fn, inputs, *arguments, **options)
 
 
-def _names_address(value: Any) -> bool:
-    """Whether a client's input contains the URL of a file."""
+def _names_others(value: Any, folder: str) -> bool:
+    """Whether a client's input contains a file that does not lie in a folder."""
     if isinstance(value, list):
-        return any(map(_names_address, value))
+        return any(_names_others(one, folder) for one in value)
     if not isinstance(value, dict):
         return False
-    path = str(value.get("path")).lower()
-    return path.startswith(("http:", "https:")) or any(map(_names_address, value.values()))
+    if "path" in value:
+        path = value["path"]
+        if not isinstance(path, str) or not os.path.realpath(path).startswith(folder + os.sep):
+            return True
+    return any(_names_others(one, folder) for one in value.values())
 
 
 def _shown(self: gr.Image, value: Path | Image | None) -> ImageData | None:
@@ -400,6 +407,7 @@ def _server(page: Page, hosts: Hosts, folder: Path, port: int) -> Server:
         ),
         css=_CSS,
     )
+    blocks.has_launched = True  # else Gradio checks no paths
     gate = Gate(application, hosts, _calls(blocks), page.line, folder, port)
     idle: set[str] = set()
     seconds = 0
