@@ -68,8 +68,11 @@ class Hosts:
         return name in _LOOPBACK or name in self.names or name == here
 
     def _same(self, origin: str, host: str) -> bool:
-        parts = urlsplit(origin) if origin.isprintable() else None
-        if parts is None or parts.scheme not in ("http", "https"):
+        try:
+            parts = urlsplit(origin)
+        except ValueError:  # an open bracket, ...
+            return False
+        if parts.scheme not in ("http", "https"):
             return False
         if parts.netloc.lower() == host.lower():
             return True
