@@ -221,11 +221,11 @@ def parse_call(body: bytes, calls: Mapping[int, Call], queued: bool) -> tuple[st
     session, index, data = (sent.get(name) for name in ("session_hash", "fn_index", "data"))
     if not isinstance(session, str) or not SESSION.fullmatch(session):
         raise Refusal(400, "session_hash must be 1 to 64 letters and digits; reload the page")
-    known = isinstance(index, int) and not isinstance(index, bool) and index in calls
-    if not known or calls[index].queued != queued:
-        shown = printable(repr(index)[:80], 40)
-        raise Refusal(404, f"fn_index {shown} is no action of this page; reload it")
-    fields = calls[index].fields
+    is_index = isinstance(index, int) and not isinstance(index, bool)
+    call = calls.get(index) if is_index else None
+    if call is None or call.queued != queued:
+        raise Refusal(404, f"fn_index {_shown(index)} is no action of this page; reload it")
+    fields = call.fields
     if not isinstance(data, list) or len(data) != len(fields):
         number = len(data) if isinstance(data, list) else "none"
         raise Refusal(400, f"data must be a list of {len(fields)} fields, got {number}")

@@ -98,16 +98,17 @@ class Gate:
             await send({"type": "websocket.close", "code": 1008})
         else:
             answer, body = _Answer(send), Body(receive)
-            with suppress(Gone):
-                try:
-                    await self._serve(scope, body, answer)
-                except Refusal as refusal:
-                    await answer.refuse(refusal, body)
-                except Exception as error:
-                    # what a client that has hung up causes is of no interest
-                    if not answer.begun:
-                        traceback.print_exception(error)
-                        await answer.refuse(_broken(), body)
+            try:
+                await self._serve(scope, body, answer)
+            except Gone:
+                pass
+            except Refusal as refusal:
+                await answer.refuse(refusal, body)
+            except Exception as error:
+                # what a client that has hung up causes is of no interest
+                if not answer.begun:
+                    traceback.print_exception(error)
+                    await answer.refuse(_broken(), body)
 
     async def _serve(self, scope: Scope, receive: Body, answer: _Answer) -> None:
         headers = {

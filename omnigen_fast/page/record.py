@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 KEY = "omnigen_fast"
 MAX_BYTES = 1 << 20  # of the text; enough for the longest prompt that the model accepts
+_MAX_CHUNKS = 100_000  # looked through; a large picture has one for each 8 KiB to 64 KiB
+_MAX_INPUT_BYTES = 1 << 30  # of a recorded input image
 _MAX_BITS = 14_000  # of an integer; Python prints at most 4300 digits
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -197,6 +199,8 @@ def _unchanged(image: RecordedFile, picture: str | os.PathLike[str]) -> str:
     found = image.path_from(picture)
     if not os.path.isfile(found):
         problem = "is not there"
+    elif os.path.getsize(found) > _MAX_INPUT_BYTES:
+        problem = "is too large to be one"
     elif _sha256(found) != image.sha256:
         problem = "has changed since"
     else:
@@ -220,7 +224,9 @@ def _read_text(file: BinaryIO, name: str) -> bytes:
     if file.read(len(_SIGNATURE)) != _SIGNATURE:
         raise RequestError(f"{name} is not a PNG file; only PNG files carry their request")
     prefix = KEY.encode() + b"\0"
-    while len(header := file.read(8)) == 8:
+    for _ in range(_MAX_CHUNKS):
+        if len(header := file.read(8)) < 8:
+            break
         length, kind = int.from_bytes(header[:4], "big"), header[4:]
         start = file.read(min(length, len(prefix))) if kind == b"tEXt" else b""
         if start != prefix:

@@ -50,6 +50,7 @@ _MAX_QUEUE = 64  # calls that Gradio may hold for a moment; the line is ours
 _MAX_TABLES = 2  # memory tables at a time: they read the images, which may be large
 _TABLE_PATIENCE = 1.0  # seconds that a table waits for its turn
 _IDLE_SECONDS = 60  # after which a session's messages that nobody fetched are dropped
+_LARGEST_SEED = (1 << 53) - 1
 _NOT_UPLOADED = "an input image must be uploaded"
 _CSS = """
 .gradio-container {max-width: 1240px !important; margin: 0 auto !important}
@@ -100,15 +101,19 @@ class Page:
         idle = gr.Button(interactive=True), gr.Button(interactive=False)
         try:
             arguments = Fields(*values).call()
+            # JSON's integers end here; the request's own check reports a larger one
+            seed = arguments["seed"]
+            if not isinstance(seed, int) or abs(seed) > _LARGEST_SEED:
+                seed = same
             job = Job(self._pipe, arguments, self._preview)
             with self.line.place(request.session_hash, job):
                 for others in self.line.wait(job):
                     text = f"Waiting: {others} before this one"
-                    yield _status(text), same, arguments["seed"], "", *running
+                    yield _status(text), same, seed, "", *running
                 if job.stopping:
                     yield _status("Stopped before it began"), same, same, "", *idle
                     return
-                yield _status("Starting"), same, arguments["seed"], "", *running
+                yield _status("Starting"), same, seed, "", *running
                 for event in job.run():
                     if isinstance(event, Finished):
                         yield *self._finish(event, arguments), *idle
@@ -374,7 +379,8 @@ def serve(
             page = Page(pipe, model, out_dir)
             used = opened.getsockname()[1]
             public = _share(used) if share else None
-            names += [urlsplit(public).hostname or ""] * (public is not None)
+            if public is not None:
+                names.append(str(urlsplit(public).hostname))
             server = _server(page, Hosts.of(names), Path(folder), used)
             shown = f"[{host}]" if ":" in host else host
             print(f"The page is at http://{shown}:{used}/", flush=True)

@@ -315,3 +315,21 @@ class TestHostile:
         else:
             assert json.loads(record.text()) == fields(**{name: value})
             assert all(line.isprintable() for line in record.lines())
+
+
+def test_it_is_not_sought_among_more_parts_than_a_picture_has():
+    ours = chunk(b"tEXt", b"omnigen_fast\0" + RECORD.text().encode())
+    few, many = (png(*[chunk(b"IDAT", b"")] * number, ours) for number in (1000, 100_000))
+    with pytest.raises(RequestError, match="carries no request"):
+        read_record(many)
+    png(*[chunk(b"IDAT", b"")] * 1000, ours)
+    assert read_record(few) == RECORD
+
+
+def test_an_input_image_of_any_size_is_not_read(tmp_path):
+    huge = tmp_path / "huge.png"
+    with open(huge, "wb") as file:
+        file.truncate((1 << 30) + 1)  # a hole, which takes no space
+    record = Record(**{**vars(RECORD), "input_images": ((RecordedFile("huge.png", "0" * 64),),)})
+    with pytest.raises(RequestError, match="too large to be one"):
+        find_images(record, tmp_path / "x.png")
