@@ -221,8 +221,7 @@ def parse_call(body: bytes, calls: Mapping[int, Call], queued: bool) -> tuple[st
     session, index, data = (sent.get(name) for name in ("session_hash", "fn_index", "data"))
     if not isinstance(session, str) or not SESSION.fullmatch(session):
         raise Refusal(400, "session_hash must be 1 to 64 letters and digits; reload the page")
-    is_index = isinstance(index, int) and not isinstance(index, bool)
-    call = calls.get(index) if is_index else None
+    call = calls.get(index) if type(index) is int else None  # not a bool
     if call is None or call.queued != queued:
         raise Refusal(404, f"fn_index {_shown(index)} is no action of this page; reload it")
     fields = call.fields
