@@ -26,9 +26,11 @@ test: lint
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile \
 		--no-loadscope-reorder
 
-# The page in a real browser. What that takes on top is installed for it alone.
+# The page in a real browser, and its server under attack. What that takes on top is installed for
+# them alone.
 test-browser: chromium $(VENV)/.ready-browser
-	$(VENV)/bin/python -m pytest tests/browser
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile \
+		tests/browser tests/page/test_server_attacks.py
 
 $(VENV)/.ready-browser: $(READY)
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt \
