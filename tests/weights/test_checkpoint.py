@@ -287,7 +287,7 @@ class TestFiles:
             lambda: Checkpoint.open(folder),
             f"has {name} but no model.safetensors",
             "can run code",
-            f"save_file(torch.load('{name}', weights_only=True), 'model.safetensors')",
+            f"omnigen-fast convert {folder} OUT",
         )
 
     def test_empty_folder(self, tmp_path):
