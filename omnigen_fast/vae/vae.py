@@ -95,7 +95,9 @@ class Vae:
         _check_config(given.config, "the AutoencoderKL")
         if any(weight.is_meta for weight in given.parameters()):
             raise RequestError("the AutoencoderKL's weights are offloaded; give it with its weights")
-        return cls(_in_float32(given))
+        for weight in given.parameters():
+            weight.data = weight.data.float()
+        return cls(given)
 
     @property
     def device(self) -> torch.device:
@@ -327,8 +329,3 @@ def _current_name(name: str) -> str:
 def _move(module: nn.Module, device: torch.device) -> None:
     """`module.to(device)`, whose signature diffusers' decorator hides from type checkers."""
     module.to(device)
-
-
-def _in_float32(module: AutoencoderKL) -> AutoencoderKL:
-    found: Any = module
-    return found.to(torch.float32)

@@ -65,7 +65,7 @@ def resolve(
         CheckpointError: not a folder, and the hub doesn't have it or can't be reached.
         RequestError: `name` is not a path, or `subfolder` is not a name inside it.
     """
-    name = checked_path("a model", name)
+    name = checked_path("a model or a VAE", name)
     if subfolder is not None:
         check_inside("subfolder", subfolder)
         patterns = [f"{subfolder}/{pattern}" for pattern in patterns]
@@ -75,6 +75,12 @@ def resolve(
         if not os.path.isdir(folder):
             raise CheckpointError(f"{name} has no folder {brief(subfolder)}")
     return folder
+
+
+def locate(name: str | os.PathLike[str], **where: Any) -> str:
+    """A local .safetensors file as it is given, else the folder that `resolve` finds."""
+    path = checked_path("a model or a VAE", name)
+    return path if path.endswith(".safetensors") and os.path.isfile(path) else resolve(path, **where)
 
 
 def checked_path(what: str, path: Any) -> str:
