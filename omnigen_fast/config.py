@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .config_settings import check_settings
+from .config_settings import check_settings, words
 from .errors import CheckpointError, brief
 
 PATCH = 2  # latent pixels per side of a token
@@ -48,7 +48,7 @@ _DIFFUSERS_FIXED: Mapping[str, tuple[Any, ...]] = {
 _ROPE_FIXED: Mapping[str, tuple[Any, ...]] = {"partial_rotary_factor": (1.0,)}
 
 # Settings that are read below, or that a pass over given weights does not depend on.
-_PHI3_KNOWN = frozenset(
+_PHI3_KNOWN = words(
     """
     hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim intermediate_size
     vocab_size rms_norm_eps rope_theta rope_scaling rope_parameters max_position_embeddings
@@ -63,20 +63,20 @@ _PHI3_KNOWN = frozenset(
     return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature
     tf_legacy_loss tie_encoder_decoder tie_word_embeddings top_k top_p torchscript typical_p
     use_bfloat16 use_cache use_return_dict
-    """.split()
+    """
 )
-_DIFFUSERS_KNOWN = frozenset(
+_DIFFUSERS_KNOWN = words(
     """
     hidden_size num_layers num_attention_heads num_key_value_heads intermediate_size vocab_size
     rms_norm_eps rope_base rope_scaling max_position_embeddings original_max_position_embeddings
     pos_embed_max_size time_step_dim patch_size in_channels pad_token_id quantization_config
-    """.split()
+    """
 )
-_ROPE_KNOWN = frozenset(
+_ROPE_KNOWN = words(
     """
     type rope_type rope_theta rope_base short_factor long_factor original_max_position_embeddings
     factor attention_factor
-    """.split()
+    """
 )
 
 
@@ -120,7 +120,9 @@ class ModelConfig:
         for name in ("rms_norm_eps", "rope_theta"):
             value = getattr(self, name)
             if not _is_positive(value):
-                raise CheckpointError(f"config: {name} must be a positive number, got {brief(value)}")
+                raise CheckpointError(
+                    f"config: {name} must be a positive number, got {brief(value)}"
+                )
         for name in ("short_factor", "long_factor"):
             factor = getattr(self, name)
             if len(factor) != self.head_dim // 2 or not all(map(_is_positive, factor)):
@@ -194,6 +196,29 @@ class ModelConfig:
             )
         return config
 
+    def to_phi3(self) -> dict[str, Any]:
+        """The original layout's `config.json`, from which `from_phi3` reads the same sizes."""
+        return {
+            "architectures": ["Phi3ForCausalLM"],
+            "model_type": "phi3",
+            "hidden_act": "silu",
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_heads,
+            "num_key_value_heads": self.num_kv_heads,
+            "vocab_size": self.vocab_size,
+            "rms_norm_eps": self.rms_norm_eps,
+            "rope_theta": self.rope_theta,
+            "max_position_embeddings": self.max_position_embeddings,
+            "original_max_position_embeddings": self.original_max_position_embeddings,
+            "rope_scaling": {
+                "type": "su",
+                "short_factor": list(self.short_factor),
+                "long_factor": list(self.long_factor),
+            },
+        }
+
     @classmethod
     def from_diffusers(cls, values: Mapping[str, Any], pos_embed_size: int) -> ModelConfig:
         """Reads `transformer/config.json` of diffusers' layout.
@@ -237,9 +262,7 @@ class ModelConfig:
         kind = rope.get("rope_type", rope.get("type", "su" if rope else "default"))
         scaled = kind != "default"
         if scaled and kind not in ("su", "longrope"):
-            raise CheckpointError(
-                f"config: rope type {brief(kind)}; supported are su and longrope"
-            )
+            raise CheckpointError(f"config: rope type {brief(kind)}; supported are su and longrope")
         try:
             sizes = {
                 "hidden_size": values["hidden_size"],
@@ -336,7 +359,9 @@ def _check_rope_scale(rope: Mapping[str, Any], config: ModelConfig) -> None:
     }
     for name, value in implied.items():
         given = rope.get(name)
-        if given is not None and not (_is_positive(given) and math.isclose(given, value, rel_tol=1e-6)):
+        if given is not None and not (
+            _is_positive(given) and math.isclose(given, value, rel_tol=1e-6)
+        ):
             raise CheckpointError(
                 f"config: rope_scaling: {name} {brief(given)} describes another model; the lengths "
                 f"give {value:.6g}"

@@ -43,6 +43,11 @@ def check_settings(
             )
 
 
+def words(text: str) -> frozenset[str]:
+    """The names in a text, as a set."""
+    return frozenset(text.split())
+
+
 def _same(value: Any, allowed: Any) -> bool:
     """Equality of JSON values, where true is not 1."""
     return isinstance(value, bool) == isinstance(allowed, bool) and bool(value == allowed)

@@ -164,7 +164,7 @@ class OmniGenPipeline(LoraMethods):
 
     @vae.setter
     def vae(self, vae: Any) -> None:
-        """Takes a diffusers `AutoencoderKL` (made float32 and moved here) or another pipeline's VAE.
+        """Takes diffusers' `AutoencoderKL` (made float32 and moved here) or another pipeline's VAE.
 
         What was made with the old one is dropped.
 

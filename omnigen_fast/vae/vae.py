@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import LATENT_CHANNELS, VAE_SCALE
-from ..config_settings import check_settings
+from ..config_settings import check_settings, words
 from ..errors import CheckpointError, RequestError, brief
 from ..images import InputImage, normalized
 from ..memory.autoencoder import VaeShape
@@ -36,12 +35,12 @@ _STEM = "diffusion_pytorch_model"
 _LEVELS = VAE_SCALE.bit_length()  # of resolution
 _MAX_CHANNELS = 8192
 _MAX_SAMPLE = 1 << 16
-_KNOWN = frozenset(
+_KNOWN = words(
     """
     in_channels out_channels down_block_types up_block_types block_out_channels layers_per_block
     act_fn latent_channels norm_num_groups sample_size scaling_factor shift_factor force_upcast
     use_quant_conv use_post_quant_conv mid_block_add_attention
-    """.split()
+    """
 )
 _FIXED = {"latents_mean": (None,), "latents_std": (None,)}
 _SWITCHES = ("use_quant_conv", "use_post_quant_conv", "mid_block_add_attention")
@@ -94,7 +93,9 @@ class Vae:
             raise RequestError(f"vae must be diffusers' AutoencoderKL, got {type(given).__name__}")
         _check_config(given.config, "the AutoencoderKL")
         if any(weight.is_meta for weight in given.parameters()):
-            raise RequestError("the AutoencoderKL's weights are offloaded; give it with its weights")
+            raise RequestError(
+                "the AutoencoderKL's weights are offloaded; give it with its weights"
+            )
         for weight in given.parameters():
             weight.data = weight.data.float()
         return cls(given)

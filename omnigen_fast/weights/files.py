@@ -30,7 +30,7 @@ VAE_FILES = ("config.json", "diffusion_pytorch_model*.safetensors*")
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # safetensors' names
 # of tensors that a module's float8 weight is to be multiplied by, as others name them
 SCALE_SUFFIXES = (".scale_weight", ".weight_scale", ".weight_scale_inv")
-_PICKLES = (".pt", ".bin", ".pth", ".ckpt")
+PICKLES = (".pt", ".bin", ".pth", ".ckpt")
 _NAMED = 8  # tensors that a message names at most
 _MAX_TENSORS = 1 << 16  # the released model has 300
 _MAX_HEADER_BYTES = 32 << 20  # trainers write tags of their data into it
@@ -58,8 +58,8 @@ def resolve(
 ) -> str:
     """The local folder of a model: `name` if it is a folder, else a download from the hub.
 
-    With a `subfolder`, that folder in it. Downloads only the files that match `patterns`. A name in `SHIPPED` always means the bundled
-    model; pass a folder of that name as "./shapes".
+    With a `subfolder`, that folder in it. Downloads only the files that match `patterns`. A name in
+    `SHIPPED` always means the bundled model; pass a folder of that name as "./shapes".
 
     Raises:
         CheckpointError: not a folder, and the hub doesn't have it or can't be reached.
@@ -80,7 +80,9 @@ def resolve(
 def locate(name: str | os.PathLike[str], **where: Any) -> str:
     """A local .safetensors file as it is given, else the folder that `resolve` finds."""
     path = checked_path("a model or a VAE", name)
-    return path if path.endswith(".safetensors") and os.path.isfile(path) else resolve(path, **where)
+    return (
+        path if path.endswith(".safetensors") and os.path.isfile(path) else resolve(path, **where)
+    )
 
 
 def checked_path(what: str, path: Any) -> str:
@@ -187,7 +189,7 @@ def find_weights(
         if any_name and not variant:
             way_out += ": give the path of one"
         raise CheckpointError(f"{folder} has no {name}{way_out}")
-    pickles = [other for other in names if other.endswith(_PICKLES)]
+    pickles = [other for other in names if other.endswith(PICKLES)]
     if pickles and convert is not None:
         raise CheckpointError(
             f"{folder} has {pickles[0]} but no {name}; pickles can run code and are not read. "
@@ -292,43 +294,60 @@ def _some(names: Sequence[str], most: int = _NAMED) -> str:
     return ", ".join(names[:most]) + more
 
 
-def read_headers(files: WeightFiles) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
-    """Shapes and files of all tensors, by name.
+@dataclass(frozen=True)
+class Listed:
+    """A tensor as a file's header lists it."""
 
-    Raises CheckpointError for a malformed file, for numbers that are no floating-point weights, and
-    for a tensor elsewhere than the index says, such as a second copy.
+    shape: tuple[int, ...]
+    dtype: str  # safetensors' name
+    path: str
+
+
+def list_tensors(files: WeightFiles) -> dict[str, Listed]:
+    """What safetensors files hold, by name.
+
+    Raises CheckpointError for a malformed file, and for a tensor elsewhere than the index says,
+    such as a second copy.
     """
-    shapes: dict[str, tuple[int, ...]] = {}
-    places: dict[str, str] = {}
-    odd = []
+    found: dict[str, Listed] = {}
     for path in files.paths:
         with open_file(path, torch.device("cpu")) as file:
             for name in tensor_names(file, path):
                 _check_place(name, path, files.index)
                 header = file.get_slice(name)
-                if header.get_dtype() not in FLOATS:
-                    odd.append(f"{name} holds {header.get_dtype()}")
-                shapes[name] = tuple(header.get_shape())
-                places[name] = path
-    scales = [name for name in places if name.endswith(SCALE_SUFFIXES)]
+                found[name] = Listed(tuple(header.get_shape()), header.get_dtype(), path)
+    for name, path in (files.index or {}).items():
+        if name not in found:
+            raise CheckpointError(f"{path} lacks {name}, which the index places there")
+    return found
+
+
+def read_headers(files: WeightFiles) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """Shapes and files of all tensors, by name.
+
+    Raises CheckpointError as `list_tensors` does, and for numbers that are no plain weights.
+    """
+    found = list_tensors(files)
+    scales = [name for name in found if name.endswith(SCALE_SUFFIXES)]
     if scales:
         raise CheckpointError(
             f"{files.paths[0]} holds float8 weights with scales, such as {scales[0]}; "
             "omnigen-fast convert writes them as bfloat16"
         )
+    odd = [f"{name} holds {one.dtype}" for name, one in found.items() if one.dtype not in FLOATS]
     if odd:
         raise CheckpointError(f"{files.paths[0]}: {_some(odd)}, not floating-point weights")
-    for name, path in (files.index or {}).items():
-        if name not in places:
-            raise CheckpointError(f"{path} lacks {name}, which the index places there")
-    return shapes, places
+    shapes = {name: one.shape for name, one in found.items()}
+    return shapes, {name: one.path for name, one in found.items()}
 
 
 def _check_place(name: str, path: str, index: Mapping[str, str] | None) -> None:
     """Raises CheckpointError for a tensor in another file than the one that the index names."""
     if index is not None and index.get(name) != path:
-        named = f"the index places it in {os.path.basename(index[name])}" if name in index else (
-            "the index does not name it"
+        named = (
+            f"the index places it in {os.path.basename(index[name])}"
+            if name in index
+            else ("the index does not name it")
         )
         raise CheckpointError(f"{path} holds {name}, but {named}; remove the tensor or the index")
 
