@@ -183,7 +183,7 @@ def _model(model: Mapping[str, Any]) -> dict[str, Any]:
         raise _Refused(f"dropout {brief(dropout)} makes it random; set it to null")
     for name in ("continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(name):
-            raise _Refused(f"it has a {name}, {brief(model[name])}")
+            raise _Refused(f"its {name} is {brief(model[name])}")
     return {
         "type": kind,
         "dropout": None,
