@@ -22,7 +22,7 @@ from .regular_files import read_json
 from .vae.vae import Vae, find_vae
 from .weights.checkpoint import Checkpoint, find_folders, find_tokenizer, layout_of, read_config
 from .weights.files import VAE_FILES, check_shapes, locate, resolve
-from .weights.foreign import open_foreign
+from .weights.foreign import all_finite, open_foreign
 from .weights.names import ORIGINAL, layout_sources
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -145,7 +145,7 @@ def write_safetensors(
         file.write(len(text).to_bytes(8, "little") + text)
         for name in shapes:
             value = read(name).to(dtype).contiguous()
-            if not bool(value.isfinite().all()):
+            if not all_finite(value):
                 raise CheckpointError(f"{name} overflows {dtype}; choose bfloat16 or float32")
             file.write(value.flatten().view(torch.uint8).numpy().data)
 

@@ -93,7 +93,7 @@ class ForeignWeights:
                     f"{self.where}: {name} is {one.dtype} and has a scale, as only float8 weights "
                     "may have"
                 )
-        if not bool(value.isfinite().all()):
+        if not all_finite(value):
             raise CheckpointError(f"{self.where}: {name} holds NaN or infinities; it is damaged")
         return value
 
@@ -117,6 +117,12 @@ class ForeignWeights:
             f"{self.where}: {name} is {list(shape)} and its scale {list(scale.shape)}, which do "
             "not fit"
         )
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether a tensor with values holds neither NaN nor infinities, in one pass over it."""
+    low, high = tensor.aminmax()  # NaN if any value is
+    return math.isfinite(low) and math.isfinite(high)
 
 
 def _block_sides(weight: tuple[int, ...], scale: tuple[int, int]) -> tuple[int, int] | None:

@@ -148,9 +148,8 @@ class TestSources:
         config = json.loads((other / "config.json").read_text())
         (other / "config.json").write_text(json.dumps({**config, "scaling_factor": 0.5}))
         weights = load_file(other / "diffusion_pytorch_model.safetensors")
-        held(
-            other / "diffusion_pytorch_model.safetensors", {n: t.half() for n, t in weights.items()}
-        )
+        half = {name: tensor.half() for name, tensor in weights.items()}
+        held(other / "diffusion_pytorch_model.safetensors", half)
         converted(TINY, tmp_path / "out", "--vae-path", other)
         found = load_file(tmp_path / "out/vae/diffusion_pytorch_model.safetensors")
         same(found, {name: tensor.float() for name, tensor in half.items()})
