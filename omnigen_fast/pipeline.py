@@ -163,6 +163,7 @@ class OmniGenPipeline(LoraMethods):
         return self.engine.vae
 
     @vae.setter
+    @isolated
     def vae(self, vae: Any) -> None:
         """Takes diffusers' `AutoencoderKL` (made float32 and moved here) or another pipeline's VAE.
 

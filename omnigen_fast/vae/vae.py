@@ -96,8 +96,11 @@ class Vae:
             raise RequestError(
                 "the AutoencoderKL's weights are offloaded; give it with its weights"
             )
-        for weight in given.parameters():
-            weight.data = weight.data.float()
+        for module in given.modules():
+            for name, weight in list(module.named_parameters(recurse=False)):
+                # a copy of those made in inference mode, which can't be used outside
+                value = weight.detach().to(torch.float32, copy=weight.is_inference())
+                module.register_parameter(name, nn.Parameter(value, requires_grad=False))
         return cls(given)
 
     @property

@@ -117,6 +117,11 @@ def _local(name: str) -> str | None:
         return folder
     if os.path.isdir(name):
         return name
+    if os.path.isfile(name) and name.endswith(PICKLES):
+        raise CheckpointError(
+            f"{name} is a pickle, which can run code and is not read. Convert it, without running "
+            f"any: omnigen-fast convert {name} OUT"
+        )
     if os.path.exists(name):
         raise CheckpointError(f"{name} is a file; give the folder that holds config.json")
     if name.startswith((".", "/", "~")) or name.count("/") != 1 or "\\" in name:

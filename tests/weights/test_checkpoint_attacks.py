@@ -311,6 +311,11 @@ class TestArguments:
             with pytest.raises(RequestError, match="must be a folder or a hub id"):
                 OmniGenPipeline.from_pretrained(TINY, name, device="cpu")
 
+    def test_a_pickle_says_what_reads_it(self, folder):
+        (folder / "model.safetensors").rename(folder / "model.pt")
+        for model in (folder, folder / "model.pt"):
+            refused(lambda model=model: load(model), f"omnigen-fast convert {model} OUT")
+
     def test_vae_path_counts(self, folder, tmp_path):
         refused(lambda: load(folder, vae_path="nonexistent"), "nonexistent does not exist")
         refused(
@@ -387,6 +392,16 @@ class TestAnotherVae:
         assert not torch.equal(before, expected)
         pipe.vae = load(TINY).vae
         assert torch.equal(self.image(pipe), before)
+
+    def test_in_inference_mode(self, other):
+        """What is made inside is used outside."""
+        from diffusers import AutoencoderKL
+
+        pipe = load(TINY)
+        with torch.inference_mode():
+            pipe.vae = AutoencoderKL.from_pretrained(other, torch_dtype=torch.float16)
+            self.image(pipe)
+        assert self.image(pipe).isfinite().all()
 
     def test_half_precision_becomes_float32(self):
         from diffusers import AutoencoderKL

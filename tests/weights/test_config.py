@@ -256,11 +256,23 @@ class TestTimeFrequencies:
         torch.testing.assert_close(model.embed_times(times).tokens, expected)
 
     def test_enabled_pipeline(self, build):
+        """With the sizes of the transformer in diffusers' own tests."""
         from diffusers import OmniGenTransformer2DModel
 
         pipe = build()
-        values = {**pipe.transformer.config, "time_step_dim": 4}
-        pipe.transformer = OmniGenTransformer2DModel.from_config(values).eval()
+        factors = {"long_factor": [1, 2], "short_factor": [1, 2]}
+        pipe.transformer = OmniGenTransformer2DModel(
+            hidden_size=16,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            intermediate_size=32,
+            num_layers=1,
+            in_channels=4,
+            time_step_dim=4,
+            rope_scaling=factors,
+            vocab_size=640,
+            pad_token_id=3,
+        ).eval()
         omnigen_fast.enable(pipe)
         call = {"height": 64, "width": 64, "num_inference_steps": 2, "output_type": "latent"}
         assert pipe("A cat.", **call).images.isfinite().all()
