@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -23,7 +23,7 @@ from .vae.vae import Vae, find_vae
 from .weights.checkpoint import Checkpoint, find_folders, find_tokenizer, layout_of, read_config
 from .weights.files import VAE_FILES, check_shapes, locate, resolve
 from .weights.foreign import all_finite, open_foreign
-from .weights.names import ORIGINAL, layout_sources
+from .weights.names import ORIGINAL, TensorRows, layout_sources
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}  # safetensors'
@@ -80,11 +80,8 @@ def convert(
     _check_out(out)
     foreign = open_foreign(model)
     parts = _find_parts(model, base, vae_path)
-    values = {
-        name: value
-        for name, value in read_json(parts.config).items()
-        if name != "quantization_config"  # the weights say what they are
-    }
+    values = read_json(parts.config)
+    values.pop("quantization_config", None)  # the weights say what they are
     layout = layout_of(foreign.shapes, default=ORIGINAL)
     config = read_config(values, foreign.shapes, layout)
     sources = layout_sources(config, layout)
@@ -92,27 +89,29 @@ def convert(
     check_shapes(foreign.where, foreign.shapes, expected)
     Processor.from_file(parts.tokenizer, config)
     vae = Vae.from_folder(parts.vae, torch.device("cpu")).autoencoder.state_dict()
-    # our names and those of the original's tensors: there each parameter is one
-    names = {name: some[0].name for name, some in layout_sources(config, ORIGINAL).items()}
-    shapes = {names[name]: _stacked_shape(some) for name, some in sources.items()}
+    # in the original's layout each of our parameters is one tensor
+    written = {
+        some[0].name: sources[name] for name, some in layout_sources(config, ORIGINAL).items()
+    }
+    shapes = {name: _stacked_shape(some) for name, some in written.items()}
     vae_shapes = {name: tuple(value.shape) for name, value in vae.items()}
     nbytes = _nbytes(shapes, dtype) + _nbytes(vae_shapes, torch.float32)
     _check_room(out, nbytes)
-    with _new_folder(out) as folder, foreign.opened() as read:
-        by_name = {names[name]: some for name, some in sources.items()}
+    with _new_folder(out) as folder:
+        with foreign.opened() as read:
 
-        def joined(name: str) -> Tensor:
-            values = [read(part.name) for part in by_name[name]]
-            return values[0] if len(values) == 1 else torch.cat(values)
+            def stacked(name: str) -> Tensor:
+                values = [read(part.name) for part in written[name]]
+                return values[0] if len(values) == 1 else torch.cat(values)
 
-        write_safetensors(os.path.join(folder, "model.safetensors"), shapes, dtype, joined)
+            write_safetensors(os.path.join(folder, "model.safetensors"), shapes, dtype, stacked)
         _write_json(os.path.join(folder, "config.json"), _config_values(values, config, dtype))
         shutil.copyfile(parts.tokenizer, os.path.join(folder, "tokenizer.json"))
         os.mkdir(os.path.join(folder, "vae"))
         weights = os.path.join(folder, "vae", "diffusion_pytorch_model.safetensors")
         write_safetensors(weights, vae_shapes, torch.float32, vae.__getitem__)
-        vae_config = os.path.join(find_vae(parts.vae)[0], "config.json")
-        _write_json(os.path.join(folder, "vae", "config.json"), read_json(vae_config))
+        vae_config = read_json(os.path.join(find_vae(parts.vae)[0], "config.json"))
+        _write_json(os.path.join(folder, "vae", "config.json"), vae_config)
         Checkpoint.open(folder)
     return Converted(sum(map(prod, shapes.values())), nbytes)
 
@@ -174,7 +173,7 @@ def _find_parts(model: str, base: str | None, vae_path: str | None) -> _Parts:
     )
 
 
-def _stacked_shape(parts: Any) -> tuple[int, ...]:
+def _stacked_shape(parts: Sequence[TensorRows]) -> tuple[int, ...]:
     last = parts[-1]
     return (last.start + last.shape[0], *last.shape[1:])
 

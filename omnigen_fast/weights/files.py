@@ -106,7 +106,7 @@ def _local(name: str) -> str | None:
             warnings.warn(
                 f"{name} is the model bundled with this package; for the folder here give ./{name}",
                 UserWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
         folder = os.path.join(_MODELS, name)
         if not os.path.isfile(os.path.join(folder, "model.safetensors")):
@@ -190,10 +190,9 @@ def find_weights(
     if any_name and not variant and len(found) == 1:
         return _single(os.path.join(folder, found[0]))
     if found:
-        way_out = f"; it has {_some(found, 3)}"
-        if any_name and not variant:
-            way_out += ": give the path of one"
-        raise CheckpointError(f"{folder} has no {name}{way_out}")
+        between = f" and no {index}" if any("-of-" in other for other in found) else ""
+        way_out = ": give the path of one" if any_name and not between else ""
+        raise CheckpointError(f"{folder} has no {name}{between}; it has {_some(found, 3)}{way_out}")
     pickles = [other for other in names if other.endswith(PICKLES)]
     if pickles and convert is not None:
         raise CheckpointError(

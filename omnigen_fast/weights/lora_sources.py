@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError, RequestError
 from ..regular_files import read_json
-from .files import FLOATS, find_weights, open_file, resolve
+from .files import FLOATS, check_inside, find_weights, open_file, resolve
 from .lora_scale import check_config
 
 _DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
@@ -68,9 +68,8 @@ def _from_path(
     path: str, weight_name: str | None, subfolder: str | None, hub: Mapping[str, Any]
 ) -> Contents:
     for name, value in (("weight_name", weight_name), ("subfolder", subfolder)):
-        parts = value.replace("\\", "/").split("/") if isinstance(value, str) else []
-        if value is not None and (not any(parts) or ".." in parts or os.path.isabs(value)):
-            raise RequestError(f"{name} must be a name inside the folder, got {shown(value)}")
+        if value is not None:
+            check_inside(name, value)
     if "\0" in path:
         raise RequestError(f"a LoRA's path can't hold {shown(path)}")
     inner = "/".join(part for part in (subfolder, weight_name) if part)

@@ -256,6 +256,14 @@ class TestNamesOfFiles:
         refused(lambda: Checkpoint.open(folder), "has a.safetensors, b.safetensors: give the path")
         self.same(self.weights(folder / "b.safetensors"))
 
+    def test_shards_without_an_index(self, folder):
+        shard(folder)
+        (folder / "model.safetensors.index.json").unlink()
+        refused(
+            lambda: Checkpoint.open(folder),
+            "has no model.safetensors and no model.safetensors.index.json; it has model-00001-of-",
+        )
+
     def test_a_file_with_its_config_beside(self, folder, pipe):
         (folder / "model.safetensors").rename(folder / "other.safetensors")
         found = load(folder / "other.safetensors")("A cat.", **CALL, output_type="pt")
