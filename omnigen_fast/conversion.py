@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -223,21 +223,14 @@ def _check_room(out: str, nbytes: int) -> None:
 def _new_folder(out: str) -> Iterator[str]:
     """A folder to write to that becomes `out` in the end, or nothing if the work fails."""
     parent, name = os.path.split(os.path.abspath(out))
-    folder = None
+    # named before it is made, so that a signal in between leaves nothing behind
+    folder = os.path.join(parent, f".{name}-{secrets.token_hex(8)}")
     try:
-        folder = tempfile.mkdtemp(prefix=f".{name}-", dir=parent)
+        os.mkdir(folder)
         yield folder
-        os.chmod(folder, 0o777 & ~_umask())
         _check_out(out)
         os.rename(folder, out)
     except OSError as error:
         raise OSError(f"{out} can't be written: {error.strerror or error}") from error
     finally:
-        if folder is not None and os.path.isdir(folder):
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+        shutil.rmtree(folder, ignore_errors=True)
