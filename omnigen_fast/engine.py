@@ -344,6 +344,20 @@ class Engine:
         self.graphs = self._new_graphs()
         self.forget()
 
+    @isolated
+    def take_vae(self, vae: Vae) -> None:
+        """Uses another VAE; what was made with the old one is dropped.
+
+        Raises:
+            OmniGenError: calls are under way.
+        """
+        if self._running:
+            raise OmniGenError("a call is under way and uses the VAE; finish it first")
+        vae.place(self.vae.resident)
+        vae.to(self.device)
+        self.vae = vae
+        self.forget()
+
     def _read(self, names: Iterable[str], device: torch.device) -> Iterator[tuple[str, Tensor]]:
         """Parameters with the adapters that are loaded now."""
         dtype = self.precision.storage_dtype

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import reprlib
 from typing import Any
 
 MAX_MESSAGE = 300  # characters
 _MAX_READ = 16 << 10  # characters of a text that are looked at
 _MAX_WORD = 120  # characters of a path or a value in a message that is too long
+_BRIEF = reprlib.Repr()
+_BRIEF.maxstring = _BRIEF.maxlong = _BRIEF.maxother = 70
+_BRIEF.maxlevel = 3
 
 
 def printable(text: object, limit: int = MAX_MESSAGE) -> str:
@@ -28,6 +32,11 @@ def printable(text: object, limit: int = MAX_MESSAGE) -> str:
         tail = limit // 3
         line = f"{line[: limit - tail - 3]}...{line[-tail:]}"
     return line
+
+
+def brief(value: object) -> str:
+    """A value for a message: its `repr`, cut in depth and length before it is made."""
+    return _BRIEF.repr(value)
 
 
 def _shortened(word: str) -> str:

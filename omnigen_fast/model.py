@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cache import Cache
-from .config import LATENT_CHANNELS, PATCH, TIME_FREQUENCIES, ModelConfig
+from .config import LATENT_CHANNELS, PATCH, ModelConfig
 from .errors import RequestError
 from .kernels import ops
 from .linear import Weight, linear
@@ -249,12 +249,16 @@ class Transformer(nn.Module):
     def embed_times(self, times: Tensor) -> TimeEmbeddings:
         """Embeds the times of all steps, [steps] in [0, 1], float32.
 
-        The sinusoid has its cosines first, frequencies 10000^(-i / 128).
+        The sinusoid has its cosines first, frequencies 10000^(-i / half) for half its width; an odd
+        width ends in a zero.
         """
-        half = TIME_FREQUENCIES // 2
+        half = self.config.time_frequencies // 2
         exponents = torch.arange(half, dtype=torch.float32, device=times.device) / half
         angles = times[:, None] * torch.exp(-math.log(10000) * exponents)
-        waves = torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.dtype)
+        parts = [angles.cos(), angles.sin()]
+        if self.config.time_frequencies % 2:
+            parts.append(torch.zeros_like(times)[:, None])
+        waves = torch.cat(parts, dim=-1).to(self.dtype)
 
         def mlp(name: str) -> Tensor:
             first, second = (

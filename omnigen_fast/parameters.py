@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from .config import LATENT_CHANNELS, PATCH, TIME_FREQUENCIES, ModelConfig
+from .config import LATENT_CHANNELS, PATCH, ModelConfig
 
 PATCH_VALUES = LATENT_CHANNELS * PATCH * PATCH  # latent values of a token
 
@@ -27,7 +27,7 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     }
     for embedder in ("time_token", "time_embed"):
         shapes |= {
-            f"{embedder}.0.weight": (hidden, TIME_FREQUENCIES),
+            f"{embedder}.0.weight": (hidden, config.time_frequencies),
             f"{embedder}.0.bias": (hidden,),
             f"{embedder}.1.weight": (hidden, hidden),
             f"{embedder}.1.bias": (hidden,),

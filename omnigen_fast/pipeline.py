@@ -32,7 +32,7 @@ from .streaming import is_out_of_memory
 from .surroundings import isolated
 from .vae.vae import Vae
 from .weights.checkpoint import Checkpoint
-from .weights.files import SDXL_VAE, VAE_FILES, resolve
+from .weights.files import SDXL_VAE, VAE_FILES, check_inside, locate, resolve
 
 # Called after each step with (pipeline, step, time, {"latents": ...}); may return new latents.
 StepCallback: TypeAlias = Callable[
@@ -83,6 +83,9 @@ class OmniGenPipeline(LoraMethods):
         *,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype = torch.bfloat16,
+        torch_dtype: str | torch.dtype | None = None,
+        variant: str | None = None,
+        subfolder: str | None = None,
         revision: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         token: str | bool | None = None,
@@ -94,14 +97,17 @@ class OmniGenPipeline(LoraMethods):
         """Loads a model from a folder or from the hub, in the original's or diffusers' layout.
 
         Args:
-            model_name: a local folder, a hub id such as "Shitao/OmniGen-v1", or "shapes", the
-                small model that ships with this package (a local folder of that name is
-                "./shapes").
-            vae_path: folder or hub id of the VAE where `model_name` holds none; without it the
-                one that the original falls back to is fetched.
+            model_name: a local folder, a .safetensors file with its config.json beside it, a hub id
+                such as "Shitao/OmniGen-v1", or "shapes", the small model that ships with this
+                package (a local folder of that name is "./shapes").
+            vae_path: folder, file or hub id of the VAE; None for the one in `model_name`, or else
+                the one that the original falls back to, which is fetched.
             device: where to run; None for the current GPU if there is one (CUDA, then Apple's),
                 else the CPU.
             dtype: of the transformer, bfloat16 or float32. The VAE is always float32.
+            torch_dtype: diffusers' name for `dtype`.
+            variant: of the weights' names, as "fp16" for model.fp16.safetensors.
+            subfolder: where the model is in the folder or repository.
             revision: branch, tag or commit on the hub.
             cache_dir: where hub files are kept.
             token: access token for the hub.
@@ -116,9 +122,11 @@ class OmniGenPipeline(LoraMethods):
 
         Raises:
             CheckpointError: files are missing, malformed, or not an OmniGen model.
-            RequestError: a dtype or device that can't be used.
+            RequestError: an argument that can't be used, such as a dtype or a device.
         """
-        precision = Precision.of(check_dtype(dtype))
+        precision = Precision.of(_one_dtype(dtype, torch_dtype))
+        if variant is not None:
+            check_inside("variant", variant)
         target = check_device(device)
         hub: dict[str, Any] = {
             "revision": revision,
@@ -126,13 +134,15 @@ class OmniGenPipeline(LoraMethods):
             "token": token,
             "local_files_only": local_files_only,
         }
-        checkpoint = Checkpoint.open(resolve(model_name, **hub))
+        place = locate(model_name, subfolder=subfolder, **hub)
+        checkpoint = Checkpoint.open(place, variant)
         processor = Processor.from_file(checkpoint.tokenizer_path, checkpoint.config)
-        vae_folder = checkpoint.vae_folder
-        if vae_folder is None:
-            hub["revision"] = None  # names a commit of the model, not of the VAE
-            vae_folder = resolve(vae_path or SDXL_VAE, patterns=VAE_FILES, **hub)
-        vae = Vae.from_folder(vae_folder, torch.device("cpu"))
+        hub["revision"] = None  # names a commit of the model, not of the VAE
+        if vae_path is not None:
+            vae_place = locate(vae_path, patterns=VAE_FILES, **hub)
+        else:
+            vae_place = checkpoint.vae_folder or resolve(SDXL_VAE, patterns=VAE_FILES, **hub)
+        vae = Vae.from_folder(vae_place, torch.device("cpu"), variant)
         plan = first_plan(checkpoint, vae, precision, target, memory)
         vae.place(plan.vae_resident)
         vae.to(target)
@@ -151,6 +161,21 @@ class OmniGenPipeline(LoraMethods):
     @property
     def vae(self) -> Vae:
         return self.engine.vae
+
+    @vae.setter
+    @isolated
+    def vae(self, vae: Any) -> None:
+        """Takes diffusers' `AutoencoderKL` (made float32 and moved here) or another pipeline's VAE.
+
+        What was made with the old one is dropped.
+
+        Raises:
+            RequestError: it is neither.
+            CheckpointError: it is not OmniGen's kind of VAE.
+        """
+        found = Vae.of(vae)
+        with self._exclusive():
+            self.engine.take_vae(found)
 
     @property
     def device(self) -> torch.device:
@@ -495,6 +520,16 @@ def check_callback(callback: Any, inputs: Any) -> None:
         raise RequestError(
             f"callback_on_step_end_tensor_inputs can only be ['latents'], got {inputs!r}"
         )
+
+
+def _one_dtype(dtype: Any, torch_dtype: Any) -> torch.dtype:
+    """The dtype of two arguments that mean the same."""
+    if torch_dtype is None:
+        return check_dtype(dtype)
+    found = check_dtype(torch_dtype)
+    if dtype is not torch.bfloat16 and check_dtype(dtype) is not found:  # not the default
+        raise RequestError(f"dtype {dtype} and torch_dtype {torch_dtype} differ; give one of them")
+    return found
 
 
 def check_dtype(dtype: str | torch.dtype) -> torch.dtype:

@@ -14,6 +14,7 @@ from .errors import CheckpointError, RequestError
 from .guidance import Branch
 from .request import PLACEHOLDER
 from .sequence import EncodedBranch
+from .tokenizer_file import is_library_error, read_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -51,19 +52,9 @@ class Processor:
     def from_file(cls, path: str | os.PathLike[str], config: ModelConfig) -> Processor:
         """Reads a `tokenizer.json`.
 
-        Raises CheckpointError if it is missing or malformed.
+        Raises CheckpointError if it is missing, malformed or not of OmniGen's kind.
         """
-        from tokenizers import Tokenizer
-
-        if not os.path.isfile(path):
-            raise CheckpointError(f"{path} does not exist; the model folder needs a tokenizer.json")
-        try:
-            tokenizer = Tokenizer.from_file(os.fspath(path))
-        except Exception as error:  # the library raises bare Exception on malformed files
-            raise CheckpointError(f"{path} is not a tokenizer: {error}") from error
-        tokenizer.no_padding()
-        tokenizer.no_truncation()
-        return cls(tokenizer, config)
+        return cls(read_tokenizer(path), config)
 
     def encode(self, branch: Branch, noise_tokens: int, steps: int) -> EncodedBranch:
         """Tokenizes one branch.
@@ -107,7 +98,9 @@ class Processor:
             )
         try:
             encoded = [self._tokenizer.encode(one, add_special_tokens=False).ids for one in texts]
-        except Exception as error:  # the library raises its own, for example for unknown words
+        except BaseException as error:  # the library's own, for example for unknown words
+            if not is_library_error(error):
+                raise
             raise CheckpointError(f"the tokenizer can't encode the prompt: {error}") from error
         length = 1 + sum(map(len, encoded)) + slots
         if length > self.config.max_position_embeddings:

@@ -42,7 +42,9 @@ T = TypeVar("T")
     help="Folder or hub id.",
 )
 @click.option(
-    "--vae-path", type=PATH_OR_NAME, help="Folder or hub id of the VAE, for a model without one."
+    "--vae-path",
+    type=PATH_OR_NAME,
+    help="Folder, file or hub id of the VAE; default: the model's own.",
 )
 @click.option("--revision", help="Branch, tag or commit on the hub.")
 @click.option("--cache-dir", type=PATH_OR_NAME, help="Folder for files from the hub.")

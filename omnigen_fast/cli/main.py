@@ -10,6 +10,7 @@ import click
 from .. import __version__
 from .app import app
 from .batch import batch
+from .convert import convert
 from .demo import demo
 from .env import env
 from .generate import generate, show
@@ -31,7 +32,7 @@ def main() -> None:
 
 def _add_commands() -> None:
     """Adds this package's commands and those of entry points, such as the benchmarks."""
-    for command in (generate, batch, show, plan, demo, app, env):
+    for command in (generate, batch, show, plan, convert, demo, app, env):
         main.add_command(command)
     for entry in entry_points(group="omnigen_fast.commands"):
         main.add_command(entry.load(), entry.name)

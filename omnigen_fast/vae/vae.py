@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from ..config import LATENT_CHANNELS, VAE_SCALE
-from ..errors import CheckpointError
+from ..config_settings import check_settings, words
+from ..errors import CheckpointError, RequestError, brief
 from ..images import InputImage, normalized
 from ..memory.autoencoder import VaeShape
 from ..memory.device import on_host
-from ..weights.files import find_weights, read_json, read_tensors
+from ..regular_files import read_json
+from ..weights.files import WeightFiles, find_weights, read_tensors
 from . import strips
 
 if TYPE_CHECKING:
@@ -30,6 +31,20 @@ _OLD_NAMES = {
     "proj_attn.": "to_out.0.",
 }
 
+_STEM = "diffusion_pytorch_model"
+_LEVELS = VAE_SCALE.bit_length()  # of resolution
+_MAX_CHANNELS = 8192
+_MAX_SAMPLE = 1 << 16
+_KNOWN = words(
+    """
+    in_channels out_channels down_block_types up_block_types block_out_channels layers_per_block
+    act_fn latent_channels norm_num_groups sample_size scaling_factor shift_factor force_upcast
+    use_quant_conv use_post_quant_conv mid_block_add_attention
+    """
+)
+_FIXED = {"latents_mean": (None,), "latents_std": (None,)}
+_SWITCHES = ("use_quant_conv", "use_post_quant_conv", "mid_block_add_attention")
+
 
 class Vae:
     """An AutoencoderKL with the scale and shift of OmniGen's latents."""
@@ -42,19 +57,51 @@ class Vae:
         self._shift: float = autoencoder.config["shift_factor"] or 0.0
 
     @classmethod
-    def from_folder(cls, folder: str | os.PathLike[str], device: torch.device) -> Vae:
+    def from_folder(
+        cls, path: str | os.PathLike[str], device: torch.device, variant: str | None = None
+    ) -> Vae:
         """Reads a folder with `config.json` and `diffusion_pytorch_model.safetensors`.
+
+        Args:
+            path: the folder, or a safetensors file in it.
+            device: for the weights.
+            variant: of the weights' name, where the folder has it.
 
         Raises:
             CheckpointError: files are missing or malformed, or not OmniGen's kind of VAE.
         """
-        config = read_json(os.path.join(folder, "config.json"))
-        paths = find_weights(os.fspath(folder), "diffusion_pytorch_model")
-        autoencoder = _empty_autoencoder(config, folder)
+        folder, files = find_vae(os.fspath(path), variant)
+        autoencoder = _empty_autoencoder(read_json(os.path.join(folder, "config.json")), folder)
         expected = {name: tuple(t.shape) for name, t in autoencoder.state_dict().items()}
-        tensors = read_tensors(paths, torch.float32, device, rename=_current_name, shapes=expected)
+        tensors = read_tensors(files, torch.float32, device, rename=_current_name, shapes=expected)
         autoencoder.load_state_dict(tensors, assign=True)
         return cls(autoencoder)
+
+    @classmethod
+    def of(cls, given: Any) -> Vae:
+        """A VAE as it is given: one of these, or diffusers' `AutoencoderKL`, which becomes float32.
+
+        Raises:
+            RequestError: it is neither, or its weights are not there.
+            CheckpointError: it is not OmniGen's kind of VAE.
+        """
+        if isinstance(given, cls):
+            return given
+        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+        if not isinstance(given, AutoencoderKL):
+            raise RequestError(f"vae must be diffusers' AutoencoderKL, got {type(given).__name__}")
+        _check_config(given.config, "the AutoencoderKL")
+        if any(weight.is_meta for weight in given.parameters()):
+            raise RequestError(
+                "the AutoencoderKL's weights are offloaded; give it with its weights"
+            )
+        for module in given.modules():
+            for name, weight in list(module.named_parameters(recurse=False)):
+                # a copy of those made in inference mode, which can't be used outside
+                value = weight.detach().to(torch.float32, copy=weight.is_inference())
+                module.register_parameter(name, nn.Parameter(value, requires_grad=False))
+        return cls(given)
 
     @property
     def device(self) -> torch.device:
@@ -182,35 +229,97 @@ def content_noise(digest: str, shape: Sequence[int]) -> Tensor:
     return torch.randn(tuple(shape), generator=generator, dtype=torch.float32, device="cpu")
 
 
-def _empty_autoencoder(config: dict[str, Any], folder: str | os.PathLike[str]) -> AutoencoderKL:
+def find_vae(path: str, variant: str | None = None) -> tuple[str, WeightFiles]:
+    """The folder of a VAE and the files with its weights.
+
+    Args:
+        path: the folder, or a safetensors file in it.
+        variant: of the weights' name; ignored where the folder doesn't have it.
+    """
+    if os.path.isfile(path):
+        return os.path.dirname(path) or ".", WeightFiles((path,))
+    named = (f"{_STEM}.{variant}.safetensors", f"{_STEM}.safetensors.index.{variant}.json")
+    if not any(os.path.lexists(os.path.join(path, name)) for name in named):
+        variant = None
+    return path, find_weights(path, _STEM, variant=variant, any_name=True)
+
+
+def _empty_autoencoder(config: dict[str, Any], folder: str) -> AutoencoderKL:
     """The model that a config describes, on the meta device."""
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-    channels = config.get("block_out_channels")
-    if config.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
-        raise CheckpointError(f"{folder}: {config['_class_name']} is not an AutoencoderKL")
-    if (
-        not isinstance(channels, list)
-        or len(channels) != VAE_SCALE.bit_length()
-        or config.get("latent_channels") != LATENT_CHANNELS
-        or (config.get("in_channels", 3), config.get("out_channels", 3)) != (3, 3)
-        or not all(isinstance(c, int) and 0 < c <= 8192 for c in channels)
-        or config.get("layers_per_block", 1) not in range(1, 17)
-    ):
-        raise CheckpointError(
-            f"{folder}: not OmniGen's VAE, which has {LATENT_CHANNELS} latent channels at an "
-            f"eighth of the image's size: {json.dumps(config)[:200]}"
-        )
-    scale, shift = config.get("scaling_factor", 1), config.get("shift_factor") or 0
-    if not isinstance(scale, int | float) or not 1e-6 < scale < 1e6:
-        raise CheckpointError(f"{folder}: scaling_factor must be a positive number, got {scale!r}")
-    if not isinstance(shift, int | float) or not abs(shift) < 1e6:
-        raise CheckpointError(f"{folder}: shift_factor must be a number, got {shift!r}")
+    _check_config(config, folder)
     try:
         with torch.device("meta"):
             return AutoencoderKL.from_config(config)
     except Exception as error:  # the constructor raises all kinds on a malformed config
         raise CheckpointError(f"{folder}/config.json describes no VAE: {error}") from error
+
+
+def _check_config(config: Mapping[str, Any], where: str) -> None:
+    """Raises CheckpointError unless a config describes OmniGen's kind of VAE."""
+    kind = config.get("_class_name", "AutoencoderKL")
+    if kind != "AutoencoderKL":
+        raise CheckpointError(f"{where}: {brief(kind)[1:-1]} is not an AutoencoderKL")
+    check_settings(where, config, known=_KNOWN, fixed=_FIXED)
+    channels = config.get("block_out_channels")
+    if (
+        not isinstance(channels, list | tuple)
+        or len(channels) != _LEVELS
+        or not all(_is_count(one, _MAX_CHANNELS) for one in channels)
+        or not _are(config, latent_channels=LATENT_CHANNELS, in_channels=3, out_channels=3)
+        or not _is_count(config.get("layers_per_block", 1), 16)
+    ):
+        sizes = {name: value for name, value in config.items() if name in _KNOWN}
+        raise CheckpointError(
+            f"{where}: not OmniGen's VAE, which has {LATENT_CHANNELS} latent channels at an "
+            f"eighth of the image's size: {brief(sizes)}"
+        )
+    scale, shift = config.get("scaling_factor", 1), config.get("shift_factor")
+    if not _is_number(scale) or not 1e-6 < scale < 1e6:
+        raise CheckpointError(
+            f"{where}: scaling_factor must be a positive number, got {brief(scale)}"
+        )
+    if shift is not None and not (_is_number(shift) and abs(shift) < 1e6):
+        raise CheckpointError(f"{where}: shift_factor must be a number, got {brief(shift)}")
+    sample = config.get("sample_size", 32)
+    groups = config.get("norm_num_groups", 32)
+    usable = {
+        "act_fn": config.get("act_fn", "silu") in ("silu", "swish"),
+        "down_block_types": _are_all(config.get("down_block_types"), "DownEncoderBlock2D"),
+        "up_block_types": _are_all(config.get("up_block_types"), "UpDecoderBlock2D"),
+        "norm_num_groups": _is_count(groups, _MAX_CHANNELS)
+        and not any(one % groups for one in channels),
+        "sample_size": all(
+            _is_count(one, _MAX_SAMPLE)
+            for one in (sample if isinstance(sample, list | tuple) and sample else [sample])
+        ),
+        **{name: isinstance(config.get(name, True), bool) for name in _SWITCHES},
+    }
+    for name, fits in usable.items():
+        if not fits:
+            raise CheckpointError(
+                f"{where} describes no VAE that OmniGen can have: {name} is "
+                f"{brief(config.get(name))}"
+            )
+
+
+def _is_count(value: Any, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= most
+
+
+def _are(config: Mapping[str, Any], **sizes: int) -> bool:
+    """Whether a config has these sizes, which are also the defaults."""
+    found = [config.get(name, size) for name, size in sizes.items()]
+    return found == list(sizes.values()) and not any(isinstance(one, bool) for one in found)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _are_all(value: Any, kind: str) -> bool:
+    return isinstance(value, list | tuple) and list(value) == [kind] * _LEVELS
 
 
 def _current_name(name: str) -> str:

@@ -7,14 +7,19 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import isqrt
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..config import ModelConfig
-from ..errors import CheckpointError
-from .files import TensorReader, check_shapes, find_weights, read_headers, read_json
-from .names import DIFFUSERS, ORIGINAL, TensorRows, layout_sources
+from ..config import TIME_FREQUENCIES, ModelConfig
+from ..errors import CheckpointError, brief
+from ..regular_files import read_json
+from .files import TensorReader, WeightFiles, check_shapes, find_weights, read_headers
+from .names import DIFFUSERS, ORIGINAL, Layout, TensorRows, layout_sources
+
+_TRANSFORMER = "transformer"  # diffusers' folder of it
+_CLASS = "OmniGenTransformer2DModel"  # diffusers'
 
 
 @dataclass(frozen=True)
@@ -29,33 +34,33 @@ class Checkpoint:
     vae_folder: str | None
 
     @classmethod
-    def open(cls, folder: str | os.PathLike[str]) -> Checkpoint:
-        """Reads the configs and headers of a local folder and checks every shape.
+    def open(cls, path: str | os.PathLike[str], variant: str | None = None) -> Checkpoint:
+        """Reads the configs and headers of a local model and checks every shape.
+
+        Args:
+            path: a folder, or a safetensors file with its config.json beside it.
+            variant: of the weights' names, as "fp16" for model.fp16.safetensors.
 
         Raises:
             CheckpointError: a file is missing, malformed or a pickle, or tensors are missing,
                 unexpected or misshapen (all named).
         """
-        folder = os.fspath(folder)
-        diffusers = os.path.isdir(os.path.join(folder, "transformer"))
-        weights = os.path.join(folder, "transformer") if diffusers else folder
-        stem = "diffusion_pytorch_model" if diffusers else "model"
-        shapes, files = read_headers(find_weights(weights, stem))
-        table = "patch_embedding.pos_embed" if diffusers else "pos_embed"
-        values = read_json(os.path.join(weights, "config.json"))
-        read_config = ModelConfig.from_diffusers if diffusers else ModelConfig.from_phi3
-        config = read_config(values, _table_side(shapes, table))
-        sources = layout_sources(config, DIFFUSERS if diffusers else ORIGINAL)
+        path = os.fspath(path)
+        folder, inner = find_folders(path)
+        default = ORIGINAL if folder == inner else DIFFUSERS
+        shapes, files = read_headers(_find_files(path, folder, inner, variant))
+        layout = layout_of(shapes, default)
+        config = read_config(read_json(os.path.join(inner, "config.json")), shapes, layout)
+        sources = layout_sources(config, layout)
         expected = {part.name: part.shape for parts in sources.values() for part in parts}
-        check_shapes(weights, shapes, expected)
-        tokenizer = os.path.join(folder, "tokenizer") if diffusers else folder
+        check_shapes(inner, shapes, expected)
         vae = os.path.join(folder, "vae")
         return cls(
             folder,
             config,
             sources,
             files,
-            os.path.join(tokenizer, "tokenizer.json"),
+            find_tokenizer(folder),
             vae if os.path.isdir(vae) else None,
         )
 
@@ -102,6 +107,69 @@ class Checkpoint:
             for parameter, sources in layout_sources(self.config, layout).items()
             for source in sources
         }
+
+
+def find_folders(path: str) -> tuple[str, str]:
+    """A model's folder and the one with its transformer's config; only diffusers has two."""
+    if os.path.isdir(os.path.join(path, _TRANSFORMER)):
+        return path, os.path.join(path, _TRANSFORMER)
+    inner = path if os.path.isdir(path) else os.path.dirname(path) or "."
+    parent, name = os.path.split(os.path.abspath(inner))
+    around = name == _TRANSFORMER and os.path.isfile(os.path.join(parent, "model_index.json"))
+    return parent if around else inner, inner
+
+
+def _find_files(path: str, folder: str, inner: str, variant: str | None) -> WeightFiles:
+    if os.path.isfile(path):
+        return WeightFiles((path,))
+    stem = "model" if folder == inner else "diffusion_pytorch_model"
+    return find_weights(inner, stem, variant=variant, any_name=True, convert=path)
+
+
+def find_tokenizer(folder: str) -> str:
+    """Where a model folder has its tokenizer.json, or should have it."""
+    usual = os.path.join(folder, "tokenizer.json")
+    other = os.path.join(folder, "tokenizer", "tokenizer.json")  # diffusers
+    return other if os.path.lexists(other) and not os.path.lexists(usual) else usual
+
+
+def layout_of(names: Iterable[str], default: Layout) -> Layout:
+    """The layout that tensor names are of."""
+    held = set(names)
+    for layout in (ORIGINAL, DIFFUSERS):
+        if layout["pos_embed"][0] in held:
+            return layout
+    return default
+
+
+def read_config(
+    values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], layout: Layout
+) -> ModelConfig:
+    """The sizes of a model, some of which only its tensors state.
+
+    Args:
+        values: its config, as the original or diffusers writes it.
+        shapes: of its tensors.
+        layout: of their names.
+
+    Raises:
+        CheckpointError: missing or impossible values, or another model's.
+    """
+    kind = values.get("_class_name")
+    if kind is not None and kind != _CLASS:
+        raise CheckpointError(f"config: {brief(kind)} is another model; OmniGen's is {_CLASS}")
+    if values.get("quantization_config") is not None:
+        raise CheckpointError(
+            "config: it has a quantization_config; quantized weights are not read. For float8, "
+            "omnigen-fast convert writes them as bfloat16"
+        )
+    side = _table_side(shapes, layout["pos_embed"][0])
+    diffusers = layout is DIFFUSERS or "num_layers" in values
+    if diffusers and "num_hidden_layers" not in values:
+        return ModelConfig.from_diffusers(values, side)
+    embedder = shapes.get(f"{layout['time_embed.0'][0]}.weight", ())
+    frequencies = embedder[1] if len(embedder) == 2 else TIME_FREQUENCIES
+    return ModelConfig.from_phi3(values, side, frequencies)
 
 
 def _table_side(shapes: Mapping[str, tuple[int, ...]], name: str) -> int:

@@ -2,33 +2,55 @@
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import MAX_MESSAGE, CheckpointError, first_line, printable
+from ..errors import (
+    MAX_MESSAGE,
+    CheckpointError,
+    RequestError,
+    brief,
+    first_line,
+    printable,
+)
+from ..regular_files import check_regular, read_json
 
 SDXL_VAE = "stabilityai/sdxl-vae"  # the original's fallback
 SHIPPED = ("shapes",)  # models bundled with this package
 _MODELS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "models")
 MODEL_FILES = ("*.json", "*.safetensors", "*/*.json", "*/*.safetensors")
 VAE_FILES = ("config.json", "diffusion_pytorch_model*.safetensors*")
-_FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # safetensors' names
-# Bytes to convert before a file is mapped anew, so that its pages don't add to the copies' memory.
+FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # safetensors' names
+# of tensors that a module's float8 weight is to be multiplied by, as others name them
+SCALE_SUFFIXES = (".scale_weight", ".weight_scale", ".weight_scale_inv")
+PICKLES = (".pt", ".bin", ".pth", ".ckpt")
 _NAMED = 8  # tensors that a message names at most
+_MAX_TENSORS = 1 << 16  # the released model has 300
+_MAX_HEADER_BYTES = 32 << 20  # trainers write tags of their data into it
+# Bytes to convert before a file is mapped anew, so that its pages don't add to the copies' memory.
 _RENEW_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """The safetensors files that hold a model's tensors."""
+
+    paths: tuple[str, ...]
+    index: Mapping[str, str] | None = None  # tensor: path, where an index says so
 
 
 def resolve(
     name: str | os.PathLike[str],
     *,
     patterns: Sequence[str] = MODEL_FILES,
+    subfolder: str | None = None,
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     token: str | bool | None = None,
@@ -36,19 +58,55 @@ def resolve(
 ) -> str:
     """The local folder of a model: `name` if it is a folder, else a download from the hub.
 
-    Downloads only the files that match `patterns`. A name in `SHIPPED` always means the bundled
-    model; pass a folder of that name as "./shapes".
+    With a `subfolder`, that folder in it. Downloads only the files that match `patterns`. A name in
+    `SHIPPED` always means the bundled model; pass a folder of that name as "./shapes".
 
     Raises:
         CheckpointError: not a folder, and the hub doesn't have it or can't be reached.
+        RequestError: `name` is not a path, or `subfolder` is not a name inside it.
     """
-    name = os.fspath(name)
+    name = checked_path("a model or a VAE", name)
+    if subfolder is not None:
+        check_inside("subfolder", subfolder)
+        patterns = [f"{subfolder}/{pattern}" for pattern in patterns]
+    folder = _local(name) or _fetched(name, patterns, revision, cache_dir, token, local_files_only)
+    if subfolder is not None:
+        folder = os.path.join(folder, subfolder)
+        if not os.path.isdir(folder):
+            raise CheckpointError(f"{name} has no folder {brief(subfolder)}")
+    return folder
+
+
+def locate(name: str | os.PathLike[str], **where: Any) -> str:
+    """A local .safetensors file as it is given, else the folder that `resolve` finds."""
+    path = checked_path("a model or a VAE", name)
+    return (
+        path if path.endswith(".safetensors") and os.path.isfile(path) else resolve(path, **where)
+    )
+
+
+def checked_path(what: str, path: Any) -> str:
+    """A path as a string; raises RequestError for anything else."""
+    if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str):
+        raise RequestError(f"{what} must be a folder or a hub id (owner/name), got {brief(path)}")
+    return os.fspath(path)
+
+
+def check_inside(name: str, value: Any) -> None:
+    """Raises RequestError unless an argument names something inside a folder."""
+    parts = value.replace("\\", "/").split("/") if isinstance(value, str) else []
+    if not any(parts) or ".." in parts or os.path.isabs(value) or "\0" in value:
+        raise RequestError(f"{name} must be a name inside the folder, got {brief(value)}")
+
+
+def _local(name: str) -> str | None:
+    """The folder of a bundled or local model; None for what must be on the hub."""
     if name in SHIPPED:
         if os.path.isdir(name):
             warnings.warn(
                 f"{name} is the model bundled with this package; for the folder here give ./{name}",
                 UserWarning,
-                stacklevel=3,
+                stacklevel=5,
             )
         folder = os.path.join(_MODELS, name)
         if not os.path.isfile(os.path.join(folder, "model.safetensors")):
@@ -59,6 +117,11 @@ def resolve(
         return folder
     if os.path.isdir(name):
         return name
+    if os.path.isfile(name) and name.endswith(PICKLES):
+        raise CheckpointError(
+            f"{name} is a pickle, which can run code and is not read. Convert it, without running "
+            f"any: omnigen-fast convert {name} OUT"
+        )
     if os.path.exists(name):
         raise CheckpointError(f"{name} is a file; give the folder that holds config.json")
     if name.startswith((".", "/", "~")) or name.count("/") != 1 or "\\" in name:
@@ -66,6 +129,18 @@ def resolve(
             f"{name or 'an empty path'} does not exist; give a model folder or a hub id "
             "(owner/name)"
         )
+    return None
+
+
+def _fetched(
+    name: str,
+    patterns: Sequence[str],
+    revision: str | None,
+    cache_dir: str | os.PathLike[str] | None,
+    token: str | bool | None,
+    local_files_only: bool,
+) -> str:
+    """The folder of a download from the hub."""
     from huggingface_hub import snapshot_download
 
     try:
@@ -84,62 +159,82 @@ def resolve(
         ) from error
 
 
-def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads a JSON object from a file.
-
-    Raises CheckpointError if it is missing, malformed or not an object.
-    """
-    try:
-        with open(path, encoding="utf-8") as file:
-            values = json.load(file)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} does not exist; the model folder is not complete") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} can't be read as JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, got {type(values).__name__}")
-    return values
-
-
-def find_weights(folder: str, stem: str) -> list[str]:
+def find_weights(
+    folder: str,
+    stem: str,
+    *,
+    variant: str | None = None,
+    any_name: bool = False,
+    convert: str | None = None,
+) -> WeightFiles:
     """The safetensors files of a folder: `stem`.safetensors or the shards listed in its index.
+
+    Args:
+        folder: where to look.
+        stem: of the usual name.
+        variant: as in `stem`.fp16.safetensors, for "fp16".
+        any_name: whether the only file there may have another name.
+        convert: what `omnigen-fast convert` is to read if there are only pickles.
 
     Raises:
         CheckpointError: there are none, a shard is missing, or there are only pickles.
     """
-    single = os.path.join(folder, f"{stem}.safetensors")
-    if os.path.isfile(single):
-        return [single]
-    index_path = f"{single}.index.json"
-    if os.path.isfile(index_path):
-        shards = read_json(index_path).get("weight_map")
-        if not isinstance(shards, dict) or not shards:
-            raise CheckpointError(f"{index_path} has no weight_map")
-        names = sorted({str(name) for name in shards.values()})
-        # an index must not point outside its folder
-        bad = [name for name in names if os.path.basename(name) != name]
-        if bad:
-            raise CheckpointError(f"{index_path} names {bad[0]!r}, which is not a file beside it")
-        missing = [name for name in names if not os.path.isfile(os.path.join(folder, name))]
-        if missing:
-            raise CheckpointError(f"{folder} lacks shards: {_some(missing)}")
-        return [os.path.join(folder, name) for name in names]
-    pickles = sorted(
-        name
-        for name in (os.listdir(folder) if os.path.isdir(folder) else [])
-        if name.endswith((".pt", ".bin", ".pth", ".ckpt"))
-    )
+    name = f"{stem}.{variant}.safetensors" if variant else f"{stem}.safetensors"
+    index = f"{stem}.safetensors.index.{variant}.json" if variant else f"{name}.index.json"
+    if os.path.lexists(os.path.join(folder, name)):
+        return _single(os.path.join(folder, name))
+    if os.path.lexists(os.path.join(folder, index)):
+        return _shards(folder, os.path.join(folder, index))
+    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    found = [other for other in names if other.endswith(".safetensors")]
+    if any_name and not variant and len(found) == 1:
+        return _single(os.path.join(folder, found[0]))
+    if found:
+        between = f" and no {index}" if any("-of-" in other for other in found) else ""
+        way_out = ": give the path of one" if any_name and not between else ""
+        raise CheckpointError(f"{folder} has no {name}{between}; it has {_some(found, 3)}{way_out}")
+    pickles = [other for other in names if other.endswith(PICKLES)]
+    if pickles and convert is not None:
+        raise CheckpointError(
+            f"{folder} has {pickles[0]} but no {name}; pickles can run code and are not read. "
+            f"Convert it, without running any: omnigen-fast convert {convert} OUT"
+        )
     if pickles:
         raise CheckpointError(
-            f"{folder} has {pickles[0]} but no {stem}.safetensors; pickles can run code and are "
+            f"{folder} has {pickles[0]} but no {name}; pickles can run code and are "
             "not read. Convert one you trust: safetensors.torch.save_file(torch.load("
-            f"{pickles[0]!r}, weights_only=True), '{stem}.safetensors')"
+            f"{pickles[0]!r}, weights_only=True), {name!r})"
         )
-    raise CheckpointError(f"{folder} has no {stem}.safetensors")
+    raise CheckpointError(f"{folder} has no {name}")
+
+
+def _single(path: str) -> WeightFiles:
+    check_regular(path, "safetensors")
+    return WeightFiles((path,))
+
+
+def _shards(folder: str, index_path: str) -> WeightFiles:
+    """The files that an index names; none of them may be outside its folder."""
+    places = read_json(index_path).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise CheckpointError(f"{index_path} has no weight_map")
+    if len(places) > _MAX_TENSORS:
+        raise CheckpointError(f"{index_path} names more than {_MAX_TENSORS} tensors")
+    for name in places.values():
+        if not isinstance(name, str) or os.path.basename(name) != name:
+            raise CheckpointError(
+                f"{index_path} names {brief(name)}, which is not a file beside it"
+            )
+    names = sorted(set(places.values()))
+    missing = [name for name in names if not os.path.isfile(os.path.join(folder, name))]
+    if missing:
+        raise CheckpointError(f"{folder} lacks shards: {_some(missing)}")
+    paths = tuple(os.path.join(folder, name) for name in names)
+    return WeightFiles(paths, {name: os.path.join(folder, place) for name, place in places.items()})
 
 
 def read_tensors(
-    paths: Sequence[str],
+    files: WeightFiles,
     dtype: torch.dtype,
     device: torch.device,
     *,
@@ -151,14 +246,13 @@ def read_tensors(
     Raises:
         CheckpointError: a file is malformed, or its tensors are not those of `shapes`.
     """
-    for path in paths:
-        if not os.path.isfile(path):
-            raise CheckpointError(f"{path} does not exist; the model folder is not complete")
-    found, files = read_headers(paths)
+    found, places = read_headers(files)
     if shapes is not None:
         renamed = {rename(name): shape for name, shape in found.items()}
-        check_shapes(paths[0], renamed, shapes)
-    with TensorReader(files, dtype) as reader:
+        if len(renamed) < len(found):
+            raise CheckpointError(f"{files.paths[0]} has a tensor twice, under two of its names")
+        check_shapes(files.paths[0], renamed, shapes)
+    with TensorReader(places, dtype) as reader:
         return {rename(name): reader.read(name, device) for name in found}
 
 
@@ -167,7 +261,7 @@ def read_single_tensor(path: str) -> Tensor:
 
     Raises CheckpointError if it holds none or several, or can't be read.
     """
-    tensors = read_tensors([path], torch.float32, torch.device("cpu"))
+    tensors = read_tensors(WeightFiles((path,)), torch.float32, torch.device("cpu"))
     if len(tensors) != 1:
         raise CheckpointError(f"{path} has {len(tensors)} tensors; it must have only the latents")
     return next(iter(tensors.values()))
@@ -204,31 +298,95 @@ def _some(names: Sequence[str], most: int = _NAMED) -> str:
     return ", ".join(names[:most]) + more
 
 
-def read_headers(paths: Sequence[str]) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
-    """Shapes and files of all tensors, by name."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    files: dict[str, str] = {}
-    odd = []
-    for path in paths:
+@dataclass(frozen=True)
+class Listed:
+    """A tensor as a file's header lists it."""
+
+    shape: tuple[int, ...]
+    dtype: str  # safetensors' name
+    path: str
+
+
+def list_tensors(files: WeightFiles) -> dict[str, Listed]:
+    """What safetensors files hold, by name.
+
+    Raises CheckpointError for a malformed file, and for a tensor elsewhere than the index says,
+    such as a second copy.
+    """
+    found: dict[str, Listed] = {}
+    for path in files.paths:
         with open_file(path, torch.device("cpu")) as file:
-            for name in file.keys():  # noqa: SIM118 - a safetensors file is not a dict
+            for name in tensor_names(file, path):
+                _check_place(name, path, files.index)
                 header = file.get_slice(name)
-                if header.get_dtype() not in _FLOATS:
-                    odd.append(f"{name} holds {header.get_dtype()}")
-                shapes[name] = tuple(header.get_shape())
-                files[name] = path
+                found[name] = Listed(tuple(header.get_shape()), header.get_dtype(), path)
+    for name, path in (files.index or {}).items():
+        if name not in found:
+            raise CheckpointError(f"{path} lacks {name}, which the index places there")
+    return found
+
+
+def read_headers(files: WeightFiles) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """Shapes and files of all tensors, by name.
+
+    Raises CheckpointError as `list_tensors` does, and for numbers that are no plain weights.
+    """
+    found = list_tensors(files)
+    scales = [name for name in found if name.endswith(SCALE_SUFFIXES)]
+    if scales:
+        raise CheckpointError(
+            f"{files.paths[0]} holds float8 weights with scales, such as {scales[0]}; "
+            "omnigen-fast convert writes them as bfloat16"
+        )
+    odd = [f"{name} holds {one.dtype}" for name, one in found.items() if one.dtype not in FLOATS]
     if odd:
-        raise CheckpointError(f"{paths[0]}: {_some(odd)}, not floating-point weights")
-    return shapes, files
+        raise CheckpointError(f"{files.paths[0]}: {_some(odd)}, not floating-point weights")
+    shapes = {name: one.shape for name, one in found.items()}
+    return shapes, {name: one.path for name, one in found.items()}
+
+
+def _check_place(name: str, path: str, index: Mapping[str, str] | None) -> None:
+    """Raises CheckpointError for a tensor in another file than the one that the index names."""
+    if index is not None and index.get(name) != path:
+        named = (
+            f"the index places it in {os.path.basename(index[name])}"
+            if name in index
+            else ("the index does not name it")
+        )
+        raise CheckpointError(f"{path} holds {name}, but {named}; remove the tensor or the index")
+
+
+def tensor_names(file: Any, path: str) -> list[str]:
+    """The names in an open safetensors file; raises CheckpointError if they are too many."""
+    names: list[str] = file.keys()
+    if len(names) > _MAX_TENSORS:
+        raise CheckpointError(f"{path} has {len(names)} tensors; at most {_MAX_TENSORS} are read")
+    return names
 
 
 def open_file(path: str, device: torch.device) -> Any:
+    """Opens a safetensors file; raises CheckpointError if it is malformed."""
     from safetensors import SafetensorError, safe_open
 
+    check_regular(path, "safetensors")
+    _check_header(path)
     try:
         return safe_open(path, framework="pt", device=str(device))
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
+
+
+def _check_header(path: str) -> None:
+    """Raises CheckpointError for a header too large to be parsed."""
+    try:
+        with open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+    except OSError as error:
+        raise CheckpointError(f"{path} can't be read: {error.strerror}") from error
+    if _MAX_HEADER_BYTES < size < os.path.getsize(path):
+        raise CheckpointError(
+            f"{path} has a header of {size} bytes; at most {_MAX_HEADER_BYTES} are read"
+        )
 
 
 class TensorReader:

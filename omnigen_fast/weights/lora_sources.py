@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, RequestError
-from .files import find_weights, open_file, read_json, resolve
+from ..regular_files import read_json
+from .files import FLOATS, check_inside, find_weights, open_file, resolve
 from .lora_scale import check_config
 
 _DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
@@ -20,13 +21,11 @@ _PEFT_CONFIG = "adapter_config.json"
 _PEFT_FILE = "adapter_model.safetensors"
 _METADATA = "lora_adapter_metadata"  # diffusers' key in a file's header
 _HUB_FILES = (_PEFT_CONFIG, f"{_PEFT_FILE}*", "adapter_model-*.safetensors", _DIFFUSERS_FILE)
-_FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # safetensors' names
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _EXPECTED = "give a LoRA's folder, its .safetensors file or a hub id (owner/name)"
 
 # Bounds of what is read; a LoRA of all matrices of the published model has 600 tensors.
 _MAX_TENSORS = 1 << 16
-_MAX_HEADER_BYTES = 32 << 20  # trainers write tags of their data into it
 _MAX_JSON_BYTES = 4 << 20
 
 
@@ -69,9 +68,8 @@ def _from_path(
     path: str, weight_name: str | None, subfolder: str | None, hub: Mapping[str, Any]
 ) -> Contents:
     for name, value in (("weight_name", weight_name), ("subfolder", subfolder)):
-        parts = value.replace("\\", "/").split("/") if isinstance(value, str) else []
-        if value is not None and (not any(parts) or ".." in parts or os.path.isabs(value)):
-            raise RequestError(f"{name} must be a name inside the folder, got {shown(value)}")
+        if value is not None:
+            check_inside(name, value)
     if "\0" in path:
         raise RequestError(f"a LoRA's path can't hold {shown(path)}")
     inner = "/".join(part for part in (subfolder, weight_name) if part)
@@ -107,7 +105,7 @@ def _from_folder(folder: str, local: bool) -> Contents:
         if there(f"{_PEFT_FILE}.index.json"):
             _check_size(os.path.join(folder, f"{_PEFT_FILE}.index.json"))
         config = _peft_config(folder)
-        return _from_files(find_weights(folder, "adapter_model"), config)
+        return _from_files(find_weights(folder, "adapter_model").paths, config)
     if there(_DIFFUSERS_FILE):
         return _from_file(os.path.join(folder, _DIFFUSERS_FILE))
     others = [
@@ -142,11 +140,10 @@ def _from_file(path: str) -> Contents:
     return _from_files([path], config)
 
 
-def _from_files(paths: list[str], config: Mapping[str, Any] | None) -> Contents:
+def _from_files(paths: Sequence[str], config: Mapping[str, Any] | None) -> Contents:
     where = shown_path(paths[0])
     tensors: dict[str, Stored] = {}
     for path in paths:
-        _check_header(path)
         file = open_file(path, torch.device("cpu"))
         names = file.keys()
         _check_count(where, len(tensors) + len(names))
@@ -161,7 +158,7 @@ def _from_files(paths: list[str], config: Mapping[str, Any] | None) -> Contents:
 
 
 def _stored(file: Any, name: str, shape: tuple[int, ...], dtype: str) -> Stored:
-    return Stored(shape, dtype, dtype in _FLOATS, lambda: file.get_tensor(name))
+    return Stored(shape, dtype, dtype in FLOATS, lambda: file.get_tensor(name))
 
 
 def _from_dict(tensors: Mapping[Any, Any]) -> Contents:
@@ -225,19 +222,6 @@ def _check_size(path: str) -> None:
         raise CheckpointError(
             f"{shown_path(path)} has {os.path.getsize(path)} bytes; at most {_MAX_JSON_BYTES} are "
             "read"
-        )
-
-
-def _check_header(path: str) -> None:
-    """Raises CheckpointError for a safetensors header too large to be parsed."""
-    try:
-        with open(path, "rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-    except OSError as error:
-        raise CheckpointError(f"{shown_path(path)} can't be read: {error.strerror}") from error
-    if _MAX_HEADER_BYTES < size < os.path.getsize(path):
-        raise CheckpointError(
-            f"{shown_path(path)} has a header of {size} bytes; at most {_MAX_HEADER_BYTES} are read"
         )
 
 

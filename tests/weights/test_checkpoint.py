@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from damage import change_json, change_weights, refused, shard
 from golden_cases import GOLDEN, TINY
 from safetensors.torch import load_file, save_file
 
@@ -36,41 +37,6 @@ QKV = "llm.layers.1.self_attn.qkv_proj.weight"
 def folder(tmp_path) -> Path:
     """A copy of the golden checkpoint to damage."""
     return Path(shutil.copytree(TINY, tmp_path / "model"))
-
-
-def change_json(path: Path, **values) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
-
-
-def change_weights(path: Path, change) -> None:
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path)
-
-
-def refused(call, *parts: str) -> None:
-    """The call fails with one line that holds all parts."""
-    with pytest.raises(CheckpointError) as caught:
-        call()
-    message = str(caught.value)
-    assert len(message.splitlines()) == 1
-    assert len(message) < 1500
-    for part in parts:
-        assert part in message
-
-
-def shard(folder: Path) -> list[str]:
-    """Splits model.safetensors in three files with an index."""
-    tensors = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    names = [f"model-0000{i + 1}-of-00003.safetensors" for i in range(3)]
-    weight_map = {name: names[i % 3] for i, name in enumerate(tensors)}
-    for file in names:
-        part = {name: tensors[name] for name in tensors if weight_map[name] == file}
-        save_file(part, folder / file)
-    index = {"metadata": {}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    return names
 
 
 class TestReading:
@@ -287,7 +253,7 @@ class TestFiles:
             lambda: Checkpoint.open(folder),
             f"has {name} but no model.safetensors",
             "can run code",
-            f"save_file(torch.load('{name}', weights_only=True), 'model.safetensors')",
+            f"omnigen-fast convert {folder} OUT",
         )
 
     def test_empty_folder(self, tmp_path):
@@ -359,15 +325,15 @@ class TestConfig:
             ({"hidden_size": 1 << 40}, "hidden_size"),
             ({"hidden_size": -192}, "hidden_size must be a positive integer"),
             ({"hidden_size": 0}, "hidden_size must be a positive integer, got 0"),
-            ({"hidden_size": "192"}, "config: TypeError"),
+            ({"hidden_size": "192"}, "hidden_size must be a positive integer, got '192'"),
             ({"hidden_size": 192.0}, "hidden_size must be a positive integer, got 192.0"),
             ({"hidden_size": float("nan")}, "hidden_size must be a positive integer, got nan"),
-            ({"hidden_size": None}, "config: TypeError"),
+            ({"hidden_size": None}, "hidden_size must be a positive integer, got None"),
             ({"hidden_size": 194, "num_attention_heads": 4}, "194 is not a multiple of 4"),
             ({"hidden_size": 190, "num_attention_heads": 38}, "head_dim 5 is odd"),
-            ({"num_attention_heads": 0}, "config: ZeroDivisionError"),
+            ({"num_attention_heads": 0}, "num_heads must be a positive integer, got 0"),
             ({"num_attention_heads": -2}, "num_heads must be a positive integer"),
-            ({"num_attention_heads": [2]}, "config: TypeError"),
+            ({"num_attention_heads": [2]}, "num_heads must be a positive integer, got [2]"),
             ({"num_key_value_heads": 5}, "2 query heads can't share 5 key heads"),
             ({"num_key_value_heads": "2"}, "num_kv_heads must be a positive integer"),
             ({"num_hidden_layers": 1 << 20}, "1048576 layers; at most 1024"),
@@ -389,7 +355,7 @@ class TestConfig:
             ({"rope_scaling": {"type": "yarn"}}, "'yarn'; supported are su and longrope"),
             ({"rope_scaling": {"type": ["su"]}}, "supported are su and longrope"),
             ({"rope_scaling": {"type": "su"}}, "short_factor is missing"),
-            ({"rope_scaling": {**ROPE, "long_factor": 3}}, "config: TypeError"),
+            ({"rope_scaling": {**ROPE, "long_factor": 3}}, "long_factor must hold 48 positive"),
             ({"rope_scaling": {**ROPE, "long_factor": [1.0]}}, "long_factor must hold 48"),
             ({"rope_scaling": {**ROPE, "short_factor": [0.0] * 48}}, "48 positive numbers"),
             ({"rope_scaling": {**ROPE, "short_factor": [float("inf")] * 48}}, "48 positive"),

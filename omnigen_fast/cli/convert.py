@@ -1,0 +1,47 @@
+"""`omnigen-fast convert`: writes a model that others have stored as a folder that loads here."""
+
+from __future__ import annotations
+
+import click
+
+from ..errors import OmniGenError
+from .failure import failure
+from .files import PATH_OR_NAME
+
+
+@click.command()
+@click.argument("model", type=PATH_OR_NAME)
+@click.argument("out", type=PATH_OR_NAME)
+@click.option(
+    "--dtype",
+    type=click.Choice(("bfloat16", "float16", "float32")),
+    default="bfloat16",
+    show_default=True,
+    help="Of the written weights.",
+)
+@click.option(
+    "--base",
+    type=PATH_OR_NAME,
+    help="Folder or hub id of a model; supplies what is missing beside the weights.",
+)
+@click.option(
+    "--vae-path", type=PATH_OR_NAME, help="Folder, .safetensors file or hub id of the VAE."
+)
+def convert(model: str, out: str, dtype: str, base: str | None, vae_path: str | None) -> None:
+    """Writes MODEL to the new folder OUT, which --model and from_pretrained load.
+
+    MODEL is a folder, a .safetensors file, or a file of torch.save such as model.pt of the
+    original's trainer. Pickles are read without running code. Weights may be in float8, with
+    scales or without.
+    """
+    try:
+        from .. import conversion
+
+        kind = conversion.DTYPES[dtype]
+        done = conversion.convert(model, out, kind, base=base, vae_path=vae_path)
+        click.echo(
+            f"{done.parameters / 1e6:,.1f} million parameters as {dtype}, with the VAE "
+            f"{done.nbytes / 1e9:.3f} GB: {out}"
+        )
+    except (OmniGenError, OSError) as error:
+        raise failure(error) from error

@@ -1,0 +1,236 @@
+"""convert: a model as others store it, written as a folder that `from_pretrained` loads."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import ModelConfig
+from .errors import CheckpointError, OmniGenError, RequestError
+from .processor import Processor
+from .regular_files import read_json
+from .vae.vae import Vae, find_vae
+from .weights.checkpoint import Checkpoint, find_folders, find_tokenizer, layout_of, read_config
+from .weights.files import VAE_FILES, check_shapes, locate, resolve
+from .weights.foreign import all_finite, open_foreign
+from .weights.names import ORIGINAL, TensorRows, layout_sources
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}  # safetensors'
+_BASE_FILES = (
+    "*.json",
+    "transformer/config.json",
+    "tokenizer/*.json",
+    "vae/*.json",
+    "vae/*.safetensors",
+)
+_HEADER_UNIT = 8  # bytes; the data after the header is aligned to it
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What was written."""
+
+    parameters: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """Where everything but the weights comes from."""
+
+    config: str
+    tokenizer: str
+    vae: str
+
+
+def convert(
+    model: str,
+    out: str,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    base: str | None = None,
+    vae_path: str | None = None,
+) -> Converted:
+    """Writes a model in the original's layout, under a temporary name until it is complete.
+
+    Args:
+        model: a folder, a .safetensors file or a file of `torch.save`, with the weights of OmniGen
+            in either layout; float8 is multiplied by its scales.
+        out: the folder to make.
+        dtype: of the written weights: bfloat16, float16 or float32.
+        base: folder or hub id of a model; what is missing beside the weights is taken from it.
+        vae_path: folder, file or hub id of the VAE.
+
+    Raises:
+        CheckpointError: files are missing or malformed, or not OmniGen's.
+        RequestError: `out` exists.
+        OSError: `out` can't be written.
+    """
+    _check_out(out)
+    foreign = open_foreign(model)
+    parts = _find_parts(model, base, vae_path)
+    values = read_json(parts.config)
+    values.pop("quantization_config", None)  # the weights say what they are
+    layout = layout_of(foreign.shapes, default=ORIGINAL)
+    config = read_config(values, foreign.shapes, layout)
+    sources = layout_sources(config, layout)
+    expected = {part.name: part.shape for some in sources.values() for part in some}
+    check_shapes(foreign.where, foreign.shapes, expected)
+    Processor.from_file(parts.tokenizer, config)
+    vae = Vae.from_folder(parts.vae, torch.device("cpu")).autoencoder.state_dict()
+    # in the original's layout each of our parameters is one tensor
+    written = {
+        some[0].name: sources[name] for name, some in layout_sources(config, ORIGINAL).items()
+    }
+    shapes = {name: _stacked_shape(some) for name, some in written.items()}
+    vae_shapes = {name: tuple(value.shape) for name, value in vae.items()}
+    nbytes = _nbytes(shapes, dtype) + _nbytes(vae_shapes, torch.float32)
+    _check_room(out, nbytes)
+    with _new_folder(out) as folder:
+        with foreign.opened() as read:
+
+            def stacked(name: str) -> Tensor:
+                values = [read(part.name) for part in written[name]]
+                return values[0] if len(values) == 1 else torch.cat(values)
+
+            write_safetensors(os.path.join(folder, "model.safetensors"), shapes, dtype, stacked)
+        _write_json(os.path.join(folder, "config.json"), _config_values(values, config, dtype))
+        shutil.copyfile(parts.tokenizer, os.path.join(folder, "tokenizer.json"))
+        os.mkdir(os.path.join(folder, "vae"))
+        weights = os.path.join(folder, "vae", "diffusion_pytorch_model.safetensors")
+        write_safetensors(weights, vae_shapes, torch.float32, vae.__getitem__)
+        vae_config = read_json(os.path.join(find_vae(parts.vae)[0], "config.json"))
+        _write_json(os.path.join(folder, "vae", "config.json"), vae_config)
+        Checkpoint.open(folder)
+    return Converted(sum(map(prod, shapes.values())), nbytes)
+
+
+def write_safetensors(
+    path: str,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    read: Callable[[str], Tensor],
+) -> None:
+    """Writes a file tensor by tensor, so that no more than one is in memory.
+
+    Args:
+        path: of the file.
+        shapes: of the tensors, by name.
+        dtype: of all.
+        read: gives a tensor by name.
+
+    Raises:
+        CheckpointError: a value is too large for the dtype.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % _HEADER_UNIT)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in shapes:
+            value = read(name).to(dtype).contiguous()
+            if not all_finite(value):
+                raise CheckpointError(f"{name} overflows {dtype}; choose bfloat16 or float32")
+            file.write(value.flatten().view(torch.uint8).numpy().data)
+
+
+def _find_parts(model: str, base: str | None, vae_path: str | None) -> _Parts:
+    """Config, tokenizer and VAE: beside the weights, else from the base."""
+    folders = [find_folders(model)]
+    if base is not None:
+        folders.append(find_folders(resolve(base, patterns=_BASE_FILES)))
+
+    def first(what: str, paths: list[str], also: str = "") -> str:
+        for path in paths:
+            if os.path.lexists(path):
+                return path
+        raise CheckpointError(
+            f"{model} has no {what} beside it{' and neither has the base' * (base is not None)}; "
+            f"give a folder that has it as --base{also}"
+        )
+
+    return _Parts(
+        first("config.json", [os.path.join(inner, "config.json") for _, inner in folders]),
+        first("tokenizer.json", [find_tokenizer(folder) for folder, _ in folders]),
+        locate(vae_path, patterns=VAE_FILES)
+        if vae_path is not None
+        else first("vae", [os.path.join(folder, "vae") for folder, _ in folders], " or --vae-path"),
+    )
+
+
+def _stacked_shape(parts: Sequence[TensorRows]) -> tuple[int, ...]:
+    last = parts[-1]
+    return (last.start + last.shape[0], *last.shape[1:])
+
+
+def _config_values(
+    values: Mapping[str, Any], config: ModelConfig, dtype: torch.dtype
+) -> dict[str, Any]:
+    """The config to write: the one that was read if it is the original's."""
+    written = dict(values) if "num_hidden_layers" in values else config.to_phi3()
+    return written | {"torch_dtype": str(dtype).removeprefix("torch.")}
+
+
+def _nbytes(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> int:
+    return sum(map(prod, shapes.values())) * dtype.itemsize
+
+
+def _write_json(path: str, values: Mapping[str, Any]) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(values, file, indent=1)
+
+
+# The folder
+
+
+def _check_out(out: str) -> None:
+    """Raises now what would fail after the work."""
+    if os.path.lexists(out):
+        raise RequestError(f"{out} exists; nothing is overwritten: give a new folder")
+    parent = os.path.dirname(os.path.abspath(out))
+    if not os.path.isdir(parent):
+        raise RequestError(f"the folder {parent} does not exist; make it first")
+    if not os.access(parent, os.W_OK):
+        raise RequestError(f"the folder {parent} can't be written to")
+
+
+def _check_room(out: str, nbytes: int) -> None:
+    parent = os.path.dirname(os.path.abspath(out))
+    free = shutil.disk_usage(parent).free
+    if free < nbytes:
+        raise OmniGenError(
+            f"{parent} has {free / 1e9:.2f} GB free and the model takes {nbytes / 1e9:.2f}; free "
+            "some space, or give another folder"
+        )
+
+
+@contextmanager
+def _new_folder(out: str) -> Iterator[str]:
+    """A folder to write to that becomes `out` in the end, or nothing if the work fails."""
+    parent, name = os.path.split(os.path.abspath(out))
+    # named before it is made, so that a signal in between leaves nothing behind
+    folder = os.path.join(parent, f".{name}-{secrets.token_hex(8)}")
+    try:
+        os.mkdir(folder)
+        yield folder
+        _check_out(out)
+        os.rename(folder, out)
+    except OSError as error:
+        raise OSError(f"{out} can't be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
