@@ -123,7 +123,7 @@ def _find_files(path: str, folder: str, inner: str, variant: str | None) -> Weig
     if os.path.isfile(path):
         return WeightFiles((path,))
     stem = "model" if folder == inner else "diffusion_pytorch_model"
-    return find_weights(inner, stem, variant=variant, any_name=True, convert=path)
+    return find_weights(inner, stem, variant=variant, any_name=True, convertible=True)
 
 
 def find_tokenizer(folder: str) -> str:

@@ -31,6 +31,7 @@ FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # safetensors' nam
 # of tensors that a module's float8 weight is to be multiplied by, as others name them
 SCALE_SUFFIXES = (".scale_weight", ".weight_scale", ".weight_scale_inv")
 PICKLES = (".pt", ".bin", ".pth", ".ckpt")
+_CONVERT = "Convert the model, without running any: omnigen-fast convert MODEL OUT"
 _NAMED = 8  # tensors that a message names at most
 _MAX_TENSORS = 1 << 16  # the released model has 300
 _MAX_HEADER_BYTES = 32 << 20  # trainers write tags of their data into it
@@ -119,8 +120,7 @@ def _local(name: str) -> str | None:
         return name
     if os.path.isfile(name) and name.endswith(PICKLES):
         raise CheckpointError(
-            f"{name} is a pickle, which can run code and is not read. Convert it, without running "
-            f"any: omnigen-fast convert {name} OUT"
+            f"{name} is a pickle, which can run code and is not read. {_CONVERT}"
         )
     if os.path.exists(name):
         raise CheckpointError(f"{name} is a file; give the folder that holds config.json")
@@ -165,7 +165,7 @@ def find_weights(
     *,
     variant: str | None = None,
     any_name: bool = False,
-    convert: str | None = None,
+    convertible: bool = False,
 ) -> WeightFiles:
     """The safetensors files of a folder: `stem`.safetensors or the shards listed in its index.
 
@@ -174,7 +174,7 @@ def find_weights(
         stem: of the usual name.
         variant: as in `stem`.fp16.safetensors, for "fp16".
         any_name: whether the only file there may have another name.
-        convert: what `omnigen-fast convert` is to read if there are only pickles.
+        convertible: whether `omnigen-fast convert` reads the pickles that may be there instead.
 
     Raises:
         CheckpointError: there are none, a shard is missing, or there are only pickles.
@@ -194,10 +194,10 @@ def find_weights(
         way_out = ": give the path of one" if any_name and not between else ""
         raise CheckpointError(f"{folder} has no {name}{between}; it has {_some(found, 3)}{way_out}")
     pickles = [other for other in names if other.endswith(PICKLES)]
-    if pickles and convert is not None:
+    if pickles and convertible:
         raise CheckpointError(
             f"{folder} has {pickles[0]} but no {name}; pickles can run code and are not read. "
-            f"Convert it, without running any: omnigen-fast convert {convert} OUT"
+            f"{_CONVERT}"
         )
     if pickles:
         raise CheckpointError(
