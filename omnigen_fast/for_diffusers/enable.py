@@ -24,6 +24,7 @@ from ..kernels import ops
 from ..sequence import EncodedBranch, cache_entries, lay_out_all
 from ..vae.vae import content_noise
 from .binding import DiffusersTransformer, bind, weights_signature
+from .calls import enabled_class
 from .conditions import call_time, encoded_branches, unfold
 from .processor import processor_class, provide_processor, withdraw_processor
 
@@ -154,7 +155,7 @@ class _Runtime:
         self._last = ""
 
     def install(self) -> None:
-        """Replaces forward, processor and image encoding; `uninstall` restores them."""
+        """Replaces forward, processor, image encoding and class; `uninstall` restores them."""
         pipe, transformer = self._pipe, self.transformer
         self._plain = getattr(transformer, _forward_name(transformer))
         self._own_forward = _forward_name(transformer) in transformer.__dict__
@@ -166,6 +167,8 @@ class _Runtime:
         pipe.encode_input_images = self._encode_input_images
         setattr(transformer, _forward_name(transformer), self._forward)
         setattr(pipe, _ATTRIBUTE, self)
+        self._class: type = type(pipe)
+        pipe.__class__ = enabled_class(self._class)
         self.installed = True
 
     def uninstall(self) -> None:
@@ -181,6 +184,7 @@ class _Runtime:
         pipe.multimodal_processor = self._processor
         pipe.__dict__.pop("encode_input_images", None)
         pipe.__dict__.pop(_ATTRIBUTE, None)
+        pipe.__class__ = self._class
         self.installed, self._loop = False, None
 
     def summary(self) -> str:
