@@ -14,7 +14,7 @@ import torch
 
 from .config import VAE_SCALE
 from .engine import Engine
-from .equivalents import Equivalents, bind, named_arguments
+from .equivalents import Equivalents, named_arguments, own_names
 from .errors import RequestError, first_line
 from .model import Transformer
 from .request import DEFAULT_SIDE, Request
@@ -149,7 +149,8 @@ class DiffusersMethods(Equivalents):
 
         signature = inspect.signature(tqdm.__init__)
         own = [one for name, one in signature.parameters.items() if name not in _BAR_OWN]
-        config = bind("set_progress_bar_config", signature.replace(parameters=own), **config).kwargs
+        signature = signature.replace(parameters=own)
+        config = own_names("set_progress_bar_config", signature, (), config)
         try:
             with tqdm(total=1, **{**config, "disable": False, "file": io.StringIO()}):
                 pass

@@ -45,8 +45,10 @@ _SCHEDULE = (
     "of a diffusers pipeline and enable that one"
 )
 _TEXT = "give the text as prompt: OmniGen has no separate text encoder"
+_NEGATIVE = "give the text as negative_prompt"
 _IMAGES = "give images as input_images, and name them in the prompt"
 _NO_STRENGTH = "give the image as input_images: OmniGen starts from pure noise, or from latents"
+_SIZES = "OmniGen has no such condition: give height and width, or max_input_image_size"
 _CALLBACK = "give callback_on_step_end, called as f(pipe, step, time, {'latents': latents})"
 _LORA_SCALE = "set a LoRA's strength with set_adapters(names, weights)"
 _SAFETENSORS = "only safetensors files are read and written"
@@ -68,19 +70,35 @@ ARGUMENTS: Mapping[str, Mapping[str, Other]] = {
         "sigmas": Other(_SCHEDULE),
         "eta": Other("the sampler is Euler's, without noise of its own", (0, 1)),
         "prompt_embeds": Other(_TEXT),
-        "negative_prompt_embeds": Other("give the text as negative_prompt"),
+        "negative_prompt_embeds": Other(_NEGATIVE),
         "pooled_prompt_embeds": Other(_TEXT),
-        "negative_pooled_prompt_embeds": Other(_TEXT),
+        "negative_pooled_prompt_embeds": Other(_NEGATIVE),
         "prompt_2": Other(_TEXT),
         "prompt_3": Other(_TEXT),
+        "negative_prompt_2": Other(_NEGATIVE),
+        "negative_prompt_3": Other(_NEGATIVE),
+        "prompt_embeds_mask": Other(_TEXT),
+        "negative_prompt_embeds_mask": Other(_NEGATIVE),
         "max_sequence_length": Other("prompts are read whole; the model's positions are the limit"),
         "clip_skip": Other(_TEXT),
         "image": Other(_IMAGES),
         "images": Other(_IMAGES),
         "ip_adapter_image": Other(_IMAGES),
+        "ip_adapter_image_embeds": Other(_IMAGES),
+        "negative_ip_adapter_image": Other(_IMAGES),
+        "negative_ip_adapter_image_embeds": Other(_IMAGES),
         "control_image": Other(_IMAGES),
         "mask_image": Other("say in the prompt what is to change: OmniGen takes no masks"),
         "strength": Other(_NO_STRENGTH),
+        "denoising_start": Other(_NO_STRENGTH),
+        "denoising_end": Other("set pipe._interrupt = True in callback_on_step_end"),
+        "original_size": Other(_SIZES),
+        "target_size": Other(_SIZES),
+        "crops_coords_top_left": Other(_SIZES),
+        "negative_original_size": Other(_SIZES),
+        "negative_target_size": Other(_SIZES),
+        "negative_crops_coords_top_left": Other(_SIZES),
+        "max_area": Other(_SIZES),
         "cfg_scale": Other("give guidance_scale"),
         "true_cfg_scale": Other("give guidance_scale"),
         "guidance_rescale": Other("give a lower guidance_scale", (0,)),
@@ -164,7 +182,7 @@ ARGUMENTS: Mapping[str, Mapping[str, Other]] = {
         "torch_device": Other("give device"),
         "torch_dtype": Other("give dtype"),
         "silence_dtype_warnings": Other("give a device or a dtype", (True, False)),
-        "memory_format": Other("give a device or a dtype"),
+        "memory_format": Other("weights keep their layout"),
         "non_blocking": Other("give a device or a dtype", (True, False)),
     },
 }
@@ -199,11 +217,25 @@ ATTRIBUTES: Mapping[str, str] = {
     "check_inputs": "pipe.plan(prompt, ...) checks the arguments of a call",
     "retrieve_timesteps": "pipe.scheduler.timesteps holds those of the latest call",
     "progress_bar": "set_progress_bar_config sets its style; progress=False hides it",
+    "current_timestep": "callback_on_step_end receives the time of each step",
+    "do_classifier_free_guidance": "guidance always runs; pipe.guidance_scale is its scale",
+    "guidance_rescale": "there is none; give a lower guidance_scale",
+    "get_guidance_scale_embedding": "the model has no input for it; give guidance_scale",
+    "prepare_extra_step_kwargs": "the sampler is Euler's, without noise of its own",
+    "denoising_end": "set pipe._interrupt = True in callback_on_step_end",
+    "clip_skip": "OmniGen has no text encoder: its transformer reads the prompt",
+    "unet_name": _MODEL,
+    "transformer_name": _MODEL,
+    "text_encoder_name": "OmniGen has none: its transformer reads the prompt",
+    "run_safety_checker": "there is none; images are returned as the model makes them",
+    "decode_latents": 'pipe.vae.decode(latents) does, and the call for output_type "pil"',
+    "upcast_vae": "the VAE always runs in float32",
     "numpy_to_pil": 'output_type="pil" gives PIL images',
     "hf_device_map": _HOOKS,
     "reset_device_map": _HOOKS,
     "remove_all_hooks": _HOOKS,
     "maybe_free_model_hooks": _HOOKS,
+    "model_cpu_offload_seq": _HOOKS,
     "enable_group_offload": 'memory="8GiB" streams as many layers as that amount demands',
     "enable_layerwise_casting": "weights are bfloat16 or float32; memory= saves memory",
     "enable_freeu": "FreeU is for U-Nets, and OmniGen has none",
@@ -212,12 +244,40 @@ ATTRIBUTES: Mapping[str, str] = {
     "unfuse_qkv_projections": "q, k and v are one matrix always",
     "set_attention_slice": "attention never stores its matrix of scores",
     "set_use_memory_efficient_attention_xformers": "attention never stores its matrix of scores",
-    "load_ip_adapter": "give reference images as input_images",
-    "load_textual_inversion": "OmniGen's tokenizer is fixed; load_lora_weights loads LoRAs",
-    "save_lora_weights": "PEFT and diffusers write LoRAs; load_lora_weights reads them",
+    **dict.fromkeys(
+        (
+            *("load_ip_adapter", "unload_ip_adapter", "set_ip_adapter_scale", "encode_image"),
+            "prepare_ip_adapter_image_embeds",
+        ),
+        "give reference images as input_images",
+    ),
+    **dict.fromkeys(
+        ("load_textual_inversion", "unload_textual_inversion", "maybe_convert_prompt"),
+        "OmniGen's tokenizer is fixed; load_lora_weights loads LoRAs",
+    ),
+    **dict.fromkeys(
+        (
+            *("save_lora_weights", "write_lora_layers", "pack_weights", "lora_state_dict"),
+            *("load_lora_into_transformer", "load_lora_into_unet", "load_lora_into_text_encoder"),
+        ),
+        "PEFT and diffusers write LoRAs; load_lora_weights reads them",
+    ),
+    **dict.fromkeys(
+        (
+            *("lora_scale", "fused_loras", "set_lora_device", "enable_lora_hotswap"),
+            *("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs"),
+        ),
+        "LoRAs are merged into the weights; get_list_adapters names them, set_adapters weighs them",
+    ),
     "push_to_hub": "save_pretrained, then upload with huggingface_hub.upload_folder",
     "register_modules": "from_pretrained loads all parts",
-    "register_to_config": _CONFIG,
+    **dict.fromkeys(
+        (
+            *("config_name", "has_compatibles", "ignore_for_config", "get_config_dict"),
+            *("extract_init_dict", "register_to_config", "register_for_auto_class"),
+        ),
+        _CONFIG,
+    ),
     "save_config": _CONFIG,
     "load_config": _CONFIG,
     "from_config": "from_pretrained loads a model folder",
@@ -263,20 +323,26 @@ def named_arguments(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
     @functools.wraps(function)
     def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        bound = bind(function.__name__, signature, *args, **kwargs)
-        return function(*bound.args, **bound.kwargs)
+        return function(*args, **own_names(function.__name__, signature, args, kwargs))
 
     return run
 
 
-def bind(
-    method: str, signature: inspect.Signature, /, *args: Any, **kwargs: Any
-) -> inspect.BoundArguments:
-    """The arguments of a call, without those that other pipelines have and that ask for nothing.
+def own_names(
+    method: str, signature: inspect.Signature, args: tuple[Any, ...], given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Arguments by the names that a method has.
+
+    Args:
+        method: its name.
+        signature: its parameters, with the `self` of `args`, if any.
+        args: that are given by position.
+        given: by name; those of other pipelines are left out where they ask for nothing.
 
     Raises:
         ArgumentError: an argument is unknown, missing, or given twice.
     """
+    kwargs = dict(given)
     for name, own in _ALIASES.get(method, {}).items():
         if name in kwargs and own not in kwargs:
             kwargs[own] = kwargs.pop(name)
@@ -284,9 +350,10 @@ def bind(
     for name in () if variable else kwargs.keys() - signature.parameters.keys():
         _check_unknown(method, name, kwargs.pop(name), signature)
     try:
-        return signature.bind(*args, **kwargs)
+        signature.bind(*args, **kwargs)
     except TypeError as error:
         raise ArgumentError(f"{_called(method)}: {error}") from None
+    return kwargs
 
 
 def _check_unknown(method: str, name: str, value: Any, signature: inspect.Signature) -> None:

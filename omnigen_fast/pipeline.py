@@ -17,7 +17,7 @@ from .call import Call, Memory, encoded, workload_of
 from .config import ModelConfig
 from .diffusers_methods import DiffusersMethods
 from .engine import Engine
-from .equivalents import bind, named_arguments
+from .equivalents import named_arguments, own_names
 from .errors import OmniGenError, RequestError, first_line, printable
 from .loras import LoraMethods
 from .memory.device import parse_memory
@@ -413,7 +413,8 @@ class OmniGenPipeline(LoraMethods, DiffusersMethods):
     def _bound(self, prompt: Any, input_images: Any, call: Mapping[str, Any]) -> _Given:
         """The arguments of a call that is not made."""
         signature = inspect.signature(type(self).__call__)
-        bound = bind("__call__", signature, self, prompt, input_images, **call)
+        args = (self, prompt, input_images)
+        bound = signature.bind(*args, **own_names("__call__", signature, args, call))
         bound.apply_defaults()
         given = dict(bound.arguments)
         del given["self"], given["progress"]

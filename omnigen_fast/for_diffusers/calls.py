@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..equivalents import Other, bind
+from ..equivalents import Other, own_names
 from ..errors import ArgumentError, AttributeNameError, RequestError, printable
 from ..request import checked_integer
 
@@ -68,8 +68,8 @@ def enabled_class(base: type) -> type:
         @functools.wraps(base.__call__)
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             signature = inspect.signature(super().__call__)
-            bound = bind("__call__", signature, *args, **_translated(self, kwargs))
-            return super().__call__(*bound.args, **bound.kwargs)
+            given = own_names("__call__", signature, args, _translated(self, kwargs))
+            return super().__call__(*args, **given)
 
         def __getattr__(self, name: str) -> Any:
             try:

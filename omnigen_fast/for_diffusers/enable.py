@@ -167,7 +167,7 @@ class _Runtime:
         pipe.encode_input_images = self._encode_input_images
         setattr(transformer, _forward_name(transformer), self._forward)
         setattr(pipe, _ATTRIBUTE, self)
-        self._class: type = type(pipe)
+        self._class = pipe.__class__
         pipe.__class__ = enabled_class(self._class)
         self.installed = True
 
