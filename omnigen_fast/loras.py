@@ -110,7 +110,7 @@ class LoraMethods(ABC):
         """
         with self._exclusive():
             loras = self.engine.loras
-            names = loras.names if adapter_name is None else [adapter_name]
+            names = loras.names if adapter_name is None else _names(adapter_name)
             self._set_loras(loras.without(names))
 
     @isolated

@@ -132,8 +132,13 @@ class OmniGenPipeline(LoraMethods, DiffusersMethods):
 
         Raises:
             CheckpointError: files are missing, malformed, or not an OmniGen model.
-            RequestError: an argument that can't be used, such as a dtype or a device.
+            RequestError: an argument can't be used; says which, and what can.
         """
+        if not isinstance(model_name, str | os.PathLike):
+            raise RequestError(
+                "model_name must be a folder's path or a hub id (owner/name), got "
+                f"{type(model_name).__name__}"
+            )
         precision = Precision.of(_one_dtype(dtype, torch_dtype))
         if variant is not None:
             check_inside("variant", variant)
@@ -287,6 +292,7 @@ class OmniGenPipeline(LoraMethods, DiffusersMethods):
         """
         given = check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
         return_dict = check_switch("return_dict", return_dict)
+        progress = check_switch("progress", progress)
         request = self._request(
             prompt=prompt,
             input_images=input_images,
@@ -417,8 +423,9 @@ class OmniGenPipeline(LoraMethods, DiffusersMethods):
         bound = signature.bind(*args, **own_names("__call__", signature, args, call))
         bound.apply_defaults()
         given = dict(bound.arguments)
-        del given["self"], given["progress"]
-        check_switch("return_dict", given.pop("return_dict"))
+        del given["self"]
+        for name in ("return_dict", "progress"):
+            check_switch(name, given.pop(name))
         callback = given.pop("callback_on_step_end")
         check_callback(callback, given.pop("callback_on_step_end_tensor_inputs"))
         dtype, memory = given.pop("dtype"), given.pop("memory")

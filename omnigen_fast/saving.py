@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .engine import Engine
-from .errors import OmniGenError, RequestError, first_line
+from .errors import OmniGenError, RequestError, first_line, printable
 from .weights.lora import merged
 from .weights.names import DIFFUSERS, ORIGINAL, TensorRows, layout_sources
 
@@ -65,9 +65,12 @@ def save(engine: Engine, folder: str | os.PathLike[str]) -> None:
 
 def _checked(folder: Any, engine: Engine) -> str:
     """The path of a folder that may be written or replaced."""
-    if not isinstance(folder, str | os.PathLike) or not os.fspath(folder):
-        raise RequestError(f"save_directory must be the path of a folder, got {folder!r}")
-    target = os.path.realpath(os.path.expanduser(os.fspath(folder)))
+    text = os.fspath(folder) if isinstance(folder, str | os.PathLike) else ""
+    if not isinstance(text, str) or not text or "\0" in text:
+        raise RequestError(
+            f"save_directory must be the path of a folder, got {printable(repr(folder), 100)}"
+        )
+    target = os.path.realpath(os.path.expanduser(text))
     if os.path.exists(target) and not os.path.isdir(target):
         raise RequestError(f"{target} is a file; give a folder")
     if target == os.path.realpath(engine.checkpoint.folder):

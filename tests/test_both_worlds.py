@@ -456,7 +456,7 @@ class TestNames:
         assert scheduler.timesteps.tolist() == [0, 0.25, 0.5, 0.75]
         assert scheduler.config.invert_sigmas and scheduler.config.num_train_timesteps == 1
         other = diffusers.FlowMatchHeunDiscreteScheduler.from_config(scheduler.config)
-        with pytest.raises(AttributeNameError, match="omnigen_fast.enable"):
+        with pytest.raises(AttributeNameError, match=r"omnigen_fast\.enable"):
             shared_pipe.scheduler = other
 
     def test_parts_and_sizes(self, shared_pipe):
@@ -493,7 +493,7 @@ class TestNames:
     def test_from_pipe(self, shared_pipe, build):
         assert OmniGenPipeline.from_pipe(shared_pipe) is shared_pipe
         for pipeline, changes in [(build(), {}), (shared_pipe, {"vae": 1}), (None, {})]:
-            with pytest.raises(RequestError, match="omnigen_fast.enable"):
+            with pytest.raises(RequestError, match=r"omnigen_fast\.enable"):
                 OmniGenPipeline.from_pipe(pipeline, **changes)
 
 
@@ -553,6 +553,24 @@ class TestArguments:
         with pytest.raises(RequestError, match="condition_cache_bytes must be") as found:
             load_pipe(condition_cache_bytes=amount)
         in_one_line(found.value)
+
+    @pytest.mark.parametrize("model", [None, 3, b"model", [], True])
+    def test_what_is_no_model(self, model):
+        with pytest.raises(RequestError, match="model_name must be a folder's path") as found:
+            OmniGenPipeline.from_pretrained(model)
+        in_one_line(found.value)
+
+    @pytest.mark.parametrize("progress", ["no", None, 1])
+    def test_progress_is_a_switch(self, shared_pipe, progress):
+        for call in (shared_pipe, shared_pipe.plan, shared_pipe.make_call):
+            with pytest.raises(RequestError, match="progress must be True or False, got"):
+                call(TEXT, **SMALL, progress=progress)
+
+    @pytest.mark.parametrize("name", [3, [3], {"a": 1}])
+    def test_what_is_no_adapters_name(self, shared_pipe, name):
+        for change in (shared_pipe.unload_lora_weights, shared_pipe.delete_adapters):
+            with pytest.raises(RequestError, match="adapter names must be texts"):
+                change(name)
 
     @pytest.mark.parametrize("source", [None, 3, b"lora", [], ("a", "b")])
     def test_what_is_no_lora(self, shared_pipe, source):
@@ -640,6 +658,7 @@ class TestSaving:
             ("notes/notes.txt", "is a file; give a folder"),
             (None, "must be the path of a folder, got None"),
             ("", "must be the path of a folder, got ''"),
+            ("a\0b", "must be the path of a folder, got "),
         ],
     )
     def test_where_nothing_is_written(self, shared_pipe, tmp_path, monkeypatch, where, words):
