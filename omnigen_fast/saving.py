@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -15,7 +15,6 @@ from torch import Tensor
 from .engine import Engine
 from .errors import OmniGenError, RequestError, first_line, printable
 from .weights.lora import merged
-from .weights.names import DIFFUSERS, ORIGINAL, TensorRows, layout_sources
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -54,7 +53,12 @@ def save(engine: Engine, folder: str | os.PathLike[str]) -> None:
         _write(engine, new)
         if os.path.isdir(target):
             os.rename(target, old)
-        os.rename(new, target)
+        try:
+            os.rename(new, target)
+        except OSError:
+            if os.path.isdir(old):
+                os.rename(old, target)
+            raise
     except OSError as error:
         reason = error.strerror or first_line(error)
         raise OmniGenError(f"{target} can't be written: {reason}") from error
@@ -75,7 +79,9 @@ def _checked(folder: Any, engine: Engine) -> str:
         raise RequestError(f"{target} is a file; give a folder")
     if target == os.path.realpath(engine.checkpoint.folder):
         raise RequestError(f"the pipeline reads its weights from {target}; give another folder")
-    others = sorted(set(os.listdir(target)) - _SAVED) if os.path.isdir(target) else []
+    names = set(os.listdir(target)) if os.path.isdir(target) else set()
+    saved = "vae" in names and names & {"model.safetensors", "transformer"}
+    others = sorted(names - _SAVED if saved else names)
     if others:
         raise RequestError(f"{target} holds other files, such as {others[0]}; give an empty folder")
     return target
@@ -94,12 +100,11 @@ def _write(engine: Engine, folder: str) -> None:
         _copy(source, folder, ["config.json"])
     _copy(os.path.dirname(engine.checkpoint.tokenizer_path), tokenizer, _TOKENIZER_FILES)
     stem = "diffusion_pytorch_model" if diffusers else "model"
-    sources = layout_sources(engine.config, DIFFUSERS if diffusers else ORIGINAL)
-    _write_weights(engine, os.path.join(weights, f"{stem}.safetensors"), sources)
+    _write_weights(engine, os.path.join(weights, f"{stem}.safetensors"))
     engine.vae.autoencoder.save_pretrained(os.path.join(folder, "vae"))
 
 
-def _copy(source: str, target: str, names: Any) -> None:
+def _copy(source: str, target: str, names: Iterable[str]) -> None:
     """Copies those of some files that are there, making folders."""
     os.makedirs(target, exist_ok=True)
     for name in names:
@@ -109,12 +114,9 @@ def _copy(source: str, target: str, names: Any) -> None:
             shutil.copyfile(path, os.path.join(target, name))
 
 
-def _write_weights(
-    engine: Engine, path: str, sources: Mapping[str, tuple[TensorRows, ...]]
-) -> None:
-    """Writes a safetensors file, one parameter at a time."""
-    model = engine.model
-    dtype = model.dtype
+def _write_weights(engine: Engine, path: str) -> None:
+    """Writes a safetensors file with the checkpoint's names, one parameter at a time."""
+    sources, dtype = engine.checkpoint.sources, engine.model.dtype
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for parts in sources.values():

@@ -655,6 +655,7 @@ class TestSaving:
         ("where", "words"),
         [
             ("notes", "holds other files, such as notes.txt; give an empty folder"),
+            ("settings", "holds other files, such as config.json; give an empty folder"),
             ("notes/notes.txt", "is a file; give a folder"),
             (None, "must be the path of a folder, got None"),
             ("", "must be the path of a folder, got ''"),
@@ -665,6 +666,8 @@ class TestSaving:
         monkeypatch.chdir(tmp_path)
         (tmp_path / "notes").mkdir()
         (tmp_path / "notes/notes.txt").write_text("mine")
+        (tmp_path / "settings").mkdir()
+        (tmp_path / "settings/config.json").write_text("{}")
         with pytest.raises(RequestError) as found:
             shared_pipe.save_pretrained(where)
         assert words in in_one_line(found.value)
@@ -686,11 +689,22 @@ class TestSaving:
         def full(*_, **__):
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(pipe.vae.autoencoder, "save_pretrained", full)
-        for target in (folder, tmp_path / "other"):
-            with pytest.raises(OmniGenError, match="can't be written: No space left") as found:
-                pipe.save_pretrained(target)
-            in_one_line(found.value)
+        def busy(source, target):
+            if Path(source).name == "new":
+                raise OSError(16, "Device or resource busy")
+            return rename(source, target)
+
+        rename = os.rename
+        for owner, name, failing in [
+            (pipe.vae.autoencoder, "save_pretrained", full),
+            (os, "rename", busy),
+        ]:
+            with monkeypatch.context() as patch:
+                patch.setattr(owner, name, failing)
+                for target in (folder, tmp_path / "other"):
+                    with pytest.raises(OmniGenError, match=r"can.t be written: [ND]") as found:
+                        pipe.save_pretrained(target)
+                    in_one_line(found.value)
         assert os.listdir(tmp_path) == ["model"]
         after = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
         assert after == before
