@@ -14,7 +14,7 @@ import torch
 
 from .config import VAE_SCALE
 from .engine import Engine
-from .equivalents import Equivalents, named_arguments, own_names
+from .equivalents import FIXED_SCHEDULE, Equivalents, named_arguments, own_names
 from .errors import RequestError, first_line
 from .model import Transformer
 from .request import DEFAULT_SIDE, Request
@@ -92,7 +92,7 @@ class DiffusersMethods(Equivalents):
 
     @property
     def scheduler(self) -> FlowMatchEulerDiscreteScheduler:
-        """A new diffusers scheduler that describes the steps; changing it changes nothing here.
+        """A new diffusers scheduler that describes the steps; what is set in it is used nowhere.
 
         Its `timesteps` are those of the running or the latest call.
         """
@@ -102,6 +102,7 @@ class DiffusersMethods(Equivalents):
         scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1, invert_sigmas=True)
         steps = self.num_timesteps or _DEFAULT_STEPS
         scheduler.set_timesteps(sigmas=np.linspace(1, 0, steps + 1)[:-1].tolist())
+        scheduler.set_shift = _no_shift
         return scheduler
 
     @classmethod
@@ -210,6 +211,10 @@ class DiffusersMethods(Equivalents):
 
     def disable_xformers_memory_efficient_attention(self) -> None:
         """Does nothing: attention never stores its matrix of scores."""
+
+
+def _no_shift(shift: float) -> None:
+    raise RequestError(f"a shift of {shift} can't be set; {FIXED_SCHEDULE}")
 
 
 _BAR_OWN = ("self", "iterable", "total", "kwargs")  # arguments of tqdm that a call sets

@@ -298,10 +298,13 @@ ATTRIBUTES: Mapping[str, str] = {
     "cpu": 'pipe.to("cpu") moves it',
 }
 
+FIXED_SCHEDULE = (
+    "the sampler is Euler's with equal steps; to use another one, set it in a diffusers pipeline "
+    "and pass that to omnigen_fast.enable"
+)
 # Attributes that can be read but not set.
 _FIXED: Mapping[str, str] = {
-    "scheduler": "the sampler is Euler's with equal steps; to use another one, set it in a "
-    "diffusers pipeline and pass that to omnigen_fast.enable",
+    "scheduler": FIXED_SCHEDULE,
     "model": "load another pipeline with from_pretrained, or change weights in place",
     "transformer": "load another pipeline with from_pretrained, or change weights in place; no "
     "torch.compile is needed, since steps are captured as CUDA graphs",
@@ -310,6 +313,7 @@ _FIXED: Mapping[str, str] = {
     "guidance_scale": "give it to the call; it stays the same in all steps",
     "_guidance_scale": "give guidance_scale to the call; it stays the same in all steps",
     "num_timesteps": "give num_inference_steps to the call",
+    "model_cpu_offload": "call enable_model_cpu_offload() or disable_model_cpu_offload()",
     "interrupt": "set pipe._interrupt = True in callback_on_step_end",
 }
 

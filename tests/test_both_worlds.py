@@ -441,6 +441,7 @@ class TestNames:
         [
             *("scheduler", "transformer", "model", "device", "dtype", "num_timesteps"),
             *("guidance_scale", "_guidance_scale", "interrupt", "config"),
+            *("model_cpu_offload", "name_or_path", "vae_scale_factor", "_execution_device"),
         ],
     )
     def test_what_can_only_be_read(self, shared_pipe, name):
@@ -458,6 +459,8 @@ class TestNames:
         other = diffusers.FlowMatchHeunDiscreteScheduler.from_config(scheduler.config)
         with pytest.raises(AttributeNameError, match=r"omnigen_fast\.enable"):
             shared_pipe.scheduler = other
+        with pytest.raises(RequestError, match=r"shift of 3.0 can't be set; .*equal steps"):
+            scheduler.set_shift(3.0)
 
     def test_parts_and_sizes(self, shared_pipe):
         assert shared_pipe.transformer is shared_pipe.model
