@@ -16,6 +16,9 @@ class Images(list[Any]):
     def images(self) -> Images:
         return self
 
+    def __getitem__(self, index: Any) -> Any:
+        return self if isinstance(index, str) and index == "images" else super().__getitem__(index)
+
     def to_tuple(self) -> tuple[Images]:
         """diffusers' other form of a result."""
         return (self,)

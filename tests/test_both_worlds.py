@@ -240,7 +240,10 @@ class TestResults:
     def test_images_of_a_list(self, shared_pipe):
         result = shared_pipe(TEXT, **QUIET)
         assert result.images is result and isinstance(result, list)
-        assert result.to_tuple()[0] is result
+        assert result.to_tuple()[0] is result and result["images"] is result
+        assert result[0] is result[-1] and result[:1] == list(result)
+        with pytest.raises(TypeError, match="list indices must be integers"):
+            result["image"]
 
     def test_images_of_an_array(self, shared_pipe):
         result = latents(shared_pipe, TEXT, output_type="np")
