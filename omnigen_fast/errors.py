@@ -66,6 +66,14 @@ class RequestError(OmniGenError, ValueError):
     """An argument of a call can't be used."""
 
 
+class ArgumentError(RequestError, TypeError):
+    """An argument has an unknown name, is missing, or is given twice."""
+
+
+class AttributeNameError(OmniGenError, AttributeError):
+    """An attribute of another pipeline that does not exist here, or one that can't be set."""
+
+
 class CheckpointError(OmniGenError, ValueError):
     """A model folder or one of its files can't be used."""
 

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 from .engine import Engine
+from .equivalents import named_arguments
 from .errors import RequestError
 from .request import finite
 from .surroundings import isolated
@@ -35,6 +36,7 @@ class LoraMethods(ABC):
         """One call or change at a time."""
 
     @isolated
+    @named_arguments
     def load_lora_weights(
         self,
         path: LoraSource,
@@ -89,6 +91,7 @@ class LoraMethods(ABC):
             self._set_loras(loras.with_adapter(name, adapter, strength))
 
     @isolated
+    @named_arguments
     def merge_lora(self, lora_path: LoraSource) -> None:
         """The original's name for `load_lora_weights`; the same LoRA twice is added twice."""
         loras = self.engine.loras
@@ -96,6 +99,7 @@ class LoraMethods(ABC):
         self.load_lora_weights(lora_path, name)
 
     @isolated
+    @named_arguments
     def unload_lora_weights(self, adapter_name: str | None = None) -> None:
         """Takes one LoRA, or all, out again; the weights are the checkpoint's to the bit.
 
@@ -106,10 +110,11 @@ class LoraMethods(ABC):
         """
         with self._exclusive():
             loras = self.engine.loras
-            names = loras.names if adapter_name is None else [adapter_name]
+            names = loras.names if adapter_name is None else _names(adapter_name)
             self._set_loras(loras.without(names))
 
     @isolated
+    @named_arguments
     def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
         """Unloads some LoRAs.
 
@@ -121,6 +126,7 @@ class LoraMethods(ABC):
             self._set_loras(self.engine.loras.without(names))
 
     @isolated
+    @named_arguments
     def set_adapters(self, adapter_names: str | Sequence[str], adapter_weights: Any = None) -> None:
         """Makes these LoRAs active and no others; those left out stay loaded.
 
@@ -146,16 +152,19 @@ class LoraMethods(ABC):
         return {_COMPONENT: names} if names else {}
 
     @isolated
+    @named_arguments
     def disable_lora(self) -> None:
         """Takes all LoRAs out of the weights until `enable_lora`, but for what was fused."""
         self._enable(False)
 
     @isolated
+    @named_arguments
     def enable_lora(self) -> None:
         """Undoes `disable_lora`."""
         self._enable(True)
 
     @isolated
+    @named_arguments
     def fuse_lora(
         self,
         components: Sequence[str] | None = None,
@@ -184,6 +193,7 @@ class LoraMethods(ABC):
             self._set_loras(self.engine.loras.with_fused(scale, names))
 
     @isolated
+    @named_arguments
     def unfuse_lora(self, components: Sequence[str] | None = None) -> None:
         """Undoes `fuse_lora`, to the bit; LoRAs unloaded since are gone.
 

@@ -10,22 +10,25 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .call import Call, Memory, encoded, workload_of
 from .config import ModelConfig
+from .diffusers_methods import DiffusersMethods
 from .engine import Engine
-from .errors import OmniGenError, RequestError, first_line
+from .equivalents import named_arguments, own_names
+from .errors import OmniGenError, RequestError, first_line, printable
 from .loras import LoraMethods
+from .memory.device import parse_memory
 from .memory.overview import Report
 from .memory.plan import MemoryPlan
 from .memory.planner import Decision
 from .model import Transformer
 from .precision import Precision
 from .processor import Processor
-from .request import Request, make_request
+from .request import Request, check_switch, checked_integer, make_request
+from .results import as_result
 from .run import SMALLER, AfterStep, decide, first_plan, generate
 from .schedule import StepSchedule
 from .streaming import is_out_of_memory
@@ -40,6 +43,8 @@ StepCallback: TypeAlias = Callable[
 ]
 
 _DTYPES = (torch.bfloat16, torch.float32)
+_CACHE_BYTES = 2 << 30  # for conditions of earlier calls
+_MAX_BYTES = 1 << 60
 
 
 @dataclass(frozen=True)
@@ -51,18 +56,21 @@ class _Given:
     precision: Precision
 
 
-class OmniGenPipeline(LoraMethods):
+class OmniGenPipeline(LoraMethods, DiffusersMethods):
     """Makes and edits images with OmniGen; made by `from_pretrained`.
 
     Calls from several threads run one after the other.
     """
 
+    @named_arguments
     def __init__(self, engine: Engine, processor: Processor, memory: Memory = "auto") -> None:
         self.engine = engine
         self.processor = processor
         self._memory = memory
         self._offload_model: bool | None = None
         self._report: Report | None = None
+        self._latest: Request | None = None
+        self._bar: Mapping[str, Any] = {}
         self._lock = threading.RLock()
         self._running = False
         self._interrupt = False
@@ -76,6 +84,7 @@ class OmniGenPipeline(LoraMethods):
 
     @classmethod
     @isolated
+    @named_arguments
     def from_pretrained(
         cls,
         model_name: str | os.PathLike[str],
@@ -90,7 +99,7 @@ class OmniGenPipeline(LoraMethods):
         cache_dir: str | os.PathLike[str] | None = None,
         token: str | bool | None = None,
         local_files_only: bool = False,
-        condition_cache_bytes: int = 2 << 30,
+        condition_cache_bytes: int | str = _CACHE_BYTES,
         capture_steps: bool = True,
         memory: Memory = "auto",
     ) -> OmniGenPipeline:
@@ -112,7 +121,8 @@ class OmniGenPipeline(LoraMethods):
             cache_dir: where hub files are kept.
             token: access token for the hub.
             local_files_only: use what was fetched before, do not ask the hub.
-            condition_cache_bytes: how much memory to keep for the conditions of earlier calls.
+            condition_cache_bytes: how much memory to keep for the conditions of earlier calls, as a
+                number of bytes or as "1GiB"; 0 keeps none, "auto" means 2 GiB.
             capture_steps: on a GPU, record a step as a CUDA graph and replay it. Off saves the
                 memory of one step's intermediate results.
             memory: how much of the device's memory to use: "auto" for what is free, less a margin;
@@ -122,12 +132,18 @@ class OmniGenPipeline(LoraMethods):
 
         Raises:
             CheckpointError: files are missing, malformed, or not an OmniGen model.
-            RequestError: an argument that can't be used, such as a dtype or a device.
+            RequestError: an argument can't be used; says which, and what can.
         """
+        if not isinstance(model_name, str | os.PathLike):
+            raise RequestError(
+                "model_name must be a folder's path or a hub id (owner/name), got "
+                f"{type(model_name).__name__}"
+            )
         precision = Precision.of(_one_dtype(dtype, torch_dtype))
         if variant is not None:
             check_inside("variant", variant)
         target = check_device(device)
+        cache_bytes = check_cache_bytes(condition_cache_bytes)
         hub: dict[str, Any] = {
             "revision": revision,
             "cache_dir": cache_dir,
@@ -146,7 +162,7 @@ class OmniGenPipeline(LoraMethods):
         plan = first_plan(checkpoint, vae, precision, target, memory)
         vae.place(plan.vae_resident)
         vae.to(target)
-        engine = Engine(checkpoint, vae, precision, target, condition_cache_bytes, capture_steps)
+        engine = Engine(checkpoint, vae, precision, target, cache_bytes, capture_steps)
         engine.load(precision, plan.resident_layers)
         return cls(engine, processor, memory)
 
@@ -192,6 +208,7 @@ class OmniGenPipeline(LoraMethods):
         return self._interrupt
 
     @isolated
+    @named_arguments
     def __call__(
         self,
         prompt: str | Sequence[str],
@@ -218,6 +235,7 @@ class OmniGenPipeline(LoraMethods):
         latents: Tensor | None = None,
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        return_dict: bool = True,
         progress: bool = True,
         memory: Memory | None = None,
     ) -> Any:
@@ -261,16 +279,20 @@ class OmniGenPipeline(LoraMethods):
                 latents})`, time in [0, 1]; may return {"latents": ...} to replace them. Setting
                 `pipe._interrupt = True` in it ends the loop.
             callback_on_step_end_tensor_inputs: what the callback receives; only latents exist.
-            progress: show a progress bar.
+            return_dict: return the images as described below rather than diffusers' tuple
+                `(images,)`.
+            progress: show a progress bar; `set_progress_bar_config` sets its style.
             memory: for this call, see `from_pretrained`; None for the pipeline's own.
 
         Returns:
-            A list of PIL images, or what `output_type` says.
+            A list of PIL images, or what `output_type` says. Its attribute `images` is the same.
 
         Raises:
             RequestError: an argument can't be used; says which, and what can.
         """
-        check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        given = check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        return_dict = check_switch("return_dict", return_dict)
+        progress = check_switch("progress", progress)
         request = self._request(
             prompt=prompt,
             input_images=input_images,
@@ -297,12 +319,15 @@ class OmniGenPipeline(LoraMethods):
         precision = self._precision(dtype, memory)
         with self._exclusive():
             self.engine.refresh()
+            self._latest = request
             call = self._start(request, precision)
-            with _progress_bar(request.steps, progress) as bar:
-                after_step = self._after_step(call, callback_on_step_end, bar)
+            with _progress_bar(request.steps, progress, self._bar) as bar:
+                after_step = self._after_step(call, callback_on_step_end, given, bar)
                 images = generate(self.engine, call, memory, after_step, self._remember)
-        return _output(images, output_type)
+        result = as_result(images, output_type)
+        return result if return_dict else (result,)
 
+    @named_arguments
     def plan(self, prompt: str | Sequence[str], input_images: Any = None, **call: Any) -> Decision:
         """What a call would run as, without running it.
 
@@ -327,6 +352,7 @@ class OmniGenPipeline(LoraMethods):
         return decide(self.engine, workload, switches, given.memory, given.precision)
 
     @isolated
+    @named_arguments
     def make_call(self, prompt: str | Sequence[str], input_images: Any = None, **call: Any) -> Call:
         """What a call would carry out, for those who drive `engine` themselves.
 
@@ -342,6 +368,7 @@ class OmniGenPipeline(LoraMethods):
         return self._start(given.request, given.precision)
 
     @isolated
+    @named_arguments
     def to(self, *where: Any, device: Any = None, dtype: Any = None) -> OmniGenPipeline:
         """Moves everything to a device, converts the transformer to a dtype, or both.
 
@@ -375,14 +402,6 @@ class OmniGenPipeline(LoraMethods):
             self.processor.clear()
             self.engine.forget()
 
-    def enable_model_cpu_offload(self) -> None:
-        """The original's switch: later calls stream all layers from the host."""
-        self._offload_model = True
-
-    def disable_model_cpu_offload(self) -> None:
-        """The original's switch: later calls keep all layers on the device."""
-        self._offload_model = False
-
     @property
     def last_plan(self) -> MemoryPlan | None:
         """The plan by which the last call ran; None before the first."""
@@ -400,10 +419,13 @@ class OmniGenPipeline(LoraMethods):
     def _bound(self, prompt: Any, input_images: Any, call: Mapping[str, Any]) -> _Given:
         """The arguments of a call that is not made."""
         signature = inspect.signature(type(self).__call__)
-        bound = signature.bind(self, prompt, input_images, **call)
+        args = (self, prompt, input_images)
+        bound = signature.bind(*args, **own_names("__call__", signature, args, call))
         bound.apply_defaults()
         given = dict(bound.arguments)
-        del given["self"], given["progress"]
+        del given["self"]
+        for name in ("return_dict", "progress"):
+            check_switch(name, given.pop(name))
         callback = given.pop("callback_on_step_end")
         check_callback(callback, given.pop("callback_on_step_end_tensor_inputs"))
         dtype, memory = given.pop("dtype"), given.pop("memory")
@@ -434,12 +456,15 @@ class OmniGenPipeline(LoraMethods):
     def _remember(self, report: Report) -> None:
         self._report = report
 
-    def _after_step(self, call: Call, callback: StepCallback | None, bar: Any) -> AfterStep:
+    def _after_step(
+        self, call: Call, callback: StepCallback | None, names: Sequence[str], bar: Any
+    ) -> AfterStep:
         def after(step: int, latents: Tensor) -> bool:
             bar.update()
             if callback is not None:
                 given = latents.clone()
-                changed = callback(self, step, call.schedule.time(step), {"latents": given})
+                tensors: dict[str, Any] = dict.fromkeys(names, given)
+                changed = callback(self, step, call.schedule.time(step), tensors)
                 _replace(latents, given, changed)
             return not self._interrupt
 
@@ -486,40 +511,41 @@ def _replace(latents: Tensor, given: Tensor, changed: Any) -> None:
     latents.copy_(new)
 
 
-def _output(images: Tensor, output_type: str) -> list[Any] | Tensor | np.ndarray:
-    """Images [pictures, 3, height, width] in [0, 1], or latents, as the caller wants them."""
-    if output_type in ("pt", "latent"):
-        return images
-    rows = images.permute(0, 2, 3, 1).cpu()
-    if output_type == "np":
-        return rows.numpy()
-    from PIL import Image
-
-    # rounded down, as the original does
-    return [Image.fromarray(image) for image in (rows * 255).to(torch.uint8).numpy()]
-
-
 def _survives_fork(device: torch.device) -> bool:
     """Whether a forked child can compute: neither a GPU nor threads of OpenMP follow it."""
     return device.type == "cpu" and torch.get_num_threads() == 1
 
 
-def _progress_bar(steps: int, show: bool) -> Any:
+def _progress_bar(steps: int, show: bool, config: Mapping[str, Any]) -> Any:
     from tqdm import tqdm
 
-    return tqdm(total=steps, disable=not show)
+    return tqdm(total=steps, **(dict(config) if show else {"disable": True}))
 
 
-def check_callback(callback: Any, inputs: Any) -> None:
-    """Raises RequestError unless a call can use these."""
+def check_callback(callback: Any, inputs: Any) -> Sequence[str]:
+    """The names of the tensors that a callback receives.
+
+    Raises RequestError unless a call can use these.
+    """
     if callback is not None and not callable(callback):
         raise RequestError(
             f"callback_on_step_end must be a function, got {type(callback).__name__}"
         )
     if not isinstance(inputs, list | tuple) or any(name != "latents" for name in inputs):
         raise RequestError(
-            f"callback_on_step_end_tensor_inputs can only be ['latents'], got {inputs!r}"
+            "callback_on_step_end_tensor_inputs can only be ['latents'], the one tensor of a step, "
+            f"got {printable(repr(inputs), 100)}"
         )
+    return inputs
+
+
+def check_cache_bytes(amount: int | str) -> int:
+    """Bytes to keep for conditions; raises RequestError unless it is an amount of memory."""
+    name = "condition_cache_bytes"
+    if not isinstance(amount, str):
+        return checked_integer(name, amount, 0, _MAX_BYTES, " bytes")
+    found = parse_memory(amount, name)
+    return _CACHE_BYTES if found is None else found
 
 
 def _one_dtype(dtype: Any, torch_dtype: Any) -> torch.dtype:

@@ -133,8 +133,8 @@ def make_request(
         raise RequestError(
             f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {_show(output_type)}"
         )
-    steps = _integer("num_inference_steps", num_inference_steps, 1, MAX_STEPS)
-    per_prompt = _integer("num_images_per_prompt", num_images_per_prompt, 1, MAX_IMAGES)
+    steps = checked_integer("num_inference_steps", num_inference_steps, 1, MAX_STEPS)
+    per_prompt = checked_integer("num_images_per_prompt", num_images_per_prompt, 1, MAX_IMAGES)
     if len(texts) * per_prompt > MAX_IMAGES:
         raise RequestError(
             f"{len(texts)} prompts with {per_prompt} images each are more than {MAX_IMAGES} "
@@ -143,11 +143,11 @@ def make_request(
     guidance = Guidance(
         _scale("guidance_scale", guidance_scale),
         _scale("img_guidance_scale", img_guidance_scale),
-        _switch("use_img_guidance", use_img_guidance) and any(counts),
+        check_switch("use_img_guidance", use_img_guidance) and any(counts),
     )
-    max_size = _integer("max_input_image_size", max_input_image_size, TOKEN_PIXELS, 1 << 16)
+    max_size = checked_integer("max_input_image_size", max_input_image_size, TOKEN_PIXELS, 1 << 16)
     if seed is not None:
-        seed = _integer("seed", seed, -(1 << 63), (1 << 64) - 1)
+        seed = checked_integer("seed", seed, -(1 << 63), (1 << 64) - 1)
         if generator is not None:
             raise RequestError("give seed or generator, not both")
     switches = {
@@ -156,8 +156,8 @@ def make_request(
         "offload_model": offload_model,
         "separate_cfg_infer": separate_cfg_infer,
     }
-    given = {name: _switch(name, v) for name, v in switches.items() if v is not None}
-    if _switch("use_input_image_size_as_output", use_input_image_size_as_output):
+    given = {name: check_switch(name, v) for name, v in switches.items() if v is not None}
+    if check_switch("use_input_image_size_as_output", use_input_image_size_as_output):
         if len(texts) != 1 or counts != [1]:
             raise RequestError(
                 "use_input_image_size_as_output needs one prompt with one image, got "
@@ -322,7 +322,7 @@ def _negatives(negative_prompt: Any, prompts: int) -> list[str]:
 
 def checked_side(name: str, value: Any, config: ModelConfig) -> int:
     """A height or width in pixels; raises RequestError unless the model can make it."""
-    side = _integer(name, value, TOKEN_PIXELS, config.max_image_side, " pixels")
+    side = checked_integer(name, value, TOKEN_PIXELS, config.max_image_side, " pixels")
     if side % TOKEN_PIXELS:
         below = side - side % TOKEN_PIXELS
         raise RequestError(
@@ -332,7 +332,8 @@ def checked_side(name: str, value: Any, config: ModelConfig) -> int:
     return side
 
 
-def _integer(name: str, value: Any, low: int, high: int, unit: str = "") -> int:
+def checked_integer(name: str, value: Any, low: int, high: int, unit: str = "") -> int:
+    """The value as an int; raises RequestError unless it is a whole number in a range."""
     number: int | None
     try:
         number = operator.index(value)
@@ -368,7 +369,8 @@ def _scale(name: str, value: Any) -> float:
     return number
 
 
-def _switch(name: str, value: Any) -> bool:
+def check_switch(name: str, value: Any) -> bool:
+    """The value as a bool; raises RequestError unless it is one."""
     # a string such as "no" is truthy
     if isinstance(value, bool) or type(value).__name__ in ("bool_", "bool"):
         return bool(value)

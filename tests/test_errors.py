@@ -12,6 +12,8 @@ from omnigen_fast import errors
 KINDS = [
     errors.OmniGenError,
     errors.RequestError,
+    errors.ArgumentError,
+    errors.AttributeNameError,
     errors.CheckpointError,
     errors.ProfileError,
     lambda message: errors.MemoryBudgetError(message, 1 << 40, 7),

@@ -64,6 +64,7 @@ REFUSED_KEYS = {  # arguments of a call that a line can't have, and what to do
     "generator": "give a seed",
     "callback_on_step_end": "callbacks are for Python",
     "callback_on_step_end_tensor_inputs": "callbacks are for Python",
+    "return_dict": "results are written to files",
     "progress": "give the option --quiet",
 }
 

@@ -16,6 +16,10 @@ from ..images import content_digest
 from ..sequence import EncodedBranch
 
 
+class UnusualCall(RequestError):
+    """A call that OmniGen's pipeline never makes; only diffusers' own forward can run it."""
+
+
 @dataclass(frozen=True)
 class _EncodedImage:
     """An input image of which only the latents are known; takes the place of `InputImage`."""
@@ -25,12 +29,16 @@ class _EncodedImage:
 
 
 def call_time(timestep: int | float | Tensor) -> float:
-    """The time of a call, which all its rows share."""
+    """The time of a call, which all its rows share.
+
+    Raises:
+        UnusualCall: they don't.
+    """
     if not isinstance(timestep, Tensor):
         return float(timestep)
     values = set(timestep.float().flatten().tolist())
     if len(values) != 1:
-        raise RequestError(f"all rows of a call must have one time, got {sorted(values)}")
+        raise UnusualCall(f"all rows of a call must have one time, got {sorted(values)}")
     return values.pop()
 
 
@@ -54,7 +62,8 @@ def encoded_branches(
         latent_shape: of the noise.
 
     Raises:
-        RequestError: shapes or a mask that don't fit.
+        UnusualCall: see `kv_ends`.
+        RequestError: shapes that don't fit.
     """
     rows, tokens = input_ids.shape
     height, width = latent_shape[2] // PATCH, latent_shape[3] // PATCH
@@ -105,7 +114,7 @@ def kv_ends(mask: Tensor, tokens: int, noise_tokens: int) -> Tensor:
     """How many tokens of its row each token sees, 0 for padding; [rows, tokens], int32.
 
     Raises:
-        RequestError: the mask does not follow OmniGen's rules.
+        UnusualCall: the mask does not follow OmniGen's rules.
     """
     seen = mask[:, -1, :tokens].bool()  # noise tokens see everything except padding
     places = torch.arange(tokens, device=mask.device)
@@ -130,7 +139,7 @@ def kv_ends(mask: Tensor, tokens: int, noise_tokens: int) -> Tensor:
         or not mask[:, tokens + 1 :, tokens + 1 :].all()
     )
     if wrong:
-        raise RequestError(
+        raise UnusualCall(
             f"the attention mask {list(mask.shape)} is not OmniGen's; use the one that the "
             "pipeline's own processor makes"
         )

@@ -24,7 +24,8 @@ from ..kernels import ops
 from ..sequence import EncodedBranch, cache_entries, lay_out_all
 from ..vae.vae import content_noise
 from .binding import DiffusersTransformer, bind, weights_signature
-from .conditions import call_time, encoded_branches, unfold
+from .calls import enabled_class
+from .conditions import UnusualCall, call_time, encoded_branches, unfold
 from .processor import processor_class, provide_processor, withdraw_processor
 
 _ATTRIBUTE = "_omnigen_fast"  # of an enabled pipeline: its `_Runtime`
@@ -154,7 +155,7 @@ class _Runtime:
         self._last = ""
 
     def install(self) -> None:
-        """Replaces forward, processor and image encoding; `uninstall` restores them."""
+        """Replaces forward, processor, image encoding and class; `uninstall` restores them."""
         pipe, transformer = self._pipe, self.transformer
         self._plain = getattr(transformer, _forward_name(transformer))
         self._own_forward = _forward_name(transformer) in transformer.__dict__
@@ -166,6 +167,8 @@ class _Runtime:
         pipe.encode_input_images = self._encode_input_images
         setattr(transformer, _forward_name(transformer), self._forward)
         setattr(pipe, _ATTRIBUTE, self)
+        self._class = pipe.__class__
+        pipe.__class__ = enabled_class(self._class)
         self.installed = True
 
     def uninstall(self) -> None:
@@ -181,6 +184,7 @@ class _Runtime:
         pipe.multimodal_processor = self._processor
         pipe.__dict__.pop("encode_input_images", None)
         pipe.__dict__.pop(_ATTRIBUTE, None)
+        pipe.__class__ = self._class
         self.installed, self._loop = False, None
 
     def summary(self) -> str:
@@ -211,38 +215,28 @@ class _Runtime:
         return_dict: bool = True,
     ) -> Any:
         """Replaces `OmniGenTransformer2DModel.forward`; velocities are float32."""
+        own = (
+            hidden_states,
+            timestep,
+            input_ids,
+            input_img_latents,
+            input_image_sizes,
+            attention_mask,
+            position_ids,
+            return_dict,
+        )
         if torch.is_grad_enabled():  # training
-            return self._plain(
-                hidden_states,
-                timestep,
-                input_ids,
-                input_img_latents,
-                input_image_sizes,
-                attention_mask,
-                position_ids,
-                return_dict,
-            )
-        time = call_time(timestep)
+            return self._plain(*own)
         tensors = (input_ids, attention_mask, *input_img_latents)
         fixed = (*tensors, tuple(hidden_states.shape), hidden_states.device)
-        changed = weights_signature(self.transformer) != self._weights.signature
-        loop = self._loop
-        if loop is None or changed or time not in loop.times or not _same(loop, fixed):
-            self._loop = loop = None  # frees its memory first
-            if changed or self._weights.adapted:
-                self._weights = bind(self.transformer, self.config)
-            if input_ids is None or attention_mask is None:
-                raise RequestError("input_ids and attention_mask are required, got None")
-            self._check_place(hidden_states)
-            branches, images = encoded_branches(
-                self.config,
-                input_ids,
-                input_img_latents,
-                input_image_sizes,
-                attention_mask,
-                tuple(hidden_states.shape),
-            )
-            self._loop = loop = self._start(fixed, branches, images, hidden_states, time)
+        try:
+            time = call_time(timestep)
+            loop = self._loop_of(fixed, time, hidden_states, input_img_latents, input_image_sizes)
+        except UnusualCall:
+            if attention_mask is None or attention_mask.ndim != 3:
+                raise  # diffusers' own forward takes its own masks alone
+            self._last = "diffusers' own forward: the call is not one of OmniGen's pipeline"
+            return self._plain(*own)
         values = loop.steps.values
         values.latents.copy_(hidden_states)
         values.seek(loop.times[time])
@@ -256,6 +250,32 @@ class _Runtime:
         from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
         return Transformer2DModelOutput(sample=velocity)
+
+    def _loop_of(
+        self,
+        fixed: tuple[Any, ...],
+        time: float,
+        latents: Tensor,
+        image_latents: Sequence[Tensor],
+        image_sizes: Mapping[int, Sequence[Sequence[int]]],
+    ) -> _Loop:
+        """The loop that a call belongs to, or a new one."""
+        input_ids, attention_mask = fixed[:2]
+        changed = weights_signature(self.transformer) != self._weights.signature
+        loop = self._loop
+        if loop is not None and not changed and time in loop.times and _same(loop, fixed):
+            return loop
+        self._loop = loop = None  # frees its memory first
+        if changed or self._weights.adapted:
+            self._weights = bind(self.transformer, self.config)
+        if input_ids is None or attention_mask is None:
+            raise RequestError("input_ids and attention_mask are required, got None")
+        self._check_place(latents)
+        branches, images = encoded_branches(
+            self.config, input_ids, image_latents, image_sizes, attention_mask, tuple(latents.shape)
+        )
+        self._loop = self._start(fixed, branches, images, latents, time)
+        return self._loop
 
     def _check_place(self, latents: Tensor) -> None:
         device = self._weights.model.device

@@ -39,13 +39,13 @@ def on_host(device: torch.device) -> bool:
     return device.type in ("cpu", "mps")
 
 
-def parse_memory(amount: str | int) -> int | None:
+def parse_memory(amount: str | int, name: str = "memory") -> int | None:
     """Bytes of an amount of memory, such as "8GiB", "7.5 GB" or a number; None for "auto".
 
     Raises RequestError for anything else, and for numbers too small to be bytes.
     """
     if isinstance(amount, int) and not isinstance(amount, bool) and amount > 0:
-        return _enough(amount, str(amount))
+        return _enough(amount, str(amount), name)
     if isinstance(amount, str):
         if amount.strip().lower() == "auto":
             return None
@@ -53,17 +53,17 @@ def parse_memory(amount: str | int) -> int | None:
         if found and found[2].lower() in _UNITS:
             size = float(found[1]) * _UNITS[found[2].lower()]
             if 0.5 < size < math.inf:
-                return round(size) if found[2] else _enough(round(size), found[1])
+                return round(size) if found[2] else _enough(round(size), found[1], name)
     raise RequestError(
-        f'memory must be "auto", or an amount such as "8GiB" or a number of bytes, got {amount!r}'
+        f'{name} must be "auto", or an amount such as "8GiB" or a number of bytes, got {amount!r}'
     )
 
 
-def _enough(size: int, number: str) -> int:
+def _enough(size: int, number: str, name: str) -> int:
     """Refuses a number that has no unit and can't have been meant as bytes."""
     if size < _LEAST_BYTES:
         raise RequestError(
-            f"memory must be at least 1 MiB, got {number} bytes; for {number} GiB write "
+            f"{name} must be at least 1 MiB, got {number} bytes; for {number} GiB write "
             f'"{number}GiB"'
         )
     return size

@@ -108,6 +108,15 @@ class Vae:
         return next(self.autoencoder.parameters()).device
 
     @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32
+
+    @property
+    def config(self) -> Any:
+        """diffusers' config of the autoencoder."""
+        return self.autoencoder.config
+
+    @property
     def resident(self) -> bool:
         """Whether the weights stay where it computes."""
         return self._resident
@@ -122,6 +131,18 @@ class Vae:
         self._device = device
         if self._resident:
             _move(self.autoencoder, device)
+
+    def enable_slicing(self) -> None:
+        """Does nothing: images are always decoded one by one."""
+
+    def disable_slicing(self) -> None:
+        """Does nothing: images are always decoded one by one."""
+
+    def enable_tiling(self) -> None:
+        """Does nothing: the memory planner decodes in strips where memory is short."""
+
+    def disable_tiling(self) -> None:
+        """Does nothing: the memory planner decodes in strips only where memory is short."""
 
     def place(self, resident: bool) -> None:
         """Keeps the weights on the device, or on the host outside `loaded`."""

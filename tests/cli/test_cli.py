@@ -44,6 +44,7 @@ WITHOUT_OPTION = {
     "generator",  # an object of Python's; --seed serves
     "callback_on_step_end",  # a function
     "callback_on_step_end_tensor_inputs",
+    "return_dict",  # the form of what is returned
     "progress",  # --quiet
 }
 EVERY_OPTION = """

@@ -459,6 +459,41 @@ def test_a_mask_of_another_kind_is_refused(enabled):
             kv_ends(wrong, tokens, noise_tokens)
 
 
+@pytest.mark.parametrize("kind", ["mask", "times"])
+def test_calls_that_are_not_omnigens_run_diffusers_own_forward(enabled, plain, kind):
+    """Full attention, or another time in each row, as a loop of the user's own may have."""
+    processor = plain.__dict__["_omnigen_fast"]._processor
+    data = processor([CAT], [EDIT["input_images"]], height=32, width=32, use_img_cfg=True)
+    usual = {
+        "hidden_states": torch.randn(3, 4, 4, 4),
+        "timestep": torch.full((3,), 0.5),
+        "input_ids": data["input_ids"],
+        "input_img_latents": enabled.encode_input_images(data["input_pixel_values"]),
+        "input_image_sizes": data["input_image_sizes"],
+        "attention_mask": data["attention_mask"],
+        "position_ids": data["position_ids"],
+    }
+    other = {
+        "mask": {"attention_mask": torch.ones_like(data["attention_mask"])},
+        "times": {"timestep": torch.tensor([0.1, 0.5, 0.9])},
+    }
+    with torch.no_grad():
+        before = enabled.transformer(**usual).sample
+        found = enabled.transformer(**{**usual, **other[kind]}).sample
+        assert "diffusers' own forward" in omnigen_fast.summary(enabled)
+        assert torch.equal(enabled.transformer(**usual).sample, before)
+        compact = enabled.multimodal_processor(
+            [CAT], [EDIT["input_images"]], height=32, width=32, use_img_cfg=True
+        )
+        if kind == "times":  # whose mask diffusers' own forward can't take
+            mask = {"attention_mask": compact["attention_mask"]}
+            with pytest.raises(RequestError, match="must have one time"):
+                enabled.transformer(**{**usual, **other[kind], **mask})
+        omnigen_fast.disable(plain)
+        expected = plain.transformer(**{**usual, **other[kind]}).sample
+    assert torch.equal(found, expected)
+
+
 def test_summary(enabled):
     assert "nothing yet" in omnigen_fast.summary(enabled)
     draw(enabled, **EDIT)
