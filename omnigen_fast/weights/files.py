@@ -119,9 +119,7 @@ def _local(name: str) -> str | None:
     if os.path.isdir(name):
         return name
     if os.path.isfile(name) and name.endswith(PICKLES):
-        raise CheckpointError(
-            f"{name} is a pickle, which can run code and is not read. {_CONVERT}"
-        )
+        raise CheckpointError(f"{name} is a pickle, which can run code and is not read. {_CONVERT}")
     if os.path.exists(name):
         raise CheckpointError(f"{name} is a file; give the folder that holds config.json")
     if name.startswith((".", "/", "~")) or name.count("/") != 1 or "\\" in name:
