@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from .cache import Entry
-from .guidance import guidance_branches
+from .guidance import guidance_terms
 from .kernels import ops
 from .memory.plan import MemoryPlan, Workload
 from .precision import Precision
 from .processor import Processor
-from .request import Request
-from .schedule import StepSchedule
+from .request import Guidance, Request
+from .schedule import ALL_BRANCHES, StepKind, StepSchedule
 from .sequence import EncodedBranch, cache_entries
 
 Memory: TypeAlias = str | int | MemoryPlan
@@ -45,10 +45,11 @@ class Call:
 
         Raises RequestError for prompts longer than the model's positions.
         """
+        schedule, pictures = scheduled(request, processor)
         return cls(
             request,
-            StepSchedule.euler(request.steps),
-            encoded(request, processor),
+            schedule,
+            pictures,
             precision,
             draw_noise(request, precision.arithmetic_dtype, device),
         )
@@ -78,16 +79,38 @@ class Call:
         return self._workload
 
 
-def encoded(request: Request, processor: Processor) -> list[list[tuple[EncodedBranch, float]]]:
-    """The branches of each picture, with their coefficients."""
-    per_prompt = [
-        [
-            (processor.encode(branch, request.noise_tokens, request.steps), coefficient)
-            for branch, coefficient in guidance_branches(prompt, request.guidance)
+def scheduled(
+    request: Request, processor: Processor
+) -> tuple[StepSchedule, list[list[tuple[EncodedBranch, float]]]]:
+    """The steps of a request, and the branches of each picture that any of them runs.
+
+    The coefficients are those of the request's own scales, inside the intervals of guidance.
+    """
+    equal = StepSchedule.euler(request.steps)
+    guidances = [request.guidance.at(equal.time(step)) for step in range(len(equal))]
+    runs: dict[Guidance, list[tuple[tuple[int, float], ...]]] = {one: [] for one in guidances}
+    pictures = []
+    for prompt in request.prompts:
+        terms = {one: guidance_terms(prompt, one) for one in runs}
+        own = guidance_terms(prompt, request.guidance)
+        used = [i for i in range(len(own)) if any(one[i][1] for one in terms.values())]
+        branches = [
+            (processor.encode(own[i][0], request.noise_tokens, request.steps), own[i][1])
+            for i in used
         ]
-        for prompt in request.prompts
-    ]
-    return [branches for branches in per_prompt for _ in range(request.images_per_prompt)]
+        for _ in range(request.images_per_prompt):
+            pictures.append(branches)
+            for guidance, one in terms.items():
+                weights = [one[i][1] for i in used]
+                runs[guidance].append(
+                    tuple((place, weight) for place, weight in enumerate(weights) if weight)
+                )
+    every = [tuple(enumerate(weight for _, weight in one)) for one in pictures]
+    kinds = {
+        one: ALL_BRANCHES if some == every else StepKind(pictures=tuple(some))
+        for one, some in runs.items()
+    }
+    return StepSchedule(tuple(kinds[one] for one in guidances)), pictures
 
 
 def workload_of(

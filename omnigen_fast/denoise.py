@@ -66,6 +66,7 @@ class Passes:
     """The groups of a kind of step, pass by pass, and how their velocities are combined."""
 
     passes: tuple[_PassValues, ...]
+    branches: tuple[int, ...]  # whose conditions they read, of the call's distinct ones
     coefficient: Tensor  # [groups], float32
     cu_groups: Tensor  # [pictures + 1], int32
 
@@ -142,8 +143,10 @@ class StepValues:
                 values.append(_pass_values(model, one, noise_tokens, step))
                 place += len(one)
             counts = [len(picture) for picture in chosen[kind]]
+            read = {b.branch.key for picture in chosen[kind] for _, b, _ in picture}
             made[kind] = Passes(
                 passes=tuple(values),
+                branches=tuple(i for i, b in enumerate(branches) if b.branch.key in read),
                 coefficient=torch.tensor(
                     [b.coefficient for picture in chosen[kind] for _, b, _ in picture],
                     dtype=torch.float32,
@@ -210,12 +213,13 @@ def _chosen(
     """The branches of each picture that a kind of step combines."""
     found: list[list[_Chosen]] = []
     for picture, branches in enumerate(pictures):
-        places = range(len(branches)) if kind.branches is None else kind.branches
-        some = [(place, branches[place]) for place in places if place < len(branches)]
-        if kind.coefficients is not None:
-            given = dict(zip(places, kind.coefficients))
-            some = [(place, replace(b, coefficient=given[place])) for place, b in some]
-        found.append([(place, b, placement.runs(picture, place)) for place, b in some])
+        some = []
+        for place, coefficient in kind.places(picture, len(branches)):
+            one = branches[place]
+            if coefficient is not None:
+                one = replace(one, coefficient=coefficient)
+            some.append((place, one, placement.runs(picture, place)))
+        found.append(some)
     return found
 
 
@@ -263,8 +267,16 @@ def _pass_values(
 class Velocity(Protocol):
     """Computes velocities of the noise tokens."""
 
-    def __call__(self, values: StepValues, passes: Sequence[StepGroups]) -> list[Tensor]:
-        """Of each pass [groups, N, 16]: (row, column, channel) of each token's patch."""
+    def __call__(
+        self, values: StepValues, passes: Sequence[StepGroups], branches: Sequence[int]
+    ) -> list[Tensor]:
+        """Of each pass [groups, N, 16]: (row, column, channel) of each token's patch.
+
+        Args:
+            values: of the call.
+            passes: what to run.
+            branches: see `Passes`.
+        """
 
 
 class CachedVelocity:
@@ -274,7 +286,9 @@ class CachedVelocity:
         self._model, self._cache = model, cache
         self._staging = cache.staging(branches)
 
-    def __call__(self, values: StepValues, passes: Sequence[StepGroups]) -> list[Tensor]:
+    def __call__(
+        self, values: StepValues, passes: Sequence[StepGroups], branches: Sequence[int]
+    ) -> list[Tensor]:
         self._cache.select_step(values.slots, values.time_rows, self._staging)
         return self._model.step(values.latents, values.pos_embed, passes, values.times, self._cache)
 
@@ -298,9 +312,12 @@ class RecomputedVelocity:
         self._time_rows = torch.tensor([b.span.times for b in distinct], device=model.device)
         self._staging = cache.staging(len(distinct))
 
-    def __call__(self, values: StepValues, passes: Sequence[StepGroups]) -> list[Tensor]:
+    def __call__(
+        self, values: StepValues, passes: Sequence[StepGroups], branches: Sequence[int]
+    ) -> list[Tensor]:
         time_token = values.times.tokens.index_select(0, values.step[:1])
-        for state in self._states:
+        states = [self._states[i] for i in branches]
+        for state in states:
             self._model.embed_condition(
                 state.sequence, self._image_latents, time_token, out=state.residual
             )
@@ -313,7 +330,7 @@ class RecomputedVelocity:
             values.pos_embed,
             passes,
             values.times,
-            self._states,
+            states,
             select,
             self._cache,
         )
@@ -381,7 +398,7 @@ class Loop:
     def predict(self, kind: StepKind = ALL_BRANCHES) -> Tensor:
         """Velocities of all groups, [groups, N, 16], until the next step."""
         passes, prediction = self.values.kinds[kind], self._predictions[kind]
-        velocities = self._velocity(self.values, self._groups[kind])
+        velocities = self._velocity(self.values, self._groups[kind], passes.branches)
         if not passes.in_order:
             for one, found in zip(passes.passes, velocities):
                 prediction.index_copy_(0, one.places, found)

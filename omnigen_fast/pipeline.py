@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .call import Call, Memory, encoded, workload_of
+from .call import Call, Memory, scheduled, workload_of
 from .config import ModelConfig
 from .engine import Engine
 from .errors import OmniGenError, RequestError, first_line
@@ -27,7 +27,6 @@ from .precision import Precision
 from .processor import Processor
 from .request import Request, make_request
 from .run import SMALLER, AfterStep, decide, first_plan, generate
-from .schedule import StepSchedule
 from .streaming import is_out_of_memory
 from .surroundings import isolated
 from .vae.vae import Vae
@@ -220,6 +219,8 @@ class OmniGenPipeline(LoraMethods):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         progress: bool = True,
         memory: Memory | None = None,
+        guidance_interval: Sequence[float] | None = None,
+        image_guidance_interval: Sequence[float] | None = None,
     ) -> Any:
         """Makes images.
 
@@ -263,6 +264,10 @@ class OmniGenPipeline(LoraMethods):
             callback_on_step_end_tensor_inputs: what the callback receives; only latents exist.
             progress: show a progress bar.
             memory: for this call, see `from_pretrained`; None for the pipeline's own.
+            guidance_interval: (start, stop) of the time, from 0 (noise) to 1 (picture), at which
+                the prompt guides. A step that begins before `start`, or at `stop` or later, has a
+                `guidance_scale` of 1, and branches of weight 0 are not run. None for (0, 1).
+            image_guidance_interval: likewise for the input images and `img_guidance_scale`.
 
         Returns:
             A list of PIL images, or what `output_type` says.
@@ -292,6 +297,8 @@ class OmniGenPipeline(LoraMethods):
             num_images_per_prompt=num_images_per_prompt,
             generator=generator,
             latents=latents,
+            guidance_interval=guidance_interval,
+            image_guidance_interval=image_guidance_interval,
         )
         memory = self._memory if memory is None else memory
         precision = self._precision(dtype, memory)
@@ -320,8 +327,7 @@ class OmniGenPipeline(LoraMethods):
             MemoryBudgetError: no plan fits.
         """
         given = self._bound(prompt, input_images, call)
-        pictures = encoded(given.request, self.processor)
-        schedule = StepSchedule.euler(given.request.steps)
+        schedule, pictures = scheduled(given.request, self.processor)
         workload = workload_of(given.request, schedule, pictures)
         switches = given.request.switches
         return decide(self.engine, workload, switches, given.memory, given.precision)

@@ -38,6 +38,9 @@ PLACEHOLDER = re.compile(r"<\|image_(\d+)\|>")
 _MALFORMED = re.compile(r"<\|image_(?!\d+\|>)[^\s<>|]{0,20}")
 
 
+Interval = tuple[float, float]  # of the model's time: the first bound belongs to it, the last not
+
+
 @dataclass(frozen=True)
 class Guidance:
     """Scales of classifier-free guidance: text, and input images (InstructPix2Pix, 2023)."""
@@ -45,6 +48,18 @@ class Guidance:
     text: float
     image: float
     use_image: bool
+    text_interval: Interval | None = None  # outside it the scale is 1; None for all of the time
+    image_interval: Interval | None = None  # likewise
+
+    def at(self, time: float) -> Guidance:
+        """The scales of a step that begins at a time from 0 (noise) to 1 (picture)."""
+        text = self.text if _inside(self.text_interval, time) else 1.0
+        image = self.image if _inside(self.image_interval, time) else 1.0
+        return Guidance(text, image, self.use_image)
+
+
+def _inside(interval: Interval | None, time: float) -> bool:
+    return interval is None or interval[0] <= time < interval[1]
 
 
 @dataclass(frozen=True)
@@ -115,6 +130,8 @@ def make_request(
     num_images_per_prompt: int,
     generator: Any,
     latents: torch.Tensor | None,
+    guidance_interval: Sequence[float] | None = None,
+    image_guidance_interval: Sequence[float] | None = None,
 ) -> Request:
     """Checks every argument of a call and reads its images.
 
@@ -144,6 +161,8 @@ def make_request(
         _scale("guidance_scale", guidance_scale),
         _scale("img_guidance_scale", img_guidance_scale),
         _switch("use_img_guidance", use_img_guidance) and any(counts),
+        _interval("guidance_interval", guidance_interval),
+        _interval("image_guidance_interval", image_guidance_interval),
     )
     max_size = _integer("max_input_image_size", max_input_image_size, TOKEN_PIXELS, 1 << 16)
     if seed is not None:
@@ -366,6 +385,22 @@ def _scale(name: str, value: Any) -> float:
             "1 to 5 is usual"
         )
     return number
+
+
+def _interval(name: str, value: Any) -> Interval | None:
+    """Two times from 0 to 1, the first one lower."""
+    if value is None:
+        return None
+    try:
+        start, stop = (finite(name, one) for one in value)
+    except (TypeError, ValueError):  # RequestError is one
+        start = stop = math.nan
+    if not 0 <= start < stop <= 1:
+        raise RequestError(
+            f"{name} must be two times (start, stop) with 0 <= start < stop <= 1, got "
+            f"{_show(value)}; 0 is noise, 1 the picture"
+        )
+    return start, stop
 
 
 def _switch(name: str, value: Any) -> bool:

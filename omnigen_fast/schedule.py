@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -20,9 +21,33 @@ class StepKind:
     branches: tuple[int, ...] | None = None
     coefficients: tuple[float, ...] | None = None  # of those branches; None for the request's own
     computed: bool = True  # or extrapolated: the velocities of the step before are used again
+    # Instead of these two, where pictures differ: (place, coefficient) of the branches of each.
+    pictures: tuple[tuple[tuple[int, float], ...], ...] | None = None
 
     def __post_init__(self) -> None:
         assert self.coefficients is None or len(self.coefficients) == len(self.branches or ())
+        assert self.pictures is None or self.branches is None
+
+    def places(self, picture: int, branches: int) -> Sequence[tuple[int, float | None]]:
+        """(place, coefficient) of those of a picture's branches that run.
+
+        Args:
+            picture: which one.
+            branches: how many it has.
+
+        Returns:
+            None as coefficient where it is the request's own.
+        """
+        if self.pictures is not None:
+            return self.pictures[picture]
+        places = range(branches) if self.branches is None else self.branches
+        coefficients = self.coefficients or (None,) * len(places)
+        return [(place, one) for place, one in zip(places, coefficients) if place < branches]
+
+    @property
+    def runs(self) -> tuple[object, ...]:
+        """Equal for steps whose velocities are combined alike."""
+        return self.branches, self.coefficients, self.pictures
 
 
 ALL_BRANCHES = StepKind()
@@ -45,7 +70,7 @@ class StepSchedule:
         assert self.kinds and self.kinds[0].computed
         assert self.times is None or len(self.times) == len(self.kinds) + 1
         for before, kind in zip(self.kinds, self.kinds[1:]):
-            same = (before.branches, before.coefficients) == (kind.branches, kind.coefficients)
+            same = before.runs == kind.runs
             assert kind.computed or same, "a step extrapolates the velocities of the one before"
 
     @classmethod

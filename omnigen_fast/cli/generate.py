@@ -6,7 +6,7 @@ import os
 import re
 import secrets
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,6 +16,7 @@ import click
 from ..errors import OmniGenError, RequestError
 from ..page.record import (
     RECORDED_ARGUMENTS,
+    RECORDED_OPTIONS,
     Record,
     find_images,
     printable,
@@ -76,6 +77,20 @@ T = TypeVar("T")
 )
 @click.option(
     "--img-guidance-scale", default=1.6, show_default=True, help="Strength of the input images."
+)
+@click.option(
+    "--guidance-interval",
+    type=float,
+    nargs=2,
+    metavar="START STOP",
+    help="Times, from 0 (noise) to 1 (picture), between which the prompt guides.",
+)
+@click.option(
+    "--image-guidance-interval",
+    type=float,
+    nargs=2,
+    metavar="START STOP",
+    help="Likewise for the input images.",
 )
 @click.option("--max-input-image-size", default=1024, show_default=True, help="Pixels per side.")
 @click.option(
@@ -191,9 +206,7 @@ def generate(
                 prompts=prompt,
                 input_images=recorded_images(images, out.parent),
                 negative_prompts=negative_prompt or None,
-                arguments={
-                    name: (arguments | {"dtype": dtype})[name] for name in RECORDED_ARGUMENTS
-                },
+                arguments=_recorded(arguments | {"dtype": dtype}),
                 loras=lora,
                 latents=recorded_file(latents, out.parent) if latents else None,
                 vae_path=vae_path,
@@ -249,6 +262,12 @@ def _given(context: click.Context) -> set[str]:
         for name in context.params
         if context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
     }
+
+
+def _recorded(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What a picture carries of the arguments of its call."""
+    used = [name for name in RECORDED_OPTIONS if arguments[name] is not None]
+    return {name: arguments[name] for name in (*RECORDED_ARGUMENTS, *used)}
 
 
 def _check_rerun(

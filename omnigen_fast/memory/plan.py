@@ -52,11 +52,9 @@ class Workload:
 
     def branches_of(self, kind: StepKind) -> tuple[tuple[int, ...], ...]:
         """Of each picture: condition tokens of the branches that a kind of step runs."""
-        if kind.branches is None:
-            return self.branches
         return tuple(
-            tuple(one[place] for place in kind.branches if place < len(one))
-            for one in self.branches
+            tuple(one[place] for place, _ in kind.places(picture, len(one)))
+            for picture, one in enumerate(self.branches)
         )
 
     @property

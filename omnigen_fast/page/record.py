@@ -53,7 +53,8 @@ class Record:
     prompts: tuple[str, ...]
     input_images: tuple[tuple[RecordedFile, ...], ...]  # of each prompt
     negative_prompts: tuple[str, ...] | None  # None for the built-in one
-    arguments: Mapping[str, Any]  # of the call and its dtype, see RECORDED_ARGUMENTS
+    # of the call and its dtype: all RECORDED_ARGUMENTS, and those RECORDED_OPTIONS that are used
+    arguments: Mapping[str, Any]
     loras: tuple[str, ...] = ()
     latents: RecordedFile | None = None
     index: int = 0  # of the picture in its call
@@ -259,12 +260,15 @@ def _parse(fields: Any) -> Record:
         raise ValueError("not an object")
     names = [*_TEXTS, *_LISTS, *RECORDED_ARGUMENTS, "latents", "index"]
     for name in fields:
-        if name not in names:
+        if name not in names and name not in RECORDED_OPTIONS:
             raise ValueError(f"unknown name {printable(repr(name)[:60])}")
     for name in names:
         if name not in fields:
             raise ValueError(f"{name} is missing")
-    for name, (kind, is_right) in (_TEXTS | _LISTS | RECORDED_ARGUMENTS).items():
+    arguments = RECORDED_ARGUMENTS | {
+        name: check for name, check in RECORDED_OPTIONS.items() if name in fields
+    }
+    for name, (kind, is_right) in (_TEXTS | _LISTS | arguments).items():
         if not is_right(fields[name]):
             raise ValueError(f"{name} must be {kind}")
     prompts, images = fields["prompt"], fields["input_images"]
@@ -279,7 +283,7 @@ def _parse(fields: Any) -> Record:
         prompts=tuple(prompts),
         input_images=tuple(tuple(map(_parse_file, one)) for one in images),
         negative_prompts=None if negatives is None else tuple(negatives),
-        arguments={name: fields[name] for name in RECORDED_ARGUMENTS},
+        arguments={name: fields[name] for name in arguments},
         loras=tuple(fields["loras"]),
         latents=None if latents is None else _parse_file(latents),
         index=index,
@@ -343,6 +347,10 @@ _LISTS: dict[str, Check] = {
         lambda value: value is None or (_is_texts(value) and bool(value)),
     ),
 }
+_TIMES: Check = (
+    "a list of numbers",
+    lambda value: isinstance(value, list) and all(map(_is_number, value)),
+)
 # The arguments of `OmniGenPipeline.__call__` that affect the picture.
 RECORDED_ARGUMENTS: dict[str, Check] = {
     "height": INTEGER,
@@ -356,4 +364,9 @@ RECORDED_ARGUMENTS: dict[str, Check] = {
     "num_images_per_prompt": INTEGER,
     "seed": INTEGER,
     "dtype": TEXT,
+}
+# Likewise, but recorded only where they are used: a picture made without them carries none.
+RECORDED_OPTIONS: dict[str, Check] = {
+    "guidance_interval": _TIMES,
+    "image_guidance_interval": _TIMES,
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,25 @@ class TestRoundTrip:
     def test_all_comes_back(self):
         Image.new("RGB", (8, 8)).save("a.png", pnginfo=png_info(RECORD))
         assert read_record("a.png") == RECORD
+
+    def test_options_come_back_where_they_are_used(self):
+        options = {"guidance_interval": [0.0, 0.5], "image_guidance_interval": [0.25, 1.0]}
+        used = replace(RECORD, arguments=ARGUMENTS | options)
+        Image.new("RGB", (8, 8)).save("a.png", pnginfo=png_info(used))
+        assert read_record("a.png") == used
+        assert not fields().keys() & options.keys()
+
+    @pytest.mark.parametrize("value", [None, "01", [True, 1], [None], {}], ids=str)
+    def test_options_of_another_type_are_refused(self, value):
+        with pytest.raises(RequestError, match="guidance_interval must be a list of numbers"):
+            read_record(with_text(json.dumps(fields(guidance_interval=value))))
+
+    def test_options_are_taken_from_a_picture(self):
+        given = ["--guidance-interval", "0", "0.5", "--image-guidance-interval", "0.25", "1"]
+        made(*SMALL, "--prompt", "A cat.", "--seed", "3", *given)
+        assert made(*MODEL, "--model", str(TINY), "--from", "a.png", out="b.png")
+        assert read_record("b.png") == read_record("a.png")
+        assert read_record("a.png").arguments["guidance_interval"] == [0.0, 0.5]
 
     def test_survives_among_other_chunks(self):
         Image.new("RGB", (8, 8)).save("a.png", pnginfo=png_info(RECORD))
