@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -33,6 +33,7 @@ class Call:
     latents: Tensor  # [pictures, 4, height / 8, width / 8], float32, of the last finished step
     steps_done: int = 0
     finished: bool = False  # all steps, or stopped
+    history: Tensor | None = None  # like latents: what the solver keeps from that step
     calling_back: bool = False  # what fails now is the callback's own
     failures: list[str] = field(default_factory=list)
     _workload: Workload | None = field(default=None, init=False, repr=False)
@@ -59,7 +60,8 @@ class Call:
         branches = [[branch for branch, _ in picture] for picture in self.pictures]
         if plan.cache == "none":
             return cache_entries(branches, 1, share=False)
-        return cache_entries(branches, len(self.schedule), form=lambda one: self._form(one, plan))
+        steps = self.schedule.evaluations
+        return cache_entries(branches, steps, form=lambda one: self._form(one, plan))
 
     def _form(self, branches: Sequence[EncodedBranch], plan: MemoryPlan) -> tuple[Any, ...]:
         """What else decides the bits of some branches' keys and values.
@@ -67,10 +69,10 @@ class Call:
         The rows that the MLP processes at once and the strips of the autoencoder change the order
         of sums; so does the choice of kernels. Time tokens are those of the schedule's times.
         """
-        longest = max(branch.length for branch in branches) + len(self.schedule)
+        longest = max(branch.length for branch in branches) + self.schedule.evaluations
         chunk = plan.mlp_rows if plan.mlp_rows < longest else None
         strips = plan.strip_rows if any(branch.spans for branch in branches) else None
-        return chunk, strips, self.schedule.times, ops.choice()
+        return chunk, strips, self.schedule.evaluated, ops.choice()
 
     def workload(self) -> Workload:
         """The request's sizes, as the planner wants them; found once."""
@@ -86,8 +88,8 @@ def scheduled(
 
     The coefficients are those of the request's own scales, inside the intervals of guidance.
     """
-    equal = StepSchedule.euler(request.steps)
-    guidances = [request.guidance.at(equal.time(step)) for step in range(len(equal))]
+    plain = StepSchedule((ALL_BRANCHES,) * request.steps, request.times, request.solver)
+    guidances = [request.guidance.at(plain.time(step)) for step in range(len(plain))]
     runs: dict[Guidance, list[tuple[tuple[int, float], ...]]] = {one: [] for one in guidances}
     pictures = []
     for prompt in request.prompts:
@@ -95,7 +97,7 @@ def scheduled(
         own = guidance_terms(prompt, request.guidance)
         used = [i for i in range(len(own)) if any(one[i][1] for one in terms.values())]
         branches = [
-            (processor.encode(own[i][0], request.noise_tokens, request.steps), own[i][1])
+            (processor.encode(own[i][0], request.noise_tokens, plain.evaluations), own[i][1])
             for i in used
         ]
         for _ in range(request.images_per_prompt):
@@ -110,7 +112,7 @@ def scheduled(
         one: ALL_BRANCHES if some == every else StepKind(pictures=tuple(some))
         for one, some in runs.items()
     }
-    return StepSchedule(tuple(kinds[one] for one in guidances)), pictures
+    return replace(plain, kinds=tuple(kinds[one] for one in guidances)), pictures
 
 
 def workload_of(
@@ -121,7 +123,7 @@ def workload_of(
     """Sizes of a request whose branches are encoded."""
     shared = request.switches.use_kv_cache is not False
     branches = [[branch for branch, _ in picture] for picture in pictures]
-    entries = cache_entries(branches, len(schedule) if shared else 1, share=shared)
+    entries = cache_entries(branches, schedule.evaluations if shared else 1, share=shared)
     images = {
         image.digest: image.size
         for kept in entries.values()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Protocol
 
 import torch
@@ -17,8 +17,9 @@ from .memory.plan import MLP_ROWS
 from .model import StepGroups, TimeEmbeddings, Transformer
 from .parameters import PATCH_VALUES
 from .placement import OneDevice, Placement
-from .schedule import ALL_BRANCHES, StepKind
+from .schedule import ALL_BRANCHES, StepKind, StepSchedule
 from .sequence import EncodedBranch, lay_out
+from .solvers import Update
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,53 @@ class Passes:
 
 
 @dataclass(frozen=True)
+class SolverValues:
+    """What a solver other than Euler's needs; see `solvers.Update`."""
+
+    weights: Tensor  # [pictures, evaluations, 5], float32: the update of each
+    history: Tensor  # like latents
+    velocity: Tensor  # likewise
+    moved: Tensor  # likewise
+
+    @classmethod
+    def make(
+        cls,
+        schedule: StepSchedule,
+        chosen: Mapping[StepKind, Sequence[Sequence[_Chosen]]],
+        latents: Tensor,
+    ) -> SolverValues:
+        """For pictures that start from `latents`, with these branches in each kind of step.
+
+        A picture whose branches or coefficients change begins anew: what was found before belongs
+        to another flow.
+        """
+        runs = [chosen[replace(kind, computed=True)] for kind in schedule.kinds]
+        tables = []
+        for picture in range(len(latents)):
+            own = [[(place, b.coefficient) for place, b, _ in one[picture]] for one in runs]
+            fresh = [True, *(one != before for before, one in pairwise(own))]
+            tables.append(schedule.updates(fresh))
+        weights = torch.tensor(tables, dtype=torch.float32).to(latents.device)
+        return cls(
+            weights=weights,
+            history=torch.zeros_like(latents),
+            velocity=torch.empty_like(latents),
+            moved=torch.empty_like(latents),
+        )
+
+    def advance_(self, latents: Tensor, step: Tensor) -> None:
+        """Moves latents by their velocities, each picture by the update of its step."""
+        place = step.view(-1, 1, 1).expand(-1, 1, self.weights.shape[2])
+        row = self.weights.gather(1, place).view(len(latents), -1, 1, 1, 1)
+        update = Update(*row.unbind(1))
+        torch.mul(self.history, update.history, out=self.moved)
+        self.moved.addcmul_(latents, update.latents).addcmul_(self.velocity, update.velocity)
+        torch.mul(latents, update.kept_latents, out=self.history)
+        self.history.addcmul_(self.velocity, update.kept_velocity)
+        latents.copy_(self.moved)
+
+
+@dataclass(frozen=True)
 class StepValues:
     """The tensors that the steps of one call read and write, workspace excluded.
 
@@ -99,6 +147,7 @@ class StepValues:
     kinds: Mapping[StepKind, Passes]
     slots: Tensor  # [branches], int64, see `Cache.select_step`
     pos_embed: Tensor  # [N, hidden]: held here, since a captured step reads it in later calls too
+    solver: SolverValues | None = None  # None for Euler's
 
     @classmethod
     def make(
@@ -111,6 +160,7 @@ class StepValues:
         kinds: Sequence[StepKind] = (ALL_BRANCHES,),
         branches_per_pass: int | None = None,
         placement: Placement | None = None,
+        schedule: StepSchedule | None = None,
     ) -> StepValues:
         """Lays out the groups of all pictures.
 
@@ -123,6 +173,7 @@ class StepValues:
             kinds: of the steps, without repetition.
             branches_per_pass: so many branches of every picture at once; None for all.
             placement: which branches run here; None for all.
+            schedule: of all steps; None where nothing but their velocities is wanted.
         """
         device, placement = model.device, placement or OneDevice()
         height, width = (side // PATCH for side in latents.shape[2:])
@@ -163,6 +214,9 @@ class StepValues:
             kinds=made,
             slots=torch.tensor([b.span.slot for b in branches], device=device),
             pos_embed=model.crop_pos_embed(height, width),
+            solver=None
+            if schedule is None or schedule.solver == "euler"
+            else SolverValues.make(schedule, chosen, latents),
         )
 
     @property
@@ -188,6 +242,8 @@ class StepValues:
         """Everything whose values differ between calls of one shape."""
         found = [self.latents, self.counters, self.first, self.lengths, self.slots]
         found += [self.times.shift, self.times.scale]
+        if self.solver is not None:
+            found += [self.solver.weights, self.solver.history]
         for one in self.kinds.values():
             found += [one.coefficient, one.cu_groups]
             for each in one.passes:
@@ -406,13 +462,18 @@ class Loop:
         return prediction
 
     def step(self, kind: StepKind = ALL_BRANCHES) -> None:
-        """One Euler step: `z += (t_{i+1} - t_i) * sum_b coefficient_b v_b(z, t_i)`."""
+        """An evaluation and what the solver makes of it.
+
+        Euler: `z += (t_{i+1} - t_i) * sum_b coefficient_b v_b(z, t_i)`.
+        """
         values = self.values
         computed = replace(kind, computed=True)
         passes = values.kinds[computed]
         prediction = self.predict(computed) if kind.computed else self._predictions[computed]
+        solver = values.solver
+        moved = values.latents if solver is None else solver.velocity.zero_()
         ops.guidance_step_(
-            values.latents,
+            moved,
             prediction,
             passes.coefficient,
             passes.cu_groups,
@@ -420,11 +481,15 @@ class Loop:
             values.step,
             PATCH,
         )
+        if solver is not None:
+            solver.advance_(values.latents, values.step)
         values.counters.add_(1)
 
     def memory(self) -> list[Tensor]:
         """All tensors that the steps use."""
         found = [*self.values.tensors(), *self._predictions.values()]
+        if self.values.solver is not None:
+            found += [self.values.solver.velocity, self.values.solver.moved]
         for groups in self._groups.values():
             for one in groups:
                 space = one.space

@@ -26,6 +26,7 @@ from .model import Transformer
 from .parameters import parameter_shapes
 from .precision import Precision
 from .sequence import EncodedBranch, lay_out_all
+from .solvers import MULTISTEP
 from .streamed_cache import StreamedCache
 from .streaming import HostMemory, lane_for, spread
 from .surroundings import isolated
@@ -52,6 +53,15 @@ class Running:
     def latents(self) -> Tensor:
         """[pictures, 4, height / 8, width / 8], float32; the next step starts from it."""
         return self.call.latents if self.loop is None else self.loop.values.latents
+
+    def save(self) -> None:
+        """Gives the call what the latest step has left, so that another plan can go on from it."""
+        self.call.latents.copy_(self.latents)
+        solver = None if self.loop is None else self.loop.values.solver
+        if solver is not None and self.call.schedule.solver in MULTISTEP:
+            if self.call.history is None:
+                self.call.history = torch.empty_like(solver.history)
+            self.call.history.copy_(solver.history)
 
     @property
     def finished(self) -> bool:
@@ -199,7 +209,8 @@ class Engine:
             call = one.call
             if one.loop is None or one.runner is None or call.finished:
                 continue
-            one.runner(call.schedule.kinds[call.steps_done])
+            for _ in range(call.schedule.per_step[call.steps_done]):
+                one.runner(call.schedule.kinds[call.steps_done])
             call.steps_done += 1
             call.finished = call.steps_done == len(call.schedule)
 
@@ -405,7 +416,8 @@ class Engine:
             if not stays:
                 self.graphs.clear()
                 self._fingerprint = None  # what moves is not changed
-            shape = (call.request.latent_shape, len(call.schedule), replace(plan, kept_bytes=0))
+            steps = call.schedule.evaluations
+            shape = (call.request.latent_shape, steps, replace(plan, kept_bytes=0))
             self.graphs.expect(shape if plan.capture else None)
             if plan.cache == "ring":
                 self.cache.clear()
@@ -421,9 +433,8 @@ class Engine:
 
     def _prepared(self, call: Call, plan: MemoryPlan) -> Running:
         """Computes all that does not depend on the noise, or finds it kept."""
-        times = call.schedule.tensor()
-        entries = call.entries(plan)
-        embedded = self.model.embed_times(times[:-1].to(self.device))
+        schedule, entries = call.schedule, call.entries(plan)
+        embedded = self.model.embed_times(schedule.evaluated_tensor().to(self.device))
         if plan.cache == "none":
             cache: Cache = self._new_cache(layers=1)
         else:
@@ -440,12 +451,15 @@ class Engine:
                 self.model,
                 placed,
                 call.latents.clone(),
-                times.diff().to(self.device),
+                schedule.lengths().to(self.device),
                 embedded,
-                list({replace(kind, computed=True): None for kind in call.schedule.counts}),
+                list({replace(kind, computed=True): None for kind in schedule.counts}),
                 plan.branches_per_pass,
+                schedule=schedule,
             )
-            values.seek(call.steps_done)
+            if call.history is not None and values.solver is not None:
+                values.solver.history.copy_(call.history)
+            values.seek(schedule.first(call.steps_done))
             images = self._latents_of(plan, entries) if plan.cache == "none" else {}
             loop, runner = self._loop(call, plan, values, placed, images, cache)
         except BaseException:

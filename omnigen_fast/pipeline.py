@@ -221,6 +221,9 @@ class OmniGenPipeline(LoraMethods):
         memory: Memory | None = None,
         guidance_interval: Sequence[float] | None = None,
         image_guidance_interval: Sequence[float] | None = None,
+        solver: str = "euler",
+        time_shift: float = 1.0,
+        timesteps: Sequence[float] | None = None,
     ) -> Any:
         """Makes images.
 
@@ -234,7 +237,7 @@ class OmniGenPipeline(LoraMethods):
                 is left out.
             height: of the output in pixels, a multiple of 16; None for 1024.
             width: likewise.
-            num_inference_steps: Euler steps, 1 to 1000.
+            num_inference_steps: steps of the solver, 1 to 1000.
             guidance_scale: how strongly to follow the prompt; 2 to 3 is usual.
             use_img_guidance: whether input images are guided separately from the text.
             img_guidance_scale: how strongly to follow the input images.
@@ -268,6 +271,12 @@ class OmniGenPipeline(LoraMethods):
                 the prompt guides. A step that begins before `start`, or at `stop` or later, has a
                 `guidance_scale` of 1, and branches of weight 0 are not run. None for (0, 1).
             image_guidance_interval: likewise for the input images and `img_guidance_scale`.
+            solver: of the flow from noise to picture: "euler", or of second order "ab2" and
+                "dpmpp2m", with one evaluation of the model in a step, "heun" and "midpoint", with
+                two.
+            time_shift: above 1, more of the steps lie near the noise; 1 for equal steps.
+            timesteps: the times at which the steps begin, from 0 up to less than 1, instead of
+                `num_inference_steps` and `time_shift`.
 
         Returns:
             A list of PIL images, or what `output_type` says.
@@ -299,6 +308,9 @@ class OmniGenPipeline(LoraMethods):
             latents=latents,
             guidance_interval=guidance_interval,
             image_guidance_interval=image_guidance_interval,
+            solver=solver,
+            time_shift=time_shift,
+            timesteps=timesteps,
         )
         memory = self._memory if memory is None else memory
         precision = self._precision(dtype, memory)

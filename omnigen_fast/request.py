@@ -10,10 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from .config import LATENT_CHANNELS, TOKEN_PIXELS, VAE_SCALE, ModelConfig, tokens
 from .errors import RequestError
 from .images import InputImage, read_image
 from .memory.plan import Switches
+from .solvers import SOLVERS, shifted
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +32,7 @@ DEFAULT_NEGATIVE_PROMPT = (
 OUTPUT_TYPES = ("pil", "pt", "np", "latent")
 DEFAULT_SIDE = 1024  # height or width in pixels where a call gives None
 MAX_STEPS = 1000
+MAX_SHIFT = 100  # of the time; with more, steps near the picture take all of the way at once
 MAX_GUIDANCE = 1000  # larger scales give nothing but noise in float32
 MAX_IMAGES = 1024  # in one call; guards against a typo
 _MAX_CHARACTERS = 1 << 20  # of a prompt; several times more than the model's positions hold
@@ -86,6 +90,8 @@ class Request:
     generator: Any  # None, a torch.Generator, or one for each image
     latents: Any  # None, or a tensor [images, 4, height / 8, width / 8]
     output_type: str
+    solver: str = "euler"
+    times: tuple[float, ...] | None = None  # see `StepSchedule`
 
     @property
     def images(self) -> int:
@@ -132,6 +138,9 @@ def make_request(
     latents: torch.Tensor | None,
     guidance_interval: Sequence[float] | None = None,
     image_guidance_interval: Sequence[float] | None = None,
+    solver: str = "euler",
+    time_shift: float = 1.0,
+    timesteps: Sequence[float] | None = None,
 ) -> Request:
     """Checks every argument of a call and reads its images.
 
@@ -151,6 +160,9 @@ def make_request(
             f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {_show(output_type)}"
         )
     steps = _integer("num_inference_steps", num_inference_steps, 1, MAX_STEPS)
+    times = _times(steps, time_shift, timesteps)
+    if not isinstance(solver, str) or solver not in SOLVERS:
+        raise RequestError(f"solver must be one of {', '.join(SOLVERS)}, got {_show(solver)}")
     per_prompt = _integer("num_images_per_prompt", num_images_per_prompt, 1, MAX_IMAGES)
     if len(texts) * per_prompt > MAX_IMAGES:
         raise RequestError(
@@ -215,13 +227,15 @@ def make_request(
         images_per_prompt=per_prompt,
         height=height,
         width=width,
-        steps=steps,
+        steps=steps if times is None else len(times) - 1,
         guidance=guidance,
         switches=Switches(**given),
         seed=seed,
         generator=generator,
         latents=latents,
         output_type=output_type,
+        solver=solver,
+        times=times,
     )
 
 
@@ -385,6 +399,36 @@ def _scale(name: str, value: Any) -> float:
             "1 to 5 is usual"
         )
     return number
+
+
+def _times(steps: int, time_shift: Any, timesteps: Any) -> tuple[float, ...] | None:
+    """The times at which steps begin and the last one ends; None for equal steps."""
+    shift = finite("time_shift", time_shift)
+    if not 1 / MAX_SHIFT <= shift <= MAX_SHIFT:
+        raise RequestError(
+            f"time_shift must be from {1 / MAX_SHIFT:g} to {MAX_SHIFT}, got {_show(time_shift)}; "
+            "above 1 puts more steps near the noise"
+        )
+    if timesteps is None:
+        if shift == 1:
+            return None
+        return (*(shifted(step / steps, shift) for step in range(steps)), 1.0)
+    if shift != 1:
+        raise RequestError("give time_shift or timesteps, not both")
+    try:
+        count = len(timesteps)
+        given = [finite("timesteps", one) for one in timesteps] if count <= MAX_STEPS else []
+    except (TypeError, ValueError):  # RequestError is one
+        count, given = 0, []
+    times = (*given, 1.0)
+    # as the steps' lengths are computed: times that float32 can't tell apart give empty steps
+    gaps = np.diff(np.array(times, np.float32))
+    if not given or times[0] != 0 or len(given) != count or not (gaps > 0).all():
+        raise RequestError(
+            f"timesteps must be 1 to {MAX_STEPS} increasing times at which steps begin, from 0 "
+            f"(noise) to less than 1 (picture), got {_show(timesteps)}"
+        )
+    return times
 
 
 def _interval(name: str, value: Any) -> Interval | None:

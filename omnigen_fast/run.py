@@ -89,7 +89,7 @@ def _carry_out(
             call.calling_back = True
             goes_on = after_step(call.steps_done - 1, running.latents)
             call.calling_back = False
-            call.latents.copy_(running.latents)
+            running.save()
             call.finished |= not goes_on
         result = engine.finish(running)
     finally:

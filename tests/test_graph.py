@@ -201,7 +201,9 @@ class OffDevice(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("branches_apart", [False, True], ids=["together", "apart"])
-@pytest.mark.parametrize("request_", [REQUEST, EDIT], ids=["text", "edit"])
+@pytest.mark.parametrize(
+    "request_", [REQUEST, EDIT, {**EDIT, "solver": "dpmpp2m"}], ids=["text", "edit", "solver"]
+)
 def test_a_step_stays_on_the_device(load_pipe, monkeypatch, request_, branches_apart):
     """On a device without values: reading one would raise, a tensor elsewhere is found.
 

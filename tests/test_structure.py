@@ -21,6 +21,7 @@ ORDER = [
     "config_settings",
     "config",
     "precision",
+    "solvers",
     "schedule",
     "parameters",
     "memory.plan",

@@ -6,7 +6,7 @@ import os
 import re
 import secrets
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,16 +15,16 @@ import click
 
 from ..errors import OmniGenError, RequestError
 from ..page.record import (
-    RECORDED_ARGUMENTS,
-    RECORDED_OPTIONS,
     Record,
     find_images,
     printable,
     read_record,
+    recorded_arguments,
     recorded_file,
     recorded_images,
 )
 from ..request import MAX_IMAGES, OUTPUT_TYPES
+from ..solvers import SOLVERS
 from .failure import failure
 from .files import PATH_OR_NAME, SUFFIXES, UserPath, check_writable, save_result
 
@@ -67,6 +67,22 @@ T = TypeVar("T")
 @click.option("--width", default=1024, show_default=True, help="Pixels, a multiple of 16.")
 @click.option(
     "--num-inference-steps", "--steps", default=50, show_default=True, help="Denoising steps."
+)
+@click.option(
+    "--solver",
+    default="euler",
+    show_default=True,
+    type=click.Choice(SOLVERS),
+    help="heun and midpoint run the model twice in a step.",
+)
+@click.option(
+    "--time-shift", default=1.0, show_default=True, help="Above 1: more steps near the noise."
+)
+@click.option(
+    "--timesteps",
+    metavar="TIMES",
+    callback=lambda _context, _option, text: _parse_times(text),
+    help="When steps begin, as in 0,0.05,0.2,0.6, instead of --steps and --time-shift.",
 )
 @click.option("--guidance-scale", default=3.0, show_default=True, help="Strength of the prompt.")
 @click.option(
@@ -206,7 +222,7 @@ def generate(
                 prompts=prompt,
                 input_images=recorded_images(images, out.parent),
                 negative_prompts=negative_prompt or None,
-                arguments=_recorded(arguments | {"dtype": dtype}),
+                arguments=recorded_arguments(arguments | {"dtype": dtype}),
                 loras=lora,
                 latents=recorded_file(latents, out.parent) if latents else None,
                 vae_path=vae_path,
@@ -262,12 +278,6 @@ def _given(context: click.Context) -> set[str]:
         for name in context.params
         if context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
     }
-
-
-def _recorded(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """What a picture carries of the arguments of its call."""
-    used = [name for name in RECORDED_OPTIONS if arguments[name] is not None]
-    return {name: arguments[name] for name in (*RECORDED_ARGUMENTS, *used)}
 
 
 def _check_rerun(
@@ -357,6 +367,15 @@ def load_pipeline(
         is_hub_id = lora.count("/") == 1 and not os.path.exists(lora)
         pipe.load_lora_weights(lora, weight=weight, **(hub if is_hub_id else {}))
     return pipe
+
+
+def _parse_times(text: str | None) -> list[float] | None:
+    if text is None:
+        return None
+    try:
+        return [float(one) for one in text.split(",")]
+    except ValueError as error:
+        raise click.BadParameter(f"{error}; give times such as 0,0.05,0.2,0.6") from error
 
 
 def _assign_images(images: tuple[str, ...], prompts: int) -> list[list[str]]:

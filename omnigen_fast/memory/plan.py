@@ -50,6 +50,11 @@ class Workload:
     def steps(self) -> int:
         return len(self.schedule)
 
+    @property
+    def evaluations(self) -> int:
+        """Of the velocity: steps, or more; each has its time token."""
+        return self.schedule.evaluations
+
     def branches_of(self, kind: StepKind) -> tuple[tuple[int, ...], ...]:
         """Of each picture: condition tokens of the branches that a kind of step runs."""
         return tuple(
@@ -64,7 +69,7 @@ class Workload:
 
     def cache_rows(self) -> int:
         """Rows of keys and values for all conditions."""
-        return sum(condition.rows(self.steps) for condition in self.conditions)
+        return sum(condition.rows(self.evaluations) for condition in self.conditions)
 
     def cached_share(self) -> float:
         """The share of rows, 0 to 1, that the cache saves over all steps of a run without one.

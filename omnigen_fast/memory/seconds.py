@@ -232,7 +232,7 @@ class SecondsEstimate:
         """
         read = {tokens for picture in self._workload.branches_of(kind) for tokens in picture}
         config = self._config
-        layers, steps = config.num_layers, self._workload.steps if kept else 1
+        layers, steps = config.num_layers, self._workload.evaluations if kept else 1
         products = attention = moved = kernels = 0.0
         for own, tokens in self._sizes.branch_rows:
             if not kept and tokens not in read:

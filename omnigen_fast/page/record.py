@@ -369,4 +369,14 @@ RECORDED_ARGUMENTS: dict[str, Check] = {
 RECORDED_OPTIONS: dict[str, Check] = {
     "guidance_interval": _TIMES,
     "image_guidance_interval": _TIMES,
+    "solver": TEXT,
+    "time_shift": NUMBER,
+    "timesteps": _TIMES,
 }
+_DEFAULTS = {"solver": "euler", "time_shift": 1.0}  # of those options for which it is not None
+
+
+def recorded_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What a record holds of the arguments of a call and its dtype."""
+    used = [one for one in RECORDED_OPTIONS if arguments[one] != _DEFAULTS.get(one)]
+    return {name: arguments[name] for name in (*RECORDED_ARGUMENTS, *used)}

@@ -165,6 +165,7 @@ def peaks(call: Call, plan: MemoryPlan) -> dict[str, int]:
         running = engine.start(call, plan)
         tracker.restart()
         engine.step(running)
+        running.save()
         found["denoise"] = tracker.peak_bytes
     found["positions"] = sum(crop.nbytes for crop in model.crops())
     latents = [call.latents, running.latents, *engine.image_latents.values()]

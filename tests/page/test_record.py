@@ -106,6 +106,7 @@ class TestRoundTrip:
 
     def test_options_come_back_where_they_are_used(self):
         options = {"guidance_interval": [0.0, 0.5], "image_guidance_interval": [0.25, 1.0]}
+        options |= {"solver": "ab2", "time_shift": 2.0, "timesteps": [0.0, 0.5]}
         used = replace(RECORD, arguments=ARGUMENTS | options)
         Image.new("RGB", (8, 8)).save("a.png", pnginfo=png_info(used))
         assert read_record("a.png") == used
@@ -118,10 +119,13 @@ class TestRoundTrip:
 
     def test_options_are_taken_from_a_picture(self):
         given = ["--guidance-interval", "0", "0.5", "--image-guidance-interval", "0.25", "1"]
+        given += ["--solver", "heun", "--timesteps", "0,0.25"]
         made(*SMALL, "--prompt", "A cat.", "--seed", "3", *given)
         assert made(*MODEL, "--model", str(TINY), "--from", "a.png", out="b.png")
         assert read_record("b.png") == read_record("a.png")
-        assert read_record("a.png").arguments["guidance_interval"] == [0.0, 0.5]
+        found = read_record("a.png").arguments
+        assert found["guidance_interval"] == [0.0, 0.5] and found["timesteps"] == [0.0, 0.25]
+        assert found["solver"] == "heun" and "time_shift" not in found
 
     def test_survives_among_other_chunks(self):
         Image.new("RGB", (8, 8)).save("a.png", pnginfo=png_info(RECORD))
