@@ -34,6 +34,7 @@ class Call:
     steps_done: int = 0
     finished: bool = False  # all steps, or stopped
     history: Tensor | None = None  # like latents: what the solver keeps from that step
+    noise: Tensor | None = None  # like latents: what an edit of part of the way starts from
     calling_back: bool = False  # what fails now is the callback's own
     failures: list[str] = field(default_factory=list)
     _workload: Workload | None = field(default=None, init=False, repr=False)
@@ -47,13 +48,9 @@ class Call:
         Raises RequestError for prompts longer than the model's positions.
         """
         schedule, pictures = scheduled(request, processor)
-        return cls(
-            request,
-            schedule,
-            pictures,
-            precision,
-            draw_noise(request, precision.arithmetic_dtype, device),
-        )
+        noise = draw_noise(request, precision.arithmetic_dtype, device)
+        kept = None if request.edit is None else noise.clone()
+        return cls(request, schedule, pictures, precision, noise, noise=kept)
 
     def entries(self, plan: MemoryPlan) -> dict[Entry, tuple[EncodedBranch, ...]]:
         """What the cache is to hold under a plan, or what each step computes again."""
@@ -130,6 +127,9 @@ def workload_of(
         for branch in kept
         for _, _, image in branch.spans
     }
+    edit = request.edit
+    if edit is not None:
+        images[edit.image.digest] = edit.image.size
     return Workload(
         height=request.height,
         width=request.width,
@@ -137,6 +137,7 @@ def workload_of(
         branches=tuple(tuple(branch.length for branch in picture) for picture in branches),
         conditions=tuple(entry.condition for entry in entries),
         images=tuple(images.values()),
+        kept_latents=0 if edit is None else request.images * (1 if edit.mask is None else 2),
     )
 
 

@@ -19,7 +19,6 @@ from .parameters import PATCH_VALUES
 from .placement import OneDevice, Placement
 from .schedule import ALL_BRANCHES, StepKind, StepSchedule
 from .sequence import EncodedBranch, lay_out
-from .solvers import Update
 
 
 @dataclass(frozen=True)
@@ -121,12 +120,28 @@ class SolverValues:
         """Moves latents by their velocities, each picture by the update of its step."""
         place = step.view(-1, 1, 1).expand(-1, 1, self.weights.shape[2])
         row = self.weights.gather(1, place).view(len(latents), -1, 1, 1, 1)
-        update = Update(*row.unbind(1))
-        torch.mul(self.history, update.history, out=self.moved)
-        self.moved.addcmul_(latents, update.latents).addcmul_(self.velocity, update.velocity)
-        torch.mul(latents, update.kept_latents, out=self.history)
-        self.history.addcmul_(self.velocity, update.kept_velocity)
+        velocity, same, history, kept_latents, kept_velocity = row.unbind(1)  # as `Update`
+        torch.mul(self.history, history, out=self.moved)
+        self.moved.addcmul_(latents, same).addcmul_(self.velocity, velocity)
+        torch.mul(latents, kept_latents, out=self.history)
+        self.history.addcmul_(self.velocity, kept_velocity)
         latents.copy_(self.moved)
+
+
+@dataclass(frozen=True)
+class MaskValues:
+    """What keeps latents outside a mask on the input image's own way from the call's noise."""
+
+    edited: Tensor  # [height / 8, width / 8], bool
+    known: Tensor  # [4, height / 8, width / 8], float32: of the input image
+    noise: Tensor  # like latents
+    reached: Tensor  # [evaluations], float32: the time after each
+
+    def blend_(self, latents: Tensor, step: Tensor) -> None:
+        """Puts that way's latents outside the mask: `(1 - t) noise + t known`."""
+        time = self.reached.index_select(0, step).view(-1, 1, 1, 1)
+        way = (1 - time) * self.noise + time * self.known
+        latents.copy_(torch.where(self.edited, latents, way))
 
 
 @dataclass(frozen=True)
@@ -148,6 +163,7 @@ class StepValues:
     slots: Tensor  # [branches], int64, see `Cache.select_step`
     pos_embed: Tensor  # [N, hidden]: held here, since a captured step reads it in later calls too
     solver: SolverValues | None = None  # None for Euler's
+    mask: MaskValues | None = None
 
     @classmethod
     def make(
@@ -161,6 +177,7 @@ class StepValues:
         branches_per_pass: int | None = None,
         placement: Placement | None = None,
         schedule: StepSchedule | None = None,
+        mask: MaskValues | None = None,
     ) -> StepValues:
         """Lays out the groups of all pictures.
 
@@ -174,6 +191,7 @@ class StepValues:
             branches_per_pass: so many branches of every picture at once; None for all.
             placement: which branches run here; None for all.
             schedule: of all steps; None where nothing but their velocities is wanted.
+            mask: of an edit that keeps part of its input image.
         """
         device, placement = model.device, placement or OneDevice()
         height, width = (side // PATCH for side in latents.shape[2:])
@@ -217,6 +235,7 @@ class StepValues:
             solver=None
             if schedule is None or schedule.solver == "euler"
             else SolverValues.make(schedule, chosen, latents),
+            mask=mask,
         )
 
     @property
@@ -244,6 +263,8 @@ class StepValues:
         found += [self.times.shift, self.times.scale]
         if self.solver is not None:
             found += [self.solver.weights, self.solver.history]
+        if self.mask is not None:
+            found += [self.mask.edited, self.mask.known, self.mask.noise, self.mask.reached]
         for one in self.kinds.values():
             found += [one.coefficient, one.cu_groups]
             for each in one.passes:
@@ -483,6 +504,8 @@ class Loop:
         )
         if solver is not None:
             solver.advance_(values.latents, values.step)
+        if values.mask is not None:
+            values.mask.blend_(values.latents, values.step)
         values.counters.add_(1)
 
     def memory(self) -> list[Tensor]:

@@ -17,9 +17,18 @@ from torch import Tensor
 from .cache import Cache, ConditionCache, Entry
 from .call import Call
 from .config import ModelConfig
-from .denoise import CachedVelocity, Loop, PlacedBranch, RecomputedVelocity, StepValues, Velocity
+from .denoise import (
+    CachedVelocity,
+    Loop,
+    MaskValues,
+    PlacedBranch,
+    RecomputedVelocity,
+    StepValues,
+    Velocity,
+)
 from .errors import OmniGenError
 from .graph import Runner, StepGraphs
+from .images import InputImage
 from .memory.device import held_bytes
 from .memory.plan import MemoryPlan
 from .model import Transformer
@@ -447,20 +456,22 @@ class Engine:
                 wanted = {one: entries[one] for one in missing}
                 self._prefill(plan, wanted, embedded.tokens, cache)
             placed = PlacedBranch.of(call.pictures, entries, cache)
+            latents, mask = self._started(call, plan)
             values = StepValues.make(
                 self.model,
                 placed,
-                call.latents.clone(),
+                latents,
                 schedule.lengths().to(self.device),
                 embedded,
                 list({replace(kind, computed=True): None for kind in schedule.counts}),
                 plan.branches_per_pass,
                 schedule=schedule,
+                mask=mask,
             )
             if call.history is not None and values.solver is not None:
                 values.solver.history.copy_(call.history)
             values.seek(schedule.first(call.steps_done))
-            images = self._latents_of(plan, entries) if plan.cache == "none" else {}
+            images = self._latents_of(plan, _images(entries)) if plan.cache == "none" else {}
             loop, runner = self._loop(call, plan, values, placed, images, cache)
         except BaseException:
             cache.discard(missing)  # the rows of some hold nothing
@@ -501,21 +512,36 @@ class Engine:
         time_tokens: Tensor,
         cache: Cache,
     ) -> None:
-        images = self._latents_of(plan, entries)
+        images = self._latents_of(plan, _images(entries))
         sequences = lay_out_all(entries, cache, self.device)
         with cache.filling(list(entries)):
             self.model.prefill(sequences, images, time_tokens, cache, plan.mlp_rows)
 
-    def _latents_of(
-        self, plan: MemoryPlan, entries: Mapping[Entry, Sequence[EncodedBranch]]
-    ) -> dict[str, Tensor]:
-        """Latents of the branches' images by digest; encodes those that are not kept.
+    def _started(self, call: Call, plan: MemoryPlan) -> tuple[Tensor, MaskValues | None]:
+        """The latents that the next step starts from, and what keeps some of them to the input."""
+        latents, edit, noise = call.latents.clone(), call.request.edit, call.noise
+        if edit is None or noise is None:
+            return latents, None
+        known = self._latents_of(plan, [edit.image])[edit.image.digest]
+        time = call.schedule.time(0)
+        if not call.steps_done and time:
+            latents = (1 - time) * noise + time * known
+        if edit.mask is None:
+            return latents, None
+        return latents, MaskValues(
+            edited=torch.from_numpy(edit.mask.latents).to(self.device),
+            known=known.clone(),
+            noise=noise.clone(),
+            reached=torch.tensor(call.schedule.reached, dtype=torch.float32).to(self.device),
+        )
+
+    def _latents_of(self, plan: MemoryPlan, wanted: Iterable[InputImage]) -> dict[str, Tensor]:
+        """Latents of images by digest; encodes those that are not kept.
 
         They are kept by their strips too: those of strips differ in the last bits.
         """
         kept = self.image_latents
-        branches = [branch for some in entries.values() for branch in some]
-        images = {image.digest: image for branch in branches for _, _, image in branch.spans}
+        images = {image.digest: image for image in wanted}
         keys = {digest: (digest, plan.strip_rows) for digest in images}
         missing = [image for digest, image in images.items() if keys[digest] not in kept]
         if missing:
@@ -551,6 +577,14 @@ class Engine:
 
     def _new_graphs(self) -> StepGraphs:
         return StepGraphs.on(self.device) if self.capture_steps else StepGraphs()
+
+
+def _images(entries: Mapping[Entry, Sequence[EncodedBranch]]) -> Iterator[InputImage]:
+    """Those of the branches, with repetition."""
+    for branches in entries.values():
+        for branch in branches:
+            for _, _, image in branch.spans:
+                yield image
 
 
 def finite(tensor: Tensor) -> bool:

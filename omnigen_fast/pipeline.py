@@ -224,6 +224,9 @@ class OmniGenPipeline(LoraMethods):
         solver: str = "euler",
         time_shift: float = 1.0,
         timesteps: Sequence[float] | None = None,
+        mask_image: Any = None,
+        mask_blur: int = 0,
+        strength: float = 1.0,
     ) -> Any:
         """Makes images.
 
@@ -277,6 +280,12 @@ class OmniGenPipeline(LoraMethods):
             time_shift: above 1, more of the steps lie near the noise; 1 for equal steps.
             timesteps: the times at which the steps begin, from 0 up to less than 1, instead of
                 `num_inference_steps` and `time_shift`.
+            mask_image: an image of the one input image's size, which is the output's: what is
+                white is edited, or what is transparent, if anything is. All other pixels stay as
+                they are.
+            mask_blur: width in pixels of the seam, which lies inside the mask.
+            strength: above 0 and at most 1; below 1, the steps before a share of 1 - strength are
+                left out, and the others start from the one input image with noise.
 
         Returns:
             A list of PIL images, or what `output_type` says.
@@ -311,6 +320,9 @@ class OmniGenPipeline(LoraMethods):
             solver=solver,
             time_shift=time_shift,
             timesteps=timesteps,
+            mask_image=mask_image,
+            mask_blur=mask_blur,
+            strength=strength,
         )
         memory = self._memory if memory is None else memory
         precision = self._precision(dtype, memory)

@@ -15,6 +15,7 @@ import numpy as np
 from .config import LATENT_CHANNELS, TOKEN_PIXELS, VAE_SCALE, ModelConfig, tokens
 from .errors import RequestError
 from .images import InputImage, read_image
+from .masks import Edit, read_mask
 from .memory.plan import Switches
 from .solvers import SOLVERS, shifted
 
@@ -32,6 +33,7 @@ DEFAULT_NEGATIVE_PROMPT = (
 OUTPUT_TYPES = ("pil", "pt", "np", "latent")
 DEFAULT_SIDE = 1024  # height or width in pixels where a call gives None
 MAX_STEPS = 1000
+MAX_BLUR = 1024  # pixels
 MAX_SHIFT = 100  # of the time; with more, steps near the picture take all of the way at once
 MAX_GUIDANCE = 1000  # larger scales give nothing but noise in float32
 MAX_IMAGES = 1024  # in one call; guards against a typo
@@ -92,6 +94,7 @@ class Request:
     output_type: str
     solver: str = "euler"
     times: tuple[float, ...] | None = None  # see `StepSchedule`
+    edit: Edit | None = None
 
     @property
     def images(self) -> int:
@@ -141,6 +144,9 @@ def make_request(
     solver: str = "euler",
     time_shift: float = 1.0,
     timesteps: Sequence[float] | None = None,
+    mask_image: Any = None,
+    mask_blur: int = 0,
+    strength: float = 1.0,
 ) -> Request:
     """Checks every argument of a call and reads its images.
 
@@ -160,7 +166,23 @@ def make_request(
             f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {_show(output_type)}"
         )
     steps = _integer("num_inference_steps", num_inference_steps, 1, MAX_STEPS)
-    times = _times(steps, time_shift, timesteps)
+    share = finite("strength", strength)
+    if not 0 < share <= 1:
+        raise RequestError(
+            f"strength must be above 0 and at most 1, got {_show(strength)}; 1 keeps nothing of "
+            "the input image's latents"
+        )
+    times = _times(steps, time_shift, timesteps, share)
+    blur = _integer("mask_blur", mask_blur, 0, MAX_BLUR, " pixels")
+    if blur and mask_image is None:
+        raise RequestError(f"mask_blur={blur} needs a mask_image")
+    if mask_image is not None or share < 1:
+        name = "mask_image" if share == 1 else "strength"
+        if len(texts) != 1 or counts != [1]:
+            raise RequestError(
+                f"{name} needs one prompt with one input image, got {len(texts)} prompt(s) with "
+                f"{sum(counts)} image(s)"
+            )
     if not isinstance(solver, str) or solver not in SOLVERS:
         raise RequestError(f"solver must be one of {', '.join(SOLVERS)}, got {_show(solver)}")
     per_prompt = _integer("num_images_per_prompt", num_images_per_prompt, 1, MAX_IMAGES)
@@ -219,6 +241,19 @@ def make_request(
     if use_input_image_size_as_output:
         height, width = prompts[0].images[0].size
     assert height is not None and width is not None
+    edit = None
+    if mask_image is not None or share < 1:
+        (image,) = prompts[0].images
+        if image.size != (height, width):
+            raise RequestError(
+                f"the output of {name} is as large as its input image, {image.size[1]} x "
+                f"{image.size[0]} pixels after resizing, got width={width}, height={height}; give "
+                "use_input_image_size_as_output=True"
+            )
+        mask = None
+        if mask_image is not None:
+            mask = read_mask(mask_image, image, max_size, config.max_image_side, blur)
+        edit = Edit(image, mask)
     pictures = len(texts) * per_prompt
     _check_generator(generator, pictures)
     _check_latents(latents, latent_shape(pictures, height, width))
@@ -236,6 +271,7 @@ def make_request(
         output_type=output_type,
         solver=solver,
         times=times,
+        edit=edit,
     )
 
 
@@ -401,8 +437,25 @@ def _scale(name: str, value: Any) -> float:
     return number
 
 
-def _times(steps: int, time_shift: Any, timesteps: Any) -> tuple[float, ...] | None:
-    """The times at which steps begin and the last one ends; None for equal steps."""
+def _times(
+    steps: int, time_shift: Any, timesteps: Any, strength: float
+) -> tuple[float, ...] | None:
+    """The times at which steps begin and the last one ends; None for equal steps from 0 on.
+
+    Of n steps those are left out that come before a share of 1 - strength.
+    """
+    times = _all_times(steps, time_shift, timesteps)
+    count = steps if times is None else len(times) - 1
+    # 10 * 0.7 is 7.000000000000001
+    first = min(count - 1, math.floor(count * (1 - strength) + 1e-6))
+    if not first:
+        return times
+    if times is None:
+        times = tuple(step / steps for step in range(steps + 1))
+    return times[first:]
+
+
+def _all_times(steps: int, time_shift: Any, timesteps: Any) -> tuple[float, ...] | None:
     shift = finite("time_shift", time_shift)
     if not 1 / MAX_SHIFT <= shift <= MAX_SHIFT:
         raise RequestError(

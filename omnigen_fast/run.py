@@ -98,6 +98,8 @@ def _carry_out(
         result = result.clone()
     else:
         result = engine.decode(result, plan)
+        if call.request.edit is not None:
+            result = call.request.edit.compose_(result)
     if on_gpu:
         peak = torch.cuda.max_memory_reserved(engine.device)
         started(replace(report, measured_bytes=peak))

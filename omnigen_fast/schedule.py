@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from .solvers import SOLVERS, Update, evaluation_times, evaluations, updates
+from .solvers import SOLVERS, Update, evaluation_times, evaluations, reached, updates
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -120,6 +120,11 @@ class StepSchedule:
     def ends(self) -> tuple[float, ...]:
         """[steps + 1], of each step's beginning and the last one's end."""
         return tuple(self.time(step) for step in range(len(self) + 1))
+
+    @property
+    def reached(self) -> tuple[float, ...]:
+        """The time that the latents have after each evaluation."""
+        return reached(self.solver, self.ends)
 
     def updates(self, fresh: Sequence[bool]) -> list[Update]:
         """What the solver makes of each evaluation; see `solvers.updates`."""

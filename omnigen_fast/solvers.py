@@ -55,6 +55,15 @@ def evaluation_times(solver: str, times: Sequence[float]) -> tuple[float, ...]:
     return tuple(found)
 
 
+def reached(solver: str, times: Sequence[float]) -> tuple[float, ...]:
+    """The time that the latents have after each evaluation; arguments as `evaluation_times`."""
+    found: list[float] = []
+    for start, stop, count in zip(times, times[1:], evaluations(solver, len(times) - 1)):
+        between = (start + stop) / 2 if solver == "midpoint" else stop
+        found += [between] * (count - 1) + [stop]
+    return tuple(found)
+
+
 def updates(solver: str, times: Sequence[float], fresh: Sequence[bool]) -> list[Update]:
     """What each evaluation does.
 

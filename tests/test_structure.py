@@ -37,6 +37,7 @@ ORDER = [
     "image_files",
     "image_decoder",
     "images",
+    "masks",
     "request",
     "guidance",
     "cache",

@@ -17,6 +17,7 @@ from ..errors import OmniGenError, RequestError
 from ..page.record import (
     Record,
     find_images,
+    find_mask,
     printable,
     read_record,
     recorded_arguments,
@@ -61,6 +62,19 @@ T = TypeVar("T")
     type=PATH_OR_NAME,
     help="Input image; the prompt refers to it as <img><|image_1|></img>. May be repeated. "
     "With several prompts, 2:FILE is an image of the second one.",
+)
+@click.option(
+    "--mask-image",
+    help="Of the input image's size: what is white, or transparent, is edited; the rest stays.",
+)
+@click.option(
+    "--mask-blur", default=0, show_default=True, help="Width of the mask's seam in pixels."
+)
+@click.option(
+    "--strength",
+    default=1.0,
+    show_default=True,
+    help="Below 1: start from the input image with noise, and leave out the first steps.",
 )
 @click.option("--negative-prompt", multiple=True, help="One for all prompts, or one for each.")
 @click.option("--height", default=1024, show_default=True, help="Pixels, a multiple of 16.")
@@ -174,6 +188,7 @@ def generate(
     lora: tuple[str, ...],
     prompt: tuple[str, ...],
     input_images: tuple[str, ...],
+    mask_image: str | None,
     negative_prompt: tuple[str, ...],
     latents: str | None,
     output_type: str,
@@ -207,6 +222,8 @@ def generate(
             arguments |= {name: recorded[name] for name in taken}
             if trusts_images and not input_images:
                 images = find_images(made, picture)
+            if trusts_images and mask_image is None:
+                mask_image = find_mask(made, picture)
         if not prompt:
             raise click.UsageError("Missing option '--prompt'.", context)
         _check_out(out, output_type)
@@ -227,6 +244,7 @@ def generate(
                 latents=recorded_file(latents, out.parent) if latents else None,
                 vae_path=vae_path,
                 revision=revision,
+                mask_image=recorded_file(mask_image, out.parent) if mask_image else None,
             )
             replace(record, index=MAX_IMAGES - 1).text()  # raises now if it is too long to save
         noise = None
@@ -249,6 +267,7 @@ def generate(
             prompt=_one_or_all(prompt),
             input_images=_one_or_all(images) if any(images) else None,
             negative_prompt=_one_or_all(negative_prompt) if negative_prompt else None,
+            mask_image=mask_image,
             latents=noise,
             output_type=output_type,
             progress=not quiet,
@@ -315,10 +334,13 @@ def _check_rerun(
             for i, images in enumerate(record.input_images, 1)
             for image in images
         ]
+    if not trusts_images and "mask_image" not in given and record.mask_image is not None:
+        needed.append(("mask-image", record.mask_image.path_from(picture)))
     if not needed:
         return
     options = " ".join(f"--{name} {shlex.quote(value)}" for name, value in needed)
-    also = ", or --recorded-images to open those it names" if "image" in dict(needed) else ""
+    images = {"image", "mask-image"} & dict(needed).keys()
+    also = ", or --recorded-images to open those it names" if images else ""
     raise RequestError(
         f"{picture} was made with {printable(options)}; a picture opens nothing by "
         f"itself: give that, or others{also}"

@@ -218,11 +218,11 @@ class ByteEstimate:
         return round(self.profile.context_bytes)
 
     @cached_property
-    def solver_bytes(self) -> int:
-        """What a solver keeps beside the pictures' latents, and the call's copy of its history."""
+    def state_bytes(self) -> int:
+        """What solver and edit keep beside the pictures' latents."""
         work, solver = self.workload, self.workload.schedule.solver
-        copies = 3 * (solver != "euler") + (solver in MULTISTEP)
-        pixels = copies * len(work.branches) * work.height * work.width
+        copies = 3 * (solver != "euler") + (solver in MULTISTEP)  # and the call's own history
+        pixels = (copies * len(work.branches) + work.kept_latents) * work.height * work.width
         return LATENT_CHANNELS * _FLOAT * pixels // VAE_SCALE**2
 
     @cached_property
@@ -252,7 +252,7 @@ class ByteEstimate:
                 several |= len(passes) > 1
         # the velocities, and once more where those of several passes meet
         streams = rows * (2 * self.unit + PATCH_VALUES * value * (1 + several)) + rotary
-        return self.workspace_bytes(longest, plan.mlp_rows) + streams + self.solver_bytes
+        return self.workspace_bytes(longest, plan.mlp_rows) + streams + self.state_bytes
 
     def workspace_bytes(self, rows: int, mlp_rows: int) -> int:
         """As `model.Workspace`."""

@@ -45,6 +45,7 @@ class Workload:
     branches: tuple[tuple[int, ...], ...]  # of each picture: condition tokens of its branches
     conditions: tuple[Condition, ...]  # without repetition
     images: tuple[tuple[int, int], ...] = ()  # (height, width) of the input images to encode
+    kept_latents: int = 0  # of the output's size: what an edit keeps of noise
 
     @property
     def steps(self) -> int:

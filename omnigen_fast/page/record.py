@@ -35,7 +35,7 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class RecordedFile:
-    """An input image or a latents file: its path and content."""
+    """An input image, a mask or a latents file: its path and content."""
 
     path: str  # relative to the picture's folder
     sha256: str | None  # None if the file could not be read
@@ -60,6 +60,7 @@ class Record:
     index: int = 0  # of the picture in its call
     vae_path: str | None = None
     revision: str | None = None
+    mask_image: RecordedFile | None = None
     version: str = __version__
 
     def text(self) -> str:
@@ -80,6 +81,8 @@ class Record:
             "latents": self.latents and vars(self.latents),
             "index": self.index,
         }
+        if self.mask_image:
+            fields["mask_image"] = vars(self.mask_image)
         text = json.dumps(fields)
         if len(text) > MAX_BYTES:
             raise RequestError(
@@ -108,6 +111,8 @@ class Record:
         for prompt, images in zip(self.prompts, self.input_images):
             rows.append(("prompt", prompt))
             rows += [("input image", image.path) for image in images]
+        if self.mask_image:
+            rows.append(("mask image", self.mask_image.path))
         rows += [("negative prompt", text) for text in self.negative_prompts or ()]
         rows += self.arguments.items()
         if self.latents:
@@ -174,6 +179,11 @@ def find_images(record: Record, picture: str | os.PathLike[str]) -> list[list[st
     return [[_unchanged(image, picture) for image in images] for images in record.input_images]
 
 
+def find_mask(record: Record, picture: str | os.PathLike[str]) -> str | None:
+    """Likewise of the recorded mask; None without one."""
+    return None if record.mask_image is None else _unchanged(record.mask_image, picture)
+
+
 def printable(text: str) -> str:
     """The text with control characters escaped."""
     return "".join(
@@ -207,8 +217,8 @@ def _unchanged(image: RecordedFile, picture: str | os.PathLike[str]) -> str:
     else:
         return found
     raise RequestError(
-        f"{picture} was made with the input image {printable(found)}, which {problem}; "
-        "give the images with --image"
+        f"{picture} was made with the image {printable(found)}, which {problem}; give the images "
+        "with --image, and a mask with --mask-image"
     )
 
 
@@ -260,7 +270,7 @@ def _parse(fields: Any) -> Record:
         raise ValueError("not an object")
     names = [*_TEXTS, *_LISTS, *RECORDED_ARGUMENTS, "latents", "index"]
     for name in fields:
-        if name not in names and name not in RECORDED_OPTIONS:
+        if name not in (*names, *RECORDED_OPTIONS, "mask_image"):
             raise ValueError(f"unknown name {printable(repr(name)[:60])}")
     for name in names:
         if name not in fields:
@@ -289,6 +299,7 @@ def _parse(fields: Any) -> Record:
         index=index,
         vae_path=fields["vae_path"],
         revision=fields["revision"],
+        mask_image=_parse_file(fields["mask_image"]) if "mask_image" in fields else None,
         version=fields["version"],
     )
 
@@ -372,8 +383,11 @@ RECORDED_OPTIONS: dict[str, Check] = {
     "solver": TEXT,
     "time_shift": NUMBER,
     "timesteps": _TIMES,
+    "mask_blur": _INTEGER,
+    "strength": _NUMBER,
 }
-_DEFAULTS = {"solver": "euler", "time_shift": 1.0}  # of those options for which it is not None
+# Of those options for which it is not None.
+_DEFAULTS = {"solver": "euler", "time_shift": 1.0, "mask_blur": 0, "strength": 1.0}
 
 
 def recorded_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -56,6 +56,7 @@ EVERY_OPTION = """
 --keep-kv-cache --offload-model --num-images-per-prompt 2 --seed 9
 --latents noise.safetensors --output-type pil --out a.png --quiet --memory 8GiB
 --solver ab2 --time-shift 2 --timesteps 0,0.25
+--mask-image m.png --mask-blur 3 --strength 0.5
 --guidance-interval 0 0.5 --image-guidance-interval 0.25 1
 """
 
@@ -323,6 +324,9 @@ class TestArguments:
             "use_kv_cache": False,
             "offload_kv_cache": False,
             "offload_model": True,
+            "mask_image": "m.png",
+            "mask_blur": 3,
+            "strength": 0.5,
             "solver": "ab2",
             "time_shift": 2.0,
             "timesteps": [0.0, 0.25],
