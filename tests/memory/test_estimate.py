@@ -6,7 +6,7 @@ import random
 from dataclasses import replace
 
 import pytest
-from dry_run import CONFIG, peaks, random_case
+from dry_run import CONFIG, as_edit, peaks, random_case
 
 from omnigen_fast import profiles
 from omnigen_fast.config import released_sizes
@@ -43,6 +43,8 @@ def test_bytes_are_those_of_the_pipeline(seed):
             kinds = (ALL_BRANCHES, StepKind(branches=(0,)))
             kinds = tuple(rng.choice(kinds) for _ in range(len(call.schedule)))
             call.schedule = StepSchedule(kinds, None, rng.choice(SOLVERS))
+        if place % 4 == 0:
+            as_edit(call)
         found = peaks(call, plan)
         exact = {name: found.pop(name) for name in ("positions", "latents")}
         assert set(found) == ({"denoise"} if plan.cache == "none" else {"prefill", "denoise"})
