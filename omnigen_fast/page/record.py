@@ -383,8 +383,8 @@ RECORDED_OPTIONS: dict[str, Check] = {
     "solver": TEXT,
     "time_shift": NUMBER,
     "timesteps": _TIMES,
-    "mask_blur": _INTEGER,
-    "strength": _NUMBER,
+    "mask_blur": INTEGER,
+    "strength": NUMBER,
 }
 # Of those options for which it is not None.
 _DEFAULTS = {"solver": "euler", "time_shift": 1.0, "mask_blur": 0, "strength": 1.0}
