@@ -65,6 +65,7 @@ T = TypeVar("T")
 )
 @click.option(
     "--mask-image",
+    type=PATH_OR_NAME,
     help="Of the input image's size: what is white, or transparent, is edited; the rest stays.",
 )
 @click.option(
