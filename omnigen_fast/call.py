@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from .cache import Entry
-from .guidance import guidance_branches
+from .guidance import guidance_terms
 from .kernels import ops
 from .memory.plan import MemoryPlan, Workload
 from .precision import Precision
 from .processor import Processor
-from .request import Request
-from .schedule import StepSchedule
+from .request import Guidance, Request
+from .schedule import ALL_BRANCHES, StepKind, StepSchedule
 from .sequence import EncodedBranch, cache_entries
 
 Memory: TypeAlias = str | int | MemoryPlan
@@ -33,6 +33,8 @@ class Call:
     latents: Tensor  # [pictures, 4, height / 8, width / 8], float32, of the last finished step
     steps_done: int = 0
     finished: bool = False  # all steps, or stopped
+    history: Tensor | None = None  # like latents: what the solver keeps from that step
+    noise: Tensor | None = None  # like latents: what an edit of part of the way starts from
     calling_back: bool = False  # what fails now is the callback's own
     failures: list[str] = field(default_factory=list)
     _workload: Workload | None = field(default=None, init=False, repr=False)
@@ -45,20 +47,18 @@ class Call:
 
         Raises RequestError for prompts longer than the model's positions.
         """
-        return cls(
-            request,
-            StepSchedule.euler(request.steps),
-            encoded(request, processor),
-            precision,
-            draw_noise(request, precision.arithmetic_dtype, device),
-        )
+        schedule, pictures = scheduled(request, processor)
+        noise = draw_noise(request, precision.arithmetic_dtype, device)
+        kept = None if request.edit is None else noise.clone()
+        return cls(request, schedule, pictures, precision, noise, noise=kept)
 
     def entries(self, plan: MemoryPlan) -> dict[Entry, tuple[EncodedBranch, ...]]:
         """What the cache is to hold under a plan, or what each step computes again."""
         branches = [[branch for branch, _ in picture] for picture in self.pictures]
         if plan.cache == "none":
             return cache_entries(branches, 1, share=False)
-        return cache_entries(branches, len(self.schedule), form=lambda one: self._form(one, plan))
+        steps = self.schedule.evaluations
+        return cache_entries(branches, steps, form=lambda one: self._form(one, plan))
 
     def _form(self, branches: Sequence[EncodedBranch], plan: MemoryPlan) -> tuple[Any, ...]:
         """What else decides the bits of some branches' keys and values.
@@ -66,10 +66,10 @@ class Call:
         The rows that the MLP processes at once and the strips of the autoencoder change the order
         of sums; so does the choice of kernels. Time tokens are those of the schedule's times.
         """
-        longest = max(branch.length for branch in branches) + len(self.schedule)
+        longest = max(branch.length for branch in branches) + self.schedule.evaluations
         chunk = plan.mlp_rows if plan.mlp_rows < longest else None
         strips = plan.strip_rows if any(branch.spans for branch in branches) else None
-        return chunk, strips, self.schedule.times, ops.choice()
+        return chunk, strips, self.schedule.evaluated, ops.choice()
 
     def workload(self) -> Workload:
         """The request's sizes, as the planner wants them; found once."""
@@ -78,16 +78,38 @@ class Call:
         return self._workload
 
 
-def encoded(request: Request, processor: Processor) -> list[list[tuple[EncodedBranch, float]]]:
-    """The branches of each picture, with their coefficients."""
-    per_prompt = [
-        [
-            (processor.encode(branch, request.noise_tokens, request.steps), coefficient)
-            for branch, coefficient in guidance_branches(prompt, request.guidance)
+def scheduled(
+    request: Request, processor: Processor
+) -> tuple[StepSchedule, list[list[tuple[EncodedBranch, float]]]]:
+    """The steps of a request, and the branches of each picture that any of them runs.
+
+    The coefficients are those of the request's own scales, inside the intervals of guidance.
+    """
+    plain = StepSchedule((ALL_BRANCHES,) * request.steps, request.times, request.solver)
+    guidances = [request.guidance.at(plain.time(step)) for step in range(len(plain))]
+    runs: dict[Guidance, list[tuple[tuple[int, float], ...]]] = {one: [] for one in guidances}
+    pictures = []
+    for prompt in request.prompts:
+        terms = {one: guidance_terms(prompt, one) for one in runs}
+        own = guidance_terms(prompt, request.guidance)
+        used = [i for i in range(len(own)) if any(one[i][1] for one in terms.values())]
+        branches = [
+            (processor.encode(own[i][0], request.noise_tokens, plain.evaluations), own[i][1])
+            for i in used
         ]
-        for prompt in request.prompts
-    ]
-    return [branches for branches in per_prompt for _ in range(request.images_per_prompt)]
+        for _ in range(request.images_per_prompt):
+            pictures.append(branches)
+            for guidance, one in terms.items():
+                weights = [one[i][1] for i in used]
+                runs[guidance].append(
+                    tuple((place, weight) for place, weight in enumerate(weights) if weight)
+                )
+    every = [tuple(enumerate(weight for _, weight in one)) for one in pictures]
+    kinds = {
+        one: ALL_BRANCHES if some == every else StepKind(pictures=tuple(some))
+        for one, some in runs.items()
+    }
+    return replace(plain, kinds=tuple(kinds[one] for one in guidances)), pictures
 
 
 def workload_of(
@@ -98,13 +120,16 @@ def workload_of(
     """Sizes of a request whose branches are encoded."""
     shared = request.switches.use_kv_cache is not False
     branches = [[branch for branch, _ in picture] for picture in pictures]
-    entries = cache_entries(branches, len(schedule) if shared else 1, share=shared)
+    entries = cache_entries(branches, schedule.evaluations if shared else 1, share=shared)
     images = {
         image.digest: image.size
         for kept in entries.values()
         for branch in kept
         for _, _, image in branch.spans
     }
+    edit = request.edit
+    if edit is not None:
+        images[edit.image.digest] = edit.image.size
     return Workload(
         height=request.height,
         width=request.width,
@@ -112,6 +137,7 @@ def workload_of(
         branches=tuple(tuple(branch.length for branch in picture) for picture in branches),
         conditions=tuple(entry.condition for entry in entries),
         images=tuple(images.values()),
+        kept_latents=0 if edit is None else request.images * (1 if edit.mask is None else 2),
     )
 
 

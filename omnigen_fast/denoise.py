@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Protocol
 
 import torch
@@ -17,7 +17,7 @@ from .memory.plan import MLP_ROWS
 from .model import StepGroups, TimeEmbeddings, Transformer
 from .parameters import PATCH_VALUES
 from .placement import OneDevice, Placement
-from .schedule import ALL_BRANCHES, StepKind
+from .schedule import ALL_BRANCHES, StepKind, StepSchedule
 from .sequence import EncodedBranch, lay_out
 
 
@@ -66,6 +66,7 @@ class Passes:
     """The groups of a kind of step, pass by pass, and how their velocities are combined."""
 
     passes: tuple[_PassValues, ...]
+    branches: tuple[int, ...]  # whose conditions they read, of the call's distinct ones
     coefficient: Tensor  # [groups], float32
     cu_groups: Tensor  # [pictures + 1], int32
 
@@ -78,6 +79,69 @@ class Passes:
     def in_order(self) -> bool:
         """Whether one pass computes all groups in the prediction's own order."""
         return len(self.passes) == 1 and len(self.passes[0].pictures) == len(self.coefficient)
+
+
+@dataclass(frozen=True)
+class SolverValues:
+    """What a solver other than Euler's needs; see `solvers.Update`."""
+
+    weights: Tensor  # [pictures, evaluations, 5], float32: the update of each
+    history: Tensor  # like latents
+    velocity: Tensor  # likewise
+    moved: Tensor  # likewise
+
+    @classmethod
+    def make(
+        cls,
+        schedule: StepSchedule,
+        chosen: Mapping[StepKind, Sequence[Sequence[_Chosen]]],
+        latents: Tensor,
+    ) -> SolverValues:
+        """For pictures that start from `latents`, with these branches in each kind of step.
+
+        A picture whose branches or coefficients change begins anew: what was found before belongs
+        to another flow.
+        """
+        runs = [chosen[replace(kind, computed=True)] for kind in schedule.kinds]
+        tables = []
+        for picture in range(len(latents)):
+            own = [[(place, b.coefficient) for place, b, _ in one[picture]] for one in runs]
+            fresh = [True, *(one != before for before, one in pairwise(own))]
+            tables.append(schedule.updates(fresh))
+        weights = torch.tensor(tables, dtype=torch.float32).to(latents.device)
+        return cls(
+            weights=weights,
+            history=torch.zeros_like(latents),
+            velocity=torch.empty_like(latents),
+            moved=torch.empty_like(latents),
+        )
+
+    def advance_(self, latents: Tensor, step: Tensor) -> None:
+        """Moves latents by their velocities, each picture by the update of its step."""
+        place = step.view(-1, 1, 1).expand(-1, 1, self.weights.shape[2])
+        row = self.weights.gather(1, place).view(len(latents), -1, 1, 1, 1)
+        velocity, same, history, kept_latents, kept_velocity = row.unbind(1)  # as `Update`
+        torch.mul(self.history, history, out=self.moved)
+        self.moved.addcmul_(latents, same).addcmul_(self.velocity, velocity)
+        torch.mul(latents, kept_latents, out=self.history)
+        self.history.addcmul_(self.velocity, kept_velocity)
+        latents.copy_(self.moved)
+
+
+@dataclass(frozen=True)
+class MaskValues:
+    """What keeps latents outside a mask on the input image's own way from the call's noise."""
+
+    edited: Tensor  # [height / 8, width / 8], bool
+    known: Tensor  # [4, height / 8, width / 8], float32: of the input image
+    noise: Tensor  # like latents
+    reached: Tensor  # [evaluations], float32: the time after each
+
+    def blend_(self, latents: Tensor, step: Tensor) -> None:
+        """Puts that way's latents outside the mask: `(1 - t) noise + t known`."""
+        time = self.reached.index_select(0, step).view(-1, 1, 1, 1)
+        way = (1 - time) * self.noise + time * self.known
+        latents.copy_(torch.where(self.edited, latents, way))
 
 
 @dataclass(frozen=True)
@@ -98,6 +162,8 @@ class StepValues:
     kinds: Mapping[StepKind, Passes]
     slots: Tensor  # [branches], int64, see `Cache.select_step`
     pos_embed: Tensor  # [N, hidden]: held here, since a captured step reads it in later calls too
+    solver: SolverValues | None = None  # None for Euler's
+    mask: MaskValues | None = None
 
     @classmethod
     def make(
@@ -110,6 +176,8 @@ class StepValues:
         kinds: Sequence[StepKind] = (ALL_BRANCHES,),
         branches_per_pass: int | None = None,
         placement: Placement | None = None,
+        schedule: StepSchedule | None = None,
+        mask: MaskValues | None = None,
     ) -> StepValues:
         """Lays out the groups of all pictures.
 
@@ -122,6 +190,8 @@ class StepValues:
             kinds: of the steps, without repetition.
             branches_per_pass: so many branches of every picture at once; None for all.
             placement: which branches run here; None for all.
+            schedule: of all steps; None where nothing but their velocities is wanted.
+            mask: of an edit that keeps part of its input image.
         """
         device, placement = model.device, placement or OneDevice()
         height, width = (side // PATCH for side in latents.shape[2:])
@@ -142,8 +212,10 @@ class StepValues:
                 values.append(_pass_values(model, one, noise_tokens, step))
                 place += len(one)
             counts = [len(picture) for picture in chosen[kind]]
+            read = {b.branch.key for picture in chosen[kind] for _, b, _ in picture}
             made[kind] = Passes(
                 passes=tuple(values),
+                branches=tuple(i for i, b in enumerate(branches) if b.branch.key in read),
                 coefficient=torch.tensor(
                     [b.coefficient for picture in chosen[kind] for _, b, _ in picture],
                     dtype=torch.float32,
@@ -160,6 +232,10 @@ class StepValues:
             kinds=made,
             slots=torch.tensor([b.span.slot for b in branches], device=device),
             pos_embed=model.crop_pos_embed(height, width),
+            solver=None
+            if schedule is None or schedule.solver == "euler"
+            else SolverValues.make(schedule, chosen, latents),
+            mask=mask,
         )
 
     @property
@@ -185,6 +261,10 @@ class StepValues:
         """Everything whose values differ between calls of one shape."""
         found = [self.latents, self.counters, self.first, self.lengths, self.slots]
         found += [self.times.shift, self.times.scale]
+        if self.solver is not None:
+            found += [self.solver.weights, self.solver.history]
+        if self.mask is not None:
+            found += [self.mask.edited, self.mask.known, self.mask.noise, self.mask.reached]
         for one in self.kinds.values():
             found += [one.coefficient, one.cu_groups]
             for each in one.passes:
@@ -210,12 +290,13 @@ def _chosen(
     """The branches of each picture that a kind of step combines."""
     found: list[list[_Chosen]] = []
     for picture, branches in enumerate(pictures):
-        places = range(len(branches)) if kind.branches is None else kind.branches
-        some = [(place, branches[place]) for place in places if place < len(branches)]
-        if kind.coefficients is not None:
-            given = dict(zip(places, kind.coefficients))
-            some = [(place, replace(b, coefficient=given[place])) for place, b in some]
-        found.append([(place, b, placement.runs(picture, place)) for place, b in some])
+        some = []
+        for place, coefficient in kind.places(picture, len(branches)):
+            one = branches[place]
+            if coefficient is not None:
+                one = replace(one, coefficient=coefficient)
+            some.append((place, one, placement.runs(picture, place)))
+        found.append(some)
     return found
 
 
@@ -263,8 +344,16 @@ def _pass_values(
 class Velocity(Protocol):
     """Computes velocities of the noise tokens."""
 
-    def __call__(self, values: StepValues, passes: Sequence[StepGroups]) -> list[Tensor]:
-        """Of each pass [groups, N, 16]: (row, column, channel) of each token's patch."""
+    def __call__(
+        self, values: StepValues, passes: Sequence[StepGroups], branches: Sequence[int]
+    ) -> list[Tensor]:
+        """Of each pass [groups, N, 16]: (row, column, channel) of each token's patch.
+
+        Args:
+            values: of the call.
+            passes: what to run.
+            branches: see `Passes`.
+        """
 
 
 class CachedVelocity:
@@ -274,7 +363,9 @@ class CachedVelocity:
         self._model, self._cache = model, cache
         self._staging = cache.staging(branches)
 
-    def __call__(self, values: StepValues, passes: Sequence[StepGroups]) -> list[Tensor]:
+    def __call__(
+        self, values: StepValues, passes: Sequence[StepGroups], branches: Sequence[int]
+    ) -> list[Tensor]:
         self._cache.select_step(values.slots, values.time_rows, self._staging)
         return self._model.step(values.latents, values.pos_embed, passes, values.times, self._cache)
 
@@ -298,9 +389,12 @@ class RecomputedVelocity:
         self._time_rows = torch.tensor([b.span.times for b in distinct], device=model.device)
         self._staging = cache.staging(len(distinct))
 
-    def __call__(self, values: StepValues, passes: Sequence[StepGroups]) -> list[Tensor]:
+    def __call__(
+        self, values: StepValues, passes: Sequence[StepGroups], branches: Sequence[int]
+    ) -> list[Tensor]:
         time_token = values.times.tokens.index_select(0, values.step[:1])
-        for state in self._states:
+        states = [self._states[i] for i in branches]
+        for state in states:
             self._model.embed_condition(
                 state.sequence, self._image_latents, time_token, out=state.residual
             )
@@ -313,7 +407,7 @@ class RecomputedVelocity:
             values.pos_embed,
             passes,
             values.times,
-            self._states,
+            states,
             select,
             self._cache,
         )
@@ -381,7 +475,7 @@ class Loop:
     def predict(self, kind: StepKind = ALL_BRANCHES) -> Tensor:
         """Velocities of all groups, [groups, N, 16], until the next step."""
         passes, prediction = self.values.kinds[kind], self._predictions[kind]
-        velocities = self._velocity(self.values, self._groups[kind])
+        velocities = self._velocity(self.values, self._groups[kind], passes.branches)
         if not passes.in_order:
             for one, found in zip(passes.passes, velocities):
                 prediction.index_copy_(0, one.places, found)
@@ -389,13 +483,18 @@ class Loop:
         return prediction
 
     def step(self, kind: StepKind = ALL_BRANCHES) -> None:
-        """One Euler step: `z += (t_{i+1} - t_i) * sum_b coefficient_b v_b(z, t_i)`."""
+        """An evaluation and what the solver makes of it.
+
+        Euler: `z += (t_{i+1} - t_i) * sum_b coefficient_b v_b(z, t_i)`.
+        """
         values = self.values
         computed = replace(kind, computed=True)
         passes = values.kinds[computed]
         prediction = self.predict(computed) if kind.computed else self._predictions[computed]
+        solver = values.solver
+        moved = values.latents if solver is None else solver.velocity.zero_()
         ops.guidance_step_(
-            values.latents,
+            moved,
             prediction,
             passes.coefficient,
             passes.cu_groups,
@@ -403,11 +502,17 @@ class Loop:
             values.step,
             PATCH,
         )
+        if solver is not None:
+            solver.advance_(values.latents, values.step)
+        if values.mask is not None:
+            values.mask.blend_(values.latents, values.step)
         values.counters.add_(1)
 
     def memory(self) -> list[Tensor]:
         """All tensors that the steps use."""
         found = [*self.values.tensors(), *self._predictions.values()]
+        if self.values.solver is not None:
+            found += [self.values.solver.velocity, self.values.solver.moved]
         for groups in self._groups.values():
             for one in groups:
                 space = one.space

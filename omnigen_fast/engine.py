@@ -17,15 +17,25 @@ from torch import Tensor
 from .cache import Cache, ConditionCache, Entry
 from .call import Call
 from .config import ModelConfig
-from .denoise import CachedVelocity, Loop, PlacedBranch, RecomputedVelocity, StepValues, Velocity
+from .denoise import (
+    CachedVelocity,
+    Loop,
+    MaskValues,
+    PlacedBranch,
+    RecomputedVelocity,
+    StepValues,
+    Velocity,
+)
 from .errors import OmniGenError
 from .graph import Runner, StepGraphs
+from .images import InputImage
 from .memory.device import held_bytes
 from .memory.plan import MemoryPlan
 from .model import Transformer
 from .parameters import parameter_shapes
 from .precision import Precision
 from .sequence import EncodedBranch, lay_out_all
+from .solvers import MULTISTEP
 from .streamed_cache import StreamedCache
 from .streaming import HostMemory, lane_for, spread
 from .surroundings import isolated
@@ -52,6 +62,15 @@ class Running:
     def latents(self) -> Tensor:
         """[pictures, 4, height / 8, width / 8], float32; the next step starts from it."""
         return self.call.latents if self.loop is None else self.loop.values.latents
+
+    def save(self) -> None:
+        """Gives the call what the latest step has left, so that another plan can go on from it."""
+        self.call.latents.copy_(self.latents)
+        solver = None if self.loop is None else self.loop.values.solver
+        if solver is not None and self.call.schedule.solver in MULTISTEP:
+            if self.call.history is None:
+                self.call.history = torch.empty_like(solver.history)
+            self.call.history.copy_(solver.history)
 
     @property
     def finished(self) -> bool:
@@ -199,7 +218,8 @@ class Engine:
             call = one.call
             if one.loop is None or one.runner is None or call.finished:
                 continue
-            one.runner(call.schedule.kinds[call.steps_done])
+            for _ in range(call.schedule.per_step[call.steps_done]):
+                one.runner(call.schedule.kinds[call.steps_done])
             call.steps_done += 1
             call.finished = call.steps_done == len(call.schedule)
 
@@ -405,7 +425,8 @@ class Engine:
             if not stays:
                 self.graphs.clear()
                 self._fingerprint = None  # what moves is not changed
-            shape = (call.request.latent_shape, len(call.schedule), replace(plan, kept_bytes=0))
+            steps = call.schedule.evaluations
+            shape = (call.request.latent_shape, steps, replace(plan, kept_bytes=0))
             self.graphs.expect(shape if plan.capture else None)
             if plan.cache == "ring":
                 self.cache.clear()
@@ -421,9 +442,8 @@ class Engine:
 
     def _prepared(self, call: Call, plan: MemoryPlan) -> Running:
         """Computes all that does not depend on the noise, or finds it kept."""
-        times = call.schedule.tensor()
-        entries = call.entries(plan)
-        embedded = self.model.embed_times(times[:-1].to(self.device))
+        schedule, entries = call.schedule, call.entries(plan)
+        embedded = self.model.embed_times(schedule.evaluated_tensor().to(self.device))
         if plan.cache == "none":
             cache: Cache = self._new_cache(layers=1)
         else:
@@ -436,17 +456,22 @@ class Engine:
                 wanted = {one: entries[one] for one in missing}
                 self._prefill(plan, wanted, embedded.tokens, cache)
             placed = PlacedBranch.of(call.pictures, entries, cache)
+            latents, mask = self._started(call, plan)
             values = StepValues.make(
                 self.model,
                 placed,
-                call.latents.clone(),
-                times.diff().to(self.device),
+                latents,
+                schedule.lengths().to(self.device),
                 embedded,
-                list({replace(kind, computed=True): None for kind in call.schedule.counts}),
+                list({replace(kind, computed=True): None for kind in schedule.counts}),
                 plan.branches_per_pass,
+                schedule=schedule,
+                mask=mask,
             )
-            values.seek(call.steps_done)
-            images = self._latents_of(plan, entries) if plan.cache == "none" else {}
+            if call.history is not None and values.solver is not None:
+                values.solver.history.copy_(call.history)
+            values.seek(schedule.first(call.steps_done))
+            images = self._latents_of(plan, _images(entries)) if plan.cache == "none" else {}
             loop, runner = self._loop(call, plan, values, placed, images, cache)
         except BaseException:
             cache.discard(missing)  # the rows of some hold nothing
@@ -487,21 +512,36 @@ class Engine:
         time_tokens: Tensor,
         cache: Cache,
     ) -> None:
-        images = self._latents_of(plan, entries)
+        images = self._latents_of(plan, _images(entries))
         sequences = lay_out_all(entries, cache, self.device)
         with cache.filling(list(entries)):
             self.model.prefill(sequences, images, time_tokens, cache, plan.mlp_rows)
 
-    def _latents_of(
-        self, plan: MemoryPlan, entries: Mapping[Entry, Sequence[EncodedBranch]]
-    ) -> dict[str, Tensor]:
-        """Latents of the branches' images by digest; encodes those that are not kept.
+    def _started(self, call: Call, plan: MemoryPlan) -> tuple[Tensor, MaskValues | None]:
+        """The latents that the next step starts from, and what keeps some of them to the input."""
+        latents, edit, noise = call.latents.clone(), call.request.edit, call.noise
+        if edit is None or noise is None:
+            return latents, None
+        known = self._latents_of(plan, [edit.image])[edit.image.digest]
+        time = call.schedule.time(0)
+        if not call.steps_done and time:
+            latents = (1 - time) * noise + time * known
+        if edit.mask is None:
+            return latents, None
+        return latents, MaskValues(
+            edited=torch.from_numpy(edit.mask.latents).to(self.device),
+            known=known.clone(),
+            noise=noise.clone(),
+            reached=torch.tensor(call.schedule.reached, dtype=torch.float32).to(self.device),
+        )
+
+    def _latents_of(self, plan: MemoryPlan, wanted: Iterable[InputImage]) -> dict[str, Tensor]:
+        """Latents of images by digest; encodes those that are not kept.
 
         They are kept by their strips too: those of strips differ in the last bits.
         """
         kept = self.image_latents
-        branches = [branch for some in entries.values() for branch in some]
-        images = {image.digest: image for branch in branches for _, _, image in branch.spans}
+        images = {image.digest: image for image in wanted}
         keys = {digest: (digest, plan.strip_rows) for digest in images}
         missing = [image for digest, image in images.items() if keys[digest] not in kept]
         if missing:
@@ -537,6 +577,14 @@ class Engine:
 
     def _new_graphs(self) -> StepGraphs:
         return StepGraphs.on(self.device) if self.capture_steps else StepGraphs()
+
+
+def _images(entries: Mapping[Entry, Sequence[EncodedBranch]]) -> Iterator[InputImage]:
+    """Those of the branches, with repetition."""
+    for branches in entries.values():
+        for branch in branches:
+            for _, _, image in branch.spans:
+                yield image
 
 
 def finite(tensor: Tensor) -> bool:

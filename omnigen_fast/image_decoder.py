@@ -61,8 +61,10 @@ class ImageFault(Exception):
     """What is wrong with an image; the text follows its name."""
 
 
-def decode_file(file: Any, check: Check) -> PILImage:
+def decode_file(file: Any, check: Check, mask: bool = False) -> PILImage:
     """The image that a binary file holds, as 8-bit RGB: upright, with alpha on white.
+
+    Of a `mask` with transparent pixels, what is transparent becomes white and the rest black.
 
     Raises ImageFault, also whatever `check(width, height)` raises before pixels are decoded.
     """
@@ -71,21 +73,21 @@ def decode_file(file: Any, check: Check) -> PILImage:
         raise ImageFault(f"has {length:,} bytes; at most {MAX_FILE_BYTES:,} are read, shrink it")
     header = inspect(file, length)
     if header is not None and not header.heavy:
-        return _decode(file, header, (header.format,), check)
+        return _decode(file, header, (header.format,), check, mask)
     if header is not None:
         if all(header.size):
             check(*header.size)
     elif foreign := _foreign(file):
         try:
-            return _decode(file, Header(""), foreign, check)
+            return _decode(file, Header(""), foreign, check, mask)
         except ImageFault as error:
             if not isinstance(error.__cause__, UnidentifiedImageError):
                 raise
-    return _decode_elsewhere(file, check)
+    return _decode_elsewhere(file, check, mask)
 
 
-def decode_image(image: PILImage, check: Check) -> PILImage:
-    """A PIL image as 8-bit RGB: upright, with alpha on white."""
+def decode_image(image: PILImage, check: Check, mask: bool = False) -> PILImage:
+    """A PIL image as 8-bit RGB: upright, with alpha on white; for `mask` see `decode_file`."""
     check(image.width, image.height)
     with _faults():
         if (file := _not_loaded(image)) is not None:
@@ -93,7 +95,7 @@ def decode_image(image: PILImage, check: Check) -> PILImage:
             try:
                 header = inspect(file, _length(file))
                 if header is None or header.heavy:
-                    return _decode_elsewhere(file, check)
+                    return _decode_elsewhere(file, check, mask)
             finally:
                 file.seek(place)
         image.load()
@@ -102,7 +104,7 @@ def decode_image(image: PILImage, check: Check) -> PILImage:
             turn = loaded.get(0x0112, 1)
         else:
             turn = orientation(image.info.get("exif"), _bytes(image.info.get("xmp")))
-        return _to_rgb(image, turn)
+        return _to_rgb(image, turn, mask)
 
 
 def eight_bits(values: np.ndarray, top: float) -> np.ndarray:
@@ -179,7 +181,9 @@ def _faults() -> Iterator[None]:
         raise ImageFault(f"is damaged or cut short ({error}); save or download it again") from error
 
 
-def _decode(file: Any, header: Header, formats: tuple[str, ...], check: Check) -> PILImage:
+def _decode(
+    file: Any, header: Header, formats: tuple[str, ...], check: Check, mask: bool
+) -> PILImage:
     from PIL import Image
 
     if all(header.size):
@@ -212,10 +216,10 @@ def _decode(file: Any, header: Header, formats: tuple[str, ...], check: Check) -
             turn = header.orientation
             if not header.parts and turn == 1:
                 turn = orientation(image.info.get("exif"), _bytes(image.info.get("xmp")))
-            return _to_rgb(image, turn)
+            return _to_rgb(image, turn, mask)
 
 
-def _to_rgb(image: PILImage, turn: Any) -> PILImage:
+def _to_rgb(image: PILImage, turn: Any, mask: bool) -> PILImage:
     """A loaded image as 8-bit RGB, turned as EXIF's orientation says, with alpha on white."""
     from PIL import Image
 
@@ -236,7 +240,7 @@ def _to_rgb(image: PILImage, turn: Any) -> PILImage:
     if transpose is not None:
         image = image.transpose(transpose)
     if image.mode in ("La", "RGBa") or image.has_transparency_data:
-        return _on_white(image)
+        return (_see_through(image) if mask else None) or _on_white(image)
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
@@ -254,6 +258,22 @@ def _on_white(image: PILImage) -> PILImage:
         white = Image.new("RGBA", band.size, "white")
         found.paste(Image.alpha_composite(white, band).convert("RGB"), (0, top))
     return found
+
+
+def _see_through(image: PILImage) -> PILImage | None:
+    """White where an image is transparent; None where it is so nowhere."""
+    from PIL import Image
+
+    found, clear = Image.new("L", image.size), False
+    rows = max(1, _BAND // image.width)
+    for top in range(0, image.height, rows):
+        band = image.crop((0, top, image.width, min(image.height, top + rows)))
+        if band.mode == "La":
+            band = band.convert("LA")
+        alpha = band.convert("RGBA").getchannel("A")
+        clear = clear or np.asarray(alpha).min() < 255
+        found.paste(alpha.point(list(range(255, -1, -1))), (0, top))
+    return found.convert("RGB") if clear else None
 
 
 def _from_deep(image: PILImage) -> PILImage:
@@ -299,7 +319,7 @@ def _from_lab(image: PILImage) -> PILImage:
     return found
 
 
-def _decode_elsewhere(file: Any, check: Check) -> PILImage:
+def _decode_elsewhere(file: Any, check: Check, mask: bool) -> PILImage:
     """Decodes in another process, which can be stopped."""
     from PIL import Image
 
@@ -309,7 +329,7 @@ def _decode_elsewhere(file: Any, check: Check) -> PILImage:
         raise ImageFault("needs a Python interpreter to decode it; save it as PNG or JPEG")
     code = (
         "import sys; sys.path[:] = sys.argv[1:]; "
-        "from omnigen_fast.image_decoder import serve; serve()"
+        f"from omnigen_fast.image_decoder import serve; serve({mask})"
     )
     process = subprocess.Popen(
         [sys.executable, "-I", "-c", code, *sys.path],
@@ -380,9 +400,10 @@ def _feed(file: Any, pipe: BinaryIO) -> None:
         pipe.close()
 
 
-def serve() -> None:
+def serve(mask: bool) -> None:
     """The other process: an image file on stdin; its size, then its pixels, on stdout.
 
+    For `mask` see `decode_file`.
     Lines are `size W H`, `pixels W H` with 3 * W * H bytes after it, or `fault TEXT`.
     """
     out = os.fdopen(os.dup(1), "wb")
@@ -412,7 +433,7 @@ def serve() -> None:
     try:
         header = inspect(file, len(file.getvalue()))
         formats = (header.format,) if header else tuple(set(Image.OPEN) - _REFUSED)
-        image = _decode(file, header or Header(""), formats, announce)
+        image = _decode(file, header or Header(""), formats, announce, mask)
         data = image.tobytes()
         say(f"pixels {image.width} {image.height}")
         out.write(data)

@@ -63,7 +63,9 @@ def content_digest(array: np.ndarray) -> str:
     return digest.hexdigest()
 
 
-def read_image(source: Any, max_size: int, max_side: int, name: str) -> InputImage:
+def read_image(
+    source: Any, max_size: int, max_side: int, name: str, mask: bool = False
+) -> InputImage:
     """Loads an image, and shrinks and crops it as OmniGen does.
 
     Args:
@@ -72,6 +74,7 @@ def read_image(source: Any, max_size: int, max_side: int, name: str) -> InputIma
         max_side: the longest side in pixels that the model's position table covers. A side may be
             max_side / 16 times the other, since the shorter one is widened to 16 pixels.
         name: of the image in error messages.
+        mask: see `to_rgb`.
 
     Raises:
         RequestError: not an image, unreadable, truncated, too large or too narrow, or too costly
@@ -97,7 +100,7 @@ def read_image(source: Any, max_size: int, max_side: int, name: str) -> InputIma
                 f"is {width} x {height} pixels; one side may be {ratio} times the other, crop it"
             )
 
-    return InputImage(np.array(fit(to_rgb(source, name, check), max_size)))
+    return InputImage(np.array(fit(to_rgb(source, name, check, mask), max_size)))
 
 
 def _check_size(width: int, height: int) -> None:
@@ -109,7 +112,9 @@ def _check_size(width: int, height: int) -> None:
         )
 
 
-def to_rgb(source: Any, name: str = "image", check: Check = _check_size) -> PILImage:
+def to_rgb(
+    source: Any, name: str = "image", check: Check = _check_size, mask: bool = False
+) -> PILImage:
     """Any accepted image as 8-bit RGB: turned upright (EXIF), with alpha on white.
 
     Args:
@@ -120,6 +125,7 @@ def to_rgb(source: Any, name: str = "image", check: Check = _check_size) -> PILI
             or float in [0, 1].
         name: of the image in error messages.
         check: of its (width, height) before pixels are decoded; raises ImageFault.
+        mask: what is transparent becomes white and all else black, if anything is transparent.
 
     Raises:
         RequestError: not an image, unreadable, truncated, too large, or too costly to decode.
@@ -129,24 +135,24 @@ def to_rgb(source: Any, name: str = "image", check: Check = _check_size) -> PILI
     torch = sys.modules.get("torch")  # without it there are no tensors
     try:
         if torch is not None and isinstance(source, torch.Tensor):
-            return _from_array(_tensor_values(source, check), check)
+            return _from_array(_tensor_values(source, check), check, mask)
         if isinstance(source, np.ndarray):
-            return _from_array(_without_batch(source), check)
+            return _from_array(_without_batch(source), check, mask)
         if isinstance(source, Image.Image):
-            return decode_image(source, check)
+            return decode_image(source, check, mask)
         if isinstance(source, bytes | bytearray | memoryview):
             # bytes and what is laid out like them need no copy
-            return decode_file(io.BytesIO(bytes(source)), check)
+            return decode_file(io.BytesIO(bytes(source)), check, mask)
         if isinstance(source, str | os.PathLike):
             path = os.fspath(source)
             path = os.fsdecode(path) if isinstance(path, bytes) else path
             _check_path(path, name)
             name = f"{name} ({printable(path, _SHOWN)})"
             with open(path, "rb") as file:
-                return decode_file(file, check)
+                return decode_file(file, check, mask)
         if callable(getattr(source, "read", None)):
             with _readable(source) as file:
-                return decode_file(file, check)
+                return decode_file(file, check, mask)
     except (ImageFault, OSError) as fault:
         raise RequestError(f"{name} {_words(fault)}") from fault
     raise RequestError(f"{name} must be {_KINDS}, got {type(source).__name__}")
@@ -305,7 +311,7 @@ def _shape(array: Any) -> str:
     return "x".join(map(str, array.shape)) or "a single number"
 
 
-def _from_array(array: np.ndarray, check: Check) -> PILImage:
+def _from_array(array: np.ndarray, check: Check, mask: bool) -> PILImage:
     from PIL import Image
 
     shape = _shape(array)
@@ -333,4 +339,4 @@ def _from_array(array: np.ndarray, check: Check) -> PILImage:
         array = eight_bits(array, 1)
     elif array.dtype != np.uint8:
         raise ImageFault(f"must be uint8, uint16, bool or float as an array, got {array.dtype}")
-    return decode_image(Image.fromarray(np.ascontiguousarray(array)), check)
+    return decode_image(Image.fromarray(np.ascontiguousarray(array)), check, mask)

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from .call import Call, Memory, encoded, workload_of
+from .call import Call, Memory, scheduled, workload_of
 from .config import ModelConfig
 from .diffusers_methods import DiffusersMethods
 from .engine import Engine
@@ -30,7 +30,6 @@ from .processor import Processor
 from .request import Request, check_switch, checked_integer, make_request
 from .results import as_result
 from .run import SMALLER, AfterStep, decide, first_plan, generate
-from .schedule import StepSchedule
 from .streaming import is_out_of_memory
 from .surroundings import isolated
 from .vae.vae import Vae
@@ -238,6 +237,14 @@ class OmniGenPipeline(LoraMethods, DiffusersMethods):
         return_dict: bool = True,
         progress: bool = True,
         memory: Memory | None = None,
+        guidance_interval: Sequence[float] | None = None,
+        image_guidance_interval: Sequence[float] | None = None,
+        solver: str = "euler",
+        time_shift: float = 1.0,
+        timesteps: Sequence[float] | None = None,
+        mask_image: Any = None,
+        mask_blur: int = 0,
+        strength: float = 1.0,
     ) -> Any:
         """Makes images.
 
@@ -251,7 +258,7 @@ class OmniGenPipeline(LoraMethods, DiffusersMethods):
                 is left out.
             height: of the output in pixels, a multiple of 16; None for 1024.
             width: likewise.
-            num_inference_steps: Euler steps, 1 to 1000.
+            num_inference_steps: steps of the solver, 1 to 1000.
             guidance_scale: how strongly to follow the prompt; 2 to 3 is usual.
             use_img_guidance: whether input images are guided separately from the text.
             img_guidance_scale: how strongly to follow the input images.
@@ -283,6 +290,22 @@ class OmniGenPipeline(LoraMethods, DiffusersMethods):
                 `(images,)`.
             progress: show a progress bar; `set_progress_bar_config` sets its style.
             memory: for this call, see `from_pretrained`; None for the pipeline's own.
+            guidance_interval: (start, stop) of the time, from 0 (noise) to 1 (picture), at which
+                the prompt guides. A step that begins before `start`, or at `stop` or later, has a
+                `guidance_scale` of 1, and branches of weight 0 are not run. None for (0, 1).
+            image_guidance_interval: likewise for the input images and `img_guidance_scale`.
+            solver: of the flow from noise to picture: "euler", or of second order "ab2" and
+                "dpmpp2m", with one evaluation of the model in a step, "heun" and "midpoint", with
+                two.
+            time_shift: above 1, more of the steps lie near the noise; 1 for equal steps.
+            timesteps: the times at which the steps begin, from 0 up to less than 1, instead of
+                `num_inference_steps` and `time_shift`.
+            mask_image: an image of the one input image's size, which is the output's: what is
+                white is edited, or what is transparent, if anything is. All other pixels stay as
+                they are.
+            mask_blur: width in pixels of the seam, which lies inside the mask.
+            strength: above 0 and at most 1; below 1, the steps before a share of 1 - strength are
+                left out, and the others start from the one input image with noise.
 
         Returns:
             A list of PIL images, or what `output_type` says. Its attribute `images` is the same.
@@ -314,6 +337,14 @@ class OmniGenPipeline(LoraMethods, DiffusersMethods):
             num_images_per_prompt=num_images_per_prompt,
             generator=generator,
             latents=latents,
+            guidance_interval=guidance_interval,
+            image_guidance_interval=image_guidance_interval,
+            solver=solver,
+            time_shift=time_shift,
+            timesteps=timesteps,
+            mask_image=mask_image,
+            mask_blur=mask_blur,
+            strength=strength,
         )
         memory = self._memory if memory is None else memory
         precision = self._precision(dtype, memory)
@@ -345,8 +376,7 @@ class OmniGenPipeline(LoraMethods, DiffusersMethods):
             MemoryBudgetError: no plan fits.
         """
         given = self._bound(prompt, input_images, call)
-        pictures = encoded(given.request, self.processor)
-        schedule = StepSchedule.euler(given.request.steps)
+        schedule, pictures = scheduled(given.request, self.processor)
         workload = workload_of(given.request, schedule, pictures)
         switches = given.request.switches
         return decide(self.engine, workload, switches, given.memory, given.precision)

@@ -10,10 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from .config import LATENT_CHANNELS, TOKEN_PIXELS, VAE_SCALE, ModelConfig, tokens
 from .errors import RequestError
 from .images import InputImage, read_image
+from .masks import Edit, read_mask
 from .memory.plan import Switches
+from .solvers import SOLVERS, shifted
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +33,8 @@ DEFAULT_NEGATIVE_PROMPT = (
 OUTPUT_TYPES = ("pil", "pt", "np", "latent")
 DEFAULT_SIDE = 1024  # height or width in pixels where a call gives None
 MAX_STEPS = 1000
+MAX_BLUR = 1024  # pixels
+MAX_SHIFT = 100  # of the time; with more, steps near the picture take all of the way at once
 MAX_GUIDANCE = 1000  # larger scales give nothing but noise in float32
 MAX_IMAGES = 1024  # in one call; guards against a typo
 _MAX_CHARACTERS = 1 << 20  # of a prompt; several times more than the model's positions hold
@@ -38,6 +44,9 @@ PLACEHOLDER = re.compile(r"<\|image_(\d+)\|>")
 _MALFORMED = re.compile(r"<\|image_(?!\d+\|>)[^\s<>|]{0,20}")
 
 
+Interval = tuple[float, float]  # of the model's time: the first bound belongs to it, the last not
+
+
 @dataclass(frozen=True)
 class Guidance:
     """Scales of classifier-free guidance: text, and input images (InstructPix2Pix, 2023)."""
@@ -45,6 +54,18 @@ class Guidance:
     text: float
     image: float
     use_image: bool
+    text_interval: Interval | None = None  # outside it the scale is 1; None for all of the time
+    image_interval: Interval | None = None  # likewise
+
+    def at(self, time: float) -> Guidance:
+        """The scales of a step that begins at a time from 0 (noise) to 1 (picture)."""
+        text = self.text if _inside(self.text_interval, time) else 1.0
+        image = self.image if _inside(self.image_interval, time) else 1.0
+        return Guidance(text, image, self.use_image)
+
+
+def _inside(interval: Interval | None, time: float) -> bool:
+    return interval is None or interval[0] <= time < interval[1]
 
 
 @dataclass(frozen=True)
@@ -71,6 +92,9 @@ class Request:
     generator: Any  # None, a torch.Generator, or one for each image
     latents: Any  # None, or a tensor [images, 4, height / 8, width / 8]
     output_type: str
+    solver: str = "euler"
+    times: tuple[float, ...] | None = None  # see `StepSchedule`
+    edit: Edit | None = None
 
     @property
     def images(self) -> int:
@@ -115,6 +139,14 @@ def make_request(
     num_images_per_prompt: int,
     generator: Any,
     latents: torch.Tensor | None,
+    guidance_interval: Sequence[float] | None = None,
+    image_guidance_interval: Sequence[float] | None = None,
+    solver: str = "euler",
+    time_shift: float = 1.0,
+    timesteps: Sequence[float] | None = None,
+    mask_image: Any = None,
+    mask_blur: int = 0,
+    strength: float = 1.0,
 ) -> Request:
     """Checks every argument of a call and reads its images.
 
@@ -134,6 +166,25 @@ def make_request(
             f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {_show(output_type)}"
         )
     steps = checked_integer("num_inference_steps", num_inference_steps, 1, MAX_STEPS)
+    share = finite("strength", strength)
+    if not 0 < share <= 1:
+        raise RequestError(
+            f"strength must be above 0 and at most 1, got {_show(strength)}; 1 keeps nothing of "
+            "the input image's latents"
+        )
+    times = _times(steps, time_shift, timesteps, share)
+    blur = checked_integer("mask_blur", mask_blur, 0, MAX_BLUR, " pixels")
+    if blur and mask_image is None:
+        raise RequestError(f"mask_blur={blur} needs a mask_image")
+    if mask_image is not None or share < 1:
+        name = "mask_image" if share == 1 else "strength"
+        if len(texts) != 1 or counts != [1]:
+            raise RequestError(
+                f"{name} needs one prompt with one input image, got {len(texts)} prompt(s) with "
+                f"{sum(counts)} image(s)"
+            )
+    if not isinstance(solver, str) or solver not in SOLVERS:
+        raise RequestError(f"solver must be one of {', '.join(SOLVERS)}, got {_show(solver)}")
     per_prompt = checked_integer("num_images_per_prompt", num_images_per_prompt, 1, MAX_IMAGES)
     if len(texts) * per_prompt > MAX_IMAGES:
         raise RequestError(
@@ -144,6 +195,8 @@ def make_request(
         _scale("guidance_scale", guidance_scale),
         _scale("img_guidance_scale", img_guidance_scale),
         check_switch("use_img_guidance", use_img_guidance) and any(counts),
+        _interval("guidance_interval", guidance_interval),
+        _interval("image_guidance_interval", image_guidance_interval),
     )
     max_size = checked_integer("max_input_image_size", max_input_image_size, TOKEN_PIXELS, 1 << 16)
     if seed is not None:
@@ -188,6 +241,19 @@ def make_request(
     if use_input_image_size_as_output:
         height, width = prompts[0].images[0].size
     assert height is not None and width is not None
+    edit = None
+    if mask_image is not None or share < 1:
+        (image,) = prompts[0].images
+        if image.size != (height, width):
+            raise RequestError(
+                f"the output of {name} is as large as its input image, {image.size[1]} x "
+                f"{image.size[0]} pixels after resizing, got width={width}, height={height}; give "
+                "use_input_image_size_as_output=True"
+            )
+        mask = None
+        if mask_image is not None:
+            mask = read_mask(mask_image, image, max_size, config.max_image_side, blur)
+        edit = Edit(image, mask)
     pictures = len(texts) * per_prompt
     _check_generator(generator, pictures)
     _check_latents(latents, latent_shape(pictures, height, width))
@@ -196,13 +262,16 @@ def make_request(
         images_per_prompt=per_prompt,
         height=height,
         width=width,
-        steps=steps,
+        steps=steps if times is None else len(times) - 1,
         guidance=guidance,
         switches=Switches(**given),
         seed=seed,
         generator=generator,
         latents=latents,
         output_type=output_type,
+        solver=solver,
+        times=times,
+        edit=edit,
     )
 
 
@@ -367,6 +436,69 @@ def _scale(name: str, value: Any) -> float:
             "1 to 5 is usual"
         )
     return number
+
+
+def _times(
+    steps: int, time_shift: Any, timesteps: Any, strength: float
+) -> tuple[float, ...] | None:
+    """The times at which steps begin and the last one ends; None for equal steps from 0 on.
+
+    Of n steps those are left out that come before a share of 1 - strength.
+    """
+    times = _all_times(steps, time_shift, timesteps)
+    count = steps if times is None else len(times) - 1
+    # 10 * 0.7 is 7.000000000000001
+    first = min(count - 1, math.floor(count * (1 - strength) + 1e-6))
+    if not first:
+        return times
+    if times is None:
+        times = tuple(step / steps for step in range(steps + 1))
+    return times[first:]
+
+
+def _all_times(steps: int, time_shift: Any, timesteps: Any) -> tuple[float, ...] | None:
+    shift = finite("time_shift", time_shift)
+    if not 1 / MAX_SHIFT <= shift <= MAX_SHIFT:
+        raise RequestError(
+            f"time_shift must be from {1 / MAX_SHIFT:g} to {MAX_SHIFT}, got {_show(time_shift)}; "
+            "above 1 puts more steps near the noise"
+        )
+    if timesteps is None:
+        if shift == 1:
+            return None
+        return (*(shifted(step / steps, shift) for step in range(steps)), 1.0)
+    if shift != 1:
+        raise RequestError("give time_shift or timesteps, not both")
+    try:
+        count = len(timesteps)
+        given = [finite("timesteps", one) for one in timesteps] if count <= MAX_STEPS else []
+    except (TypeError, ValueError):  # RequestError is one
+        count, given = 0, []
+    times = (*given, 1.0)
+    # as the steps' lengths are computed: times that float32 can't tell apart give empty steps
+    gaps = np.diff(np.array(times, np.float32))
+    if not given or times[0] != 0 or len(given) != count or not (gaps > 0).all():
+        raise RequestError(
+            f"timesteps must be 1 to {MAX_STEPS} increasing times at which steps begin, from 0 "
+            f"(noise) to less than 1 (picture), got {_show(timesteps)}"
+        )
+    return times
+
+
+def _interval(name: str, value: Any) -> Interval | None:
+    """Two times from 0 to 1, the first one lower."""
+    if value is None:
+        return None
+    try:
+        start, stop = (finite(name, one) for one in value)
+    except (TypeError, ValueError):  # RequestError is one
+        start = stop = math.nan
+    if not 0 <= start < stop <= 1:
+        raise RequestError(
+            f"{name} must be two times (start, stop) with 0 <= start < stop <= 1, got "
+            f"{_show(value)}; 0 is noise, 1 the picture"
+        )
+    return start, stop
 
 
 def check_switch(name: str, value: Any) -> bool:

@@ -89,7 +89,7 @@ def _carry_out(
             call.calling_back = True
             goes_on = after_step(call.steps_done - 1, running.latents)
             call.calling_back = False
-            call.latents.copy_(running.latents)
+            running.save()
             call.finished |= not goes_on
         result = engine.finish(running)
     finally:
@@ -98,6 +98,8 @@ def _carry_out(
         result = result.clone()
     else:
         result = engine.decode(result, plan)
+        if call.request.edit is not None:
+            result = call.request.edit.compose_(result)
     if on_gpu:
         peak = torch.cuda.max_memory_reserved(engine.device)
         started(replace(report, measured_bytes=peak))

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
+
+from .solvers import SOLVERS, Update, evaluation_times, evaluations, reached, updates
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,9 +23,33 @@ class StepKind:
     branches: tuple[int, ...] | None = None
     coefficients: tuple[float, ...] | None = None  # of those branches; None for the request's own
     computed: bool = True  # or extrapolated: the velocities of the step before are used again
+    # Instead of these two, where pictures differ: (place, coefficient) of the branches of each.
+    pictures: tuple[tuple[tuple[int, float], ...], ...] | None = None
 
     def __post_init__(self) -> None:
         assert self.coefficients is None or len(self.coefficients) == len(self.branches or ())
+        assert self.pictures is None or self.branches is None
+
+    def places(self, picture: int, branches: int) -> Sequence[tuple[int, float | None]]:
+        """(place, coefficient) of those of a picture's branches that run.
+
+        Args:
+            picture: which one.
+            branches: how many it has.
+
+        Returns:
+            None as coefficient where it is the request's own.
+        """
+        if self.pictures is not None:
+            return self.pictures[picture]
+        places = range(branches) if self.branches is None else self.branches
+        coefficients = self.coefficients or (None,) * len(places)
+        return [(place, one) for place, one in zip(places, coefficients) if place < branches]
+
+    @property
+    def runs(self) -> tuple[object, ...]:
+        """Equal for steps whose velocities are combined alike."""
+        return self.branches, self.coefficients, self.pictures
 
 
 ALL_BRANCHES = StepKind()
@@ -36,16 +63,20 @@ class StepSchedule:
         kinds: of each step.
         times: [steps + 1], of each step's beginning and the last one's end, from 0 (noise) to 1
             (image); None for equal steps.
+        solver: one of `SOLVERS`. A step may evaluate the velocity twice; each evaluation has a time
+            token of its own.
     """
 
     kinds: tuple[StepKind, ...]
     times: tuple[float, ...] | None = None
+    solver: str = "euler"
 
     def __post_init__(self) -> None:
+        assert self.solver in SOLVERS
         assert self.kinds and self.kinds[0].computed
         assert self.times is None or len(self.times) == len(self.kinds) + 1
         for before, kind in zip(self.kinds, self.kinds[1:]):
-            same = (before.branches, before.coefficients) == (kind.branches, kind.coefficients)
+            same = before.runs == kind.runs
             assert kind.computed or same, "a step extrapolates the velocities of the one before"
 
     @classmethod
@@ -58,8 +89,46 @@ class StepSchedule:
 
     @cached_property
     def counts(self) -> dict[StepKind, int]:
-        """How many steps there are of each kind, in the order of their first ones."""
-        return dict(Counter(self.kinds))
+        """How many evaluations there are of each kind, in the order of their first ones."""
+        found: Counter[StepKind] = Counter()
+        for kind, count in zip(self.kinds, self.per_step):
+            found[kind] += count
+        return dict(found)
+
+    @cached_property
+    def per_step(self) -> list[int]:
+        """How often each step evaluates the velocity."""
+        return evaluations(self.solver, len(self))
+
+    @property
+    def evaluations(self) -> int:
+        """Of all steps."""
+        return sum(self.per_step)
+
+    def first(self, step: int) -> int:
+        """The index of a step's first evaluation."""
+        return sum(self.per_step[:step])
+
+    @cached_property
+    def evaluated(self) -> tuple[float, ...] | None:
+        """The times of all evaluations; None for those of equal Euler steps."""
+        if self.times is None and self.solver == "euler":
+            return None
+        return evaluation_times(self.solver, self.ends)
+
+    @property
+    def ends(self) -> tuple[float, ...]:
+        """[steps + 1], of each step's beginning and the last one's end."""
+        return tuple(self.time(step) for step in range(len(self) + 1))
+
+    @property
+    def reached(self) -> tuple[float, ...]:
+        """The time that the latents have after each evaluation."""
+        return reached(self.solver, self.ends)
+
+    def updates(self, fresh: Sequence[bool]) -> list[Update]:
+        """What the solver makes of each evaluation; see `solvers.updates`."""
+        return updates(self.solver, self.ends, fresh)
 
     def time(self, step: int) -> float:
         """At which a step begins."""
@@ -72,3 +141,22 @@ class StepSchedule:
         if self.times is None:
             return torch.linspace(0, 1, len(self) + 1, dtype=torch.float32, device="cpu")
         return torch.tensor(self.times, dtype=torch.float32, device="cpu")
+
+    def evaluated_tensor(self) -> Tensor:
+        """The times of all evaluations, [evaluations] float32 on the CPU."""
+        import torch
+
+        if self.evaluated is None or self.solver == "euler":
+            return self.tensor()[:-1]
+        return torch.tensor(self.evaluated, dtype=torch.float32, device="cpu")
+
+    def lengths(self) -> Tensor:
+        """Of each evaluation's Euler step, [evaluations] float32 on the CPU.
+
+        1 for other solvers, which take the velocity itself.
+        """
+        import torch
+
+        if self.solver == "euler":
+            return self.tensor().diff()
+        return torch.ones(self.evaluations, dtype=torch.float32, device="cpu")

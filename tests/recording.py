@@ -20,7 +20,9 @@ def trace(work):
     what it did is undone.
     """
     values = work.func.__self__.values
-    before = [(tensor, tensor.clone()) for tensor in (values.latents, values.counters)]
+    written = [values.latents, values.counters]
+    written += [] if values.solver is None else [values.solver.history]
+    before = [(tensor, tensor.clone()) for tensor in written]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.compiler, "is_compiling", lambda: True)
         recorded = make_fx(lambda: work())()

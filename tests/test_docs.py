@@ -86,7 +86,7 @@ def test_examples_run(page, code, build, monkeypatch, tmp_path):
     monkeypatch.setattr(theirs, "from_pretrained", lambda name, torch_dtype: build(torch_dtype))
     monkeypatch.setattr(OmniGenPipeline, "__call__", shrunk(OmniGenPipeline.__call__))
     monkeypatch.setattr(theirs, "__call__", shrunk(theirs.__call__))
-    for picture in ("street.jpg", "cat.png", "two_man.jpg"):
+    for picture in ("street.jpg", "cat.png", "two_man.jpg", "cup.png", "cup-mask.png"):
         shutil.copy(GOLDEN / "images/cat.png", tmp_path / picture)
     shutil.copytree(GOLDEN / "lora", tmp_path / "lora")
     monkeypatch.chdir(tmp_path)

@@ -37,6 +37,11 @@ EDIT = {
     "input_images": [str(GOLDEN / "images" / "coffee.png")],
     "max_input_image_size": 96,
 }
+MASKED = {
+    **EDIT,
+    "mask_image": str(GOLDEN / "images" / "coffee.png"),  # the cup is white
+    "use_input_image_size_as_output": True,
+}
 
 
 @pytest.fixture
@@ -201,7 +206,11 @@ class OffDevice(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("branches_apart", [False, True], ids=["together", "apart"])
-@pytest.mark.parametrize("request_", [REQUEST, EDIT], ids=["text", "edit"])
+@pytest.mark.parametrize(
+    "request_",
+    [REQUEST, EDIT, {**EDIT, "solver": "dpmpp2m"}, MASKED],
+    ids=["text", "edit", "solver", "mask"],
+)
 def test_a_step_stays_on_the_device(load_pipe, monkeypatch, request_, branches_apart):
     """On a device without values: reading one would raise, a tensor elsewhere is found.
 
@@ -226,6 +235,7 @@ def test_a_step_stays_on_the_device(load_pipe, monkeypatch, request_, branches_a
     call, engine = pipe.make_call(**request_), pipe.engine
     engine.to(torch.device("meta"))
     call.latents = call.latents.to("meta")
+    call.noise = None if call.noise is None else call.noise.to("meta")
     branches = [branch for picture in call.pictures for branch, _ in picture]
     for _, _, image in (span for branch in branches for span in branch.spans):
         latents = torch.empty(4, *(side // 8 for side in image.size), device="meta")

@@ -11,6 +11,7 @@ from recording import recording_graphs
 
 from omnigen_fast import profiles
 from omnigen_fast.config import released_sizes
+from omnigen_fast.errors import RequestError
 from omnigen_fast.memory.autoencoder import VaeShape
 from omnigen_fast.memory.cost import Estimate
 from omnigen_fast.memory.plan import MemoryPlan, typical_workload
@@ -61,23 +62,25 @@ UNEVEN = (0.0, 0.05, 0.1, 0.3, 0.35, 0.6, 0.9, 1.0)
 TIMES = {"equal steps": None, "uneven": UNEVEN}
 
 
+def velocity(pipe, request, times, z: torch.Tensor, step: int, branch: int) -> torch.Tensor:
+    """Of one branch at `z`, all pictures; of one without images that of the images is no branch."""
+    engine, call = pipe.engine, pipe.make_call(**{**request, **ONE_BRANCH[branch]})
+    steps = request["num_inference_steps"]
+    call.schedule = StepSchedule((ALL_BRANCHES,) * steps, times)
+    call.latents, call.steps_done = z.float(), step
+    running = engine.start(call, PLAN)
+    engine.step(running)
+    length = call.schedule.tensor().diff().double()[step]
+    found = (running.latents.double() - z.float()) / length
+    engine.drop(running)
+    return found
+
+
 def by_hand(pipe, request, schedule: StepSchedule) -> torch.Tensor:
     """Euler steps over velocities, each of a request that has no other branch, in float64."""
-    engine, times = pipe.engine, schedule.tensor()
+    times = schedule.tensor()
     pictures = pipe.make_call(**request).pictures
     z = pipe.make_call(**request).latents.double()
-
-    def velocity(step: int, branch: int) -> torch.Tensor:
-        """Of all pictures; of one without images the branch of the images is no branch."""
-        call = pipe.make_call(**{**request, **ONE_BRANCH[branch]})
-        call.schedule = StepSchedule((ALL_BRANCHES,) * len(schedule), schedule.times)
-        call.latents, call.steps_done = z.float(), step
-        running = engine.start(call, PLAN)
-        engine.step(running)
-        found = (running.latents.double() - z.float()) / times.diff().double()[step]
-        engine.drop(running)
-        return found
-
     combined = torch.zeros_like(z)
     for step, kind in enumerate(schedule.kinds):
         if kind.computed:
@@ -88,7 +91,8 @@ def by_hand(pipe, request, schedule: StepSchedule) -> torch.Tensor:
                 for picture, branches in enumerate(pictures):
                     if place >= len(branches):
                         continue
-                    found = velocity(step, place) if found is None else found
+                    if found is None:
+                        found = velocity(pipe, request, schedule.times, z, step, place)
                     weight = branches[place][1]
                     if kind.coefficients is not None:
                         weight = kind.coefficients[order]
@@ -162,6 +166,154 @@ def test_what_is_kept_is_not_that_of_other_times(pipe):
     assert relative_error(*expected) > 1e-2
     for schedule, one in zip(schedules * 2, expected * 2):
         assert torch.equal(carried_out(pipe, EDIT, schedule), one)
+
+
+# (of the text, of the images), and which of the seven steps each of them guides
+INTERVALS = {
+    "text early": ((0, 0.5), None, (0, 1, 2, 3), range(7)),
+    "images late": (None, (0.5, 1), range(7), (4, 5, 6)),
+    "apart": ((2 / 7, 5 / 7), (0, 3 / 7), (2, 3, 4), (0, 1, 2)),
+    "never": ((0.9, 1), (0.9, 1), (), ()),
+}
+
+
+def guided(request, text, image):
+    return {**request, "guidance_interval": text, "image_guidance_interval": image}
+
+
+def guided_by_hand(pipe, request, text_steps, image_steps) -> torch.Tensor:
+    """Guidance as InstructPix2Pix writes it, with a scale of 1 outside an interval."""
+    z = pipe.make_call(**request).latents.double()
+    images = [[]] if isinstance(request["prompt"], str) else request["input_images"]
+    images = [request.get("input_images", [])] if len(images) == 1 else images
+    for step in range(7):
+        text = request["guidance_scale"] if step in text_steps else 1.0
+        image = 1.6 if step in image_steps else 1.0
+        cond, uncond = (velocity(pipe, request, None, z, step, branch) for branch in (0, 1))
+        img = velocity(pipe, request, None, z, step, 2) if any(images) else uncond
+        for picture, given in enumerate(images):
+            c, u, i = cond[picture], uncond[picture], img[picture]
+            if given:
+                z[picture] += (u + image * (i - u) + text * (c - i)) / 7
+            else:
+                z[picture] += (u + text * (c - u)) / 7
+    return z
+
+
+class TestGuidanceInterval:
+    @pytest.mark.parametrize("interval", INTERVALS.values(), ids=INTERVALS)
+    @pytest.mark.parametrize("request_", REQUESTS.values(), ids=REQUESTS)
+    def test_is_what_is_computed_by_hand(self, pipe, request_, interval):
+        text, image, text_steps, image_steps = interval
+        expected = guided_by_hand(pipe, request_, text_steps, image_steps)
+        found = pipe(**guided(request_, text, image), progress=False)
+        assert relative_error(found, expected) < 1e-5
+
+    @pytest.mark.parametrize("request_", REQUESTS.values(), ids=REQUESTS)
+    def test_all_of_the_time_is_none(self, pipe, request_):
+        whole = guided(request_, (0, 1), [0.0, 1.0])
+        schedule = pipe.make_call(**whole).schedule
+        assert schedule == pipe.make_call(**request_).schedule == StepSchedule.euler(7)
+        expected = pipe(**request_, progress=False)
+        assert torch.equal(pipe(**whole, progress=False), expected)
+
+    @pytest.mark.parametrize("interval", INTERVALS.values(), ids=INTERVALS)
+    def test_a_batch_is_each_prompt_alone(self, pipe, interval):
+        noise = pipe.make_call(**BATCH).latents
+        batch = guided({**BATCH, "seed": None, "progress": False}, *interval[:2])
+        packed = pipe(**batch, latents=noise)
+        for i in range(2):
+            one = {"prompt": BATCH["prompt"][i], "input_images": BATCH["input_images"][i]}
+            alone = pipe(**{**batch, **one}, latents=noise[i : i + 1])
+            assert relative_error(packed[i : i + 1], alone) < 1e-5
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"branches_per_pass": 1},
+            {"cache": "none"},
+            {"resident_layers": 1, "cache": "ring"},
+            {"capture": True},
+        ],
+        ids=lambda change: ", ".join(change),
+    )
+    def test_under_any_plan(self, pipe, monkeypatch, change):
+        graphs, events = recording_graphs()
+        monkeypatch.setattr(pipe.engine, "graphs", graphs)
+        request = guided({**BATCH, "progress": False}, *INTERVALS["apart"][:2])
+        expected = pipe(**request, memory=PLAN)
+        for _ in range(2):
+            found = pipe(**request, memory=replace(PLAN, **change))
+            assert relative_error(found, expected) < 1e-5
+            assert torch.equal(found, expected) or "capture" not in change
+        # three of the four kinds come too seldom
+        assert events.count("capture") == 0
+
+    def test_each_kind_is_captured_once(self, pipe, monkeypatch):
+        graphs, events = recording_graphs()
+        monkeypatch.setattr(pipe.engine, "graphs", graphs)
+        request = guided({**EDIT, "progress": False}, (0, 0.5), (0, 0.5))
+        assert [len(one) for one in pipe.make_call(**request).pictures] == [3]
+        plan = replace(PLAN, capture=True)
+        expected = pipe(**request, memory=PLAN)
+        for _ in range(2):
+            assert torch.equal(pipe(**request, memory=plan), expected)
+        assert events.count("capture") == 2 and events.count("replay") == 5 + 7
+
+    @pytest.mark.parametrize(
+        ("request_", "text", "image", "branches"),
+        [
+            (TEXT, (0, 0.5), None, [2, 2, 2, 2, 1, 1, 1]),
+            (TEXT, (1 / 7, 2 / 7), None, [1, 2, 1, 1, 1, 1, 1]),  # the first bound belongs to it
+            (EDIT, (0, 0.5), (0, 0.5), [3, 3, 3, 3, 1, 1, 1]),
+            (EDIT, (0, 0.5), None, [3] * 7),
+            (EDIT, None, (0, 0.5), [3, 3, 3, 3, 2, 2, 2]),
+        ],
+    )
+    def test_branches_that_count_nothing_are_not_run(self, pipe, request_, text, image, branches):
+        workload = pipe.make_call(**guided(request_, text, image)).workload()
+        found = [len(workload.branches_of(kind)[0]) for kind in workload.schedule.kinds]
+        assert found == branches
+
+    def test_what_no_step_runs_is_not_computed(self, pipe):
+        request = guided(EDIT, (0.9, 1), (0.9, 1))
+        call = pipe.make_call(**request)
+        assert len(call.entries(PLAN)) == 1
+        assert torch.equal(
+            pipe(**request, progress=False),
+            pipe(**EDIT | {"guidance_scale": 1, "img_guidance_scale": 1}, progress=False),
+        )
+
+    def test_without_a_cache_a_step_computes_its_own_conditions(self, pipe, monkeypatch):
+        seen = []
+        plain = pipe.model.step_recomputed
+
+        def counted(latents, pos_embed, passes, times, states, *rest):
+            seen.append(len(states))
+            return plain(latents, pos_embed, passes, times, states, *rest)
+
+        monkeypatch.setattr(pipe.model, "step_recomputed", counted)
+        pipe(**guided(EDIT, (0, 0.5), (0, 0.5)), progress=False, use_kv_cache=False)
+        assert seen == [3, 3, 3, 3, 1, 1, 1]
+
+    def test_a_plan_counts_what_is_run(self, pipe):
+        every, half, none = (
+            pipe.plan(**guided(EDIT, stop and (0, stop), stop and (0, stop))).cost.seconds
+            for stop in (None, 0.5, 0.1)
+        )
+        assert none < half < every
+
+    @pytest.mark.parametrize("name", ["guidance_interval", "image_guidance_interval"])
+    @pytest.mark.parametrize(
+        "value",
+        [(0.5, 0.5), (0.7, 0.2), (-0.1, 1), (0, 1.1), (0,), (0, 0.5, 1), 0.5, "01"]
+        + [(0, float("nan")), (None, 1), {}],
+        ids=str,
+    )
+    def test_refused(self, pipe, name, value):
+        with pytest.raises(RequestError, match=f"^{name} must be two times") as caught:
+            pipe(**TEXT, **{name: value})
+        assert len(str(caught.value)) <= 300
 
 
 PLANNED = [

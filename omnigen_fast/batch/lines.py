@@ -19,11 +19,13 @@ from ..page.record import (
     INTEGER,
     NUMBER,
     RECORDED_ARGUMENTS,
+    RECORDED_OPTIONS,
     SWITCH,
     TEXT,
     Check,
     Record,
     RecordedFile,
+    recorded_arguments,
     recorded_file,
 )
 from ..request import MAX_IMAGES, OUTPUT_TYPES
@@ -48,6 +50,8 @@ KEYS: dict[str, Check] = {
     ),
     "negative_prompt": TEXT,
     **RECORDED_ARGUMENTS,
+    **RECORDED_OPTIONS,
+    "mask_image": _PATH,
     "latents": _PATH,
     "output_type": (
         f"one of {', '.join(OUTPUT_TYPES)}",
@@ -82,6 +86,7 @@ class Job:
     digest: str  # of what it asks for, files by their content
     record: Record  # the request; its seed is None if the line has none
     images: tuple[str, ...]  # paths, in the order of `record.input_images`
+    mask: str | None  # path
     latents: str | None  # path
     settings: Mapping[str, Any]  # arguments of the call that a record does not hold
 
@@ -97,11 +102,13 @@ class Job:
         """Arguments of the call that lines must have in common to run as one call."""
         arguments = {**self.record.arguments, **self.settings}
         del arguments["seed"]
-        return arguments
+        return {**arguments, "mask_image": self.mask}
 
     def files(self) -> Iterator[tuple[str, RecordedFile]]:
         """Paths of the files that the line reads, and what they were when it was read."""
         yield from zip(self.images, self.record.input_images[0])
+        if self.mask is not None and self.record.mask_image is not None:
+            yield self.mask, self.record.mask_image
         if self.latents is not None and self.record.latents is not None:
             yield self.latents, self.record.latents
 
@@ -166,23 +173,27 @@ class Source:
         if prompt is None:
             raise RequestError("the line has no prompt; add one, or give --prompt for all lines")
         images, latents = values["input_images"] or (), values["latents"]
+        mask = values["mask_image"]
         if given.get("input_images"):
             images = self._paths(given["input_images"])
         if "latents" in given:
             latents = self._path("latents", given["latents"])
-        read = {path: self._recorded(path) for path in (*images, *filter(None, [latents]))}
+        if "mask_image" in given:
+            mask = self._path("mask_image", given["mask_image"])
+        read = {path: self._recorded(path) for path in (*images, *filter(None, [mask, latents]))}
         record = replace(
             self.made_with,
             prompts=(prompt,),
             input_images=(tuple(read[path] for path in images),),
             negative_prompts=None if negative is None else (negative,),
-            arguments={key: values[key] for key in RECORDED_ARGUMENTS},
+            arguments=recorded_arguments(values),
+            mask_image=None if mask is None else read[mask],
             latents=None if latents is None else read[latents],
         )
         _check_length(record)
         settings = {key: values[key] for key in ("output_type", "memory", *_OPTIONAL_SWITCHES)}
         digest = hashlib.sha256(f"{record.digest()} {settings['output_type']}".encode()).hexdigest()
-        return Job(number, name, digest, record, tuple(images), latents, settings)
+        return Job(number, name, digest, record, tuple(images), mask, latents, settings)
 
     def _paths(self, given: str | list[str | None]) -> tuple[str, ...]:
         paths = [given] if isinstance(given, str) else [one for one in given if one is not None]

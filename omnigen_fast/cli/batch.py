@@ -165,8 +165,8 @@ def _defaults(options: dict[str, Any]) -> dict[str, Any]:
         next(iter(options[name]), None) for name in ("prompt", "negative_prompt")
     )
     defaults["input_images"] = tuple(map(os.path.abspath, options["input_images"]))
-    latents = options["latents"]
-    return {**defaults, "latents": latents and os.path.abspath(latents)}
+    files = {name: options[name] for name in ("latents", "mask_image")}
+    return {**defaults, **{name: path and os.path.abspath(path) for name, path in files.items()}}
 
 
 def _summary(counts: Counter[str], path: Path) -> str:

@@ -15,15 +15,17 @@ import click
 
 from ..errors import OmniGenError, RequestError
 from ..page.record import (
-    RECORDED_ARGUMENTS,
     Record,
     find_images,
+    find_mask,
     printable,
     read_record,
+    recorded_arguments,
     recorded_file,
     recorded_images,
 )
 from ..request import MAX_IMAGES, OUTPUT_TYPES
+from ..solvers import SOLVERS
 from .failure import failure
 from .files import PATH_OR_NAME, SUFFIXES, UserPath, check_writable, save_result
 
@@ -61,11 +63,41 @@ T = TypeVar("T")
     help="Input image; the prompt refers to it as <img><|image_1|></img>. May be repeated. "
     "With several prompts, 2:FILE is an image of the second one.",
 )
+@click.option(
+    "--mask-image",
+    type=PATH_OR_NAME,
+    help="Of the input image's size: what is white, or transparent, is edited; the rest stays.",
+)
+@click.option(
+    "--mask-blur", default=0, show_default=True, help="Width of the mask's seam in pixels."
+)
+@click.option(
+    "--strength",
+    default=1.0,
+    show_default=True,
+    help="Below 1: start from the input image with noise, and leave out the first steps.",
+)
 @click.option("--negative-prompt", multiple=True, help="One for all prompts, or one for each.")
 @click.option("--height", default=1024, show_default=True, help="Pixels, a multiple of 16.")
 @click.option("--width", default=1024, show_default=True, help="Pixels, a multiple of 16.")
 @click.option(
     "--num-inference-steps", "--steps", default=50, show_default=True, help="Denoising steps."
+)
+@click.option(
+    "--solver",
+    default="euler",
+    show_default=True,
+    type=click.Choice(SOLVERS),
+    help="heun and midpoint run the model twice in a step.",
+)
+@click.option(
+    "--time-shift", default=1.0, show_default=True, help="Above 1: more steps near the noise."
+)
+@click.option(
+    "--timesteps",
+    metavar="TIMES",
+    callback=lambda _context, _option, text: _parse_times(text),
+    help="When steps begin, as in 0,0.05,0.2,0.6, instead of --steps and --time-shift.",
 )
 @click.option("--guidance-scale", default=3.0, show_default=True, help="Strength of the prompt.")
 @click.option(
@@ -76,6 +108,20 @@ T = TypeVar("T")
 )
 @click.option(
     "--img-guidance-scale", default=1.6, show_default=True, help="Strength of the input images."
+)
+@click.option(
+    "--guidance-interval",
+    type=float,
+    nargs=2,
+    metavar="START STOP",
+    help="Times, from 0 (noise) to 1 (picture), between which the prompt guides.",
+)
+@click.option(
+    "--image-guidance-interval",
+    type=float,
+    nargs=2,
+    metavar="START STOP",
+    help="Likewise for the input images.",
 )
 @click.option("--max-input-image-size", default=1024, show_default=True, help="Pixels per side.")
 @click.option(
@@ -143,6 +189,7 @@ def generate(
     lora: tuple[str, ...],
     prompt: tuple[str, ...],
     input_images: tuple[str, ...],
+    mask_image: str | None,
     negative_prompt: tuple[str, ...],
     latents: str | None,
     output_type: str,
@@ -176,6 +223,8 @@ def generate(
             arguments |= {name: recorded[name] for name in taken}
             if trusts_images and not input_images:
                 images = find_images(made, picture)
+            if trusts_images and mask_image is None:
+                mask_image = find_mask(made, picture)
         if not prompt:
             raise click.UsageError("Missing option '--prompt'.", context)
         _check_out(out, output_type)
@@ -191,13 +240,12 @@ def generate(
                 prompts=prompt,
                 input_images=recorded_images(images, out.parent),
                 negative_prompts=negative_prompt or None,
-                arguments={
-                    name: (arguments | {"dtype": dtype})[name] for name in RECORDED_ARGUMENTS
-                },
+                arguments=recorded_arguments(arguments | {"dtype": dtype}),
                 loras=lora,
                 latents=recorded_file(latents, out.parent) if latents else None,
                 vae_path=vae_path,
                 revision=revision,
+                mask_image=recorded_file(mask_image, out.parent) if mask_image else None,
             )
             replace(record, index=MAX_IMAGES - 1).text()  # raises now if it is too long to save
         noise = None
@@ -220,6 +268,7 @@ def generate(
             prompt=_one_or_all(prompt),
             input_images=_one_or_all(images) if any(images) else None,
             negative_prompt=_one_or_all(negative_prompt) if negative_prompt else None,
+            mask_image=mask_image,
             latents=noise,
             output_type=output_type,
             progress=not quiet,
@@ -286,10 +335,13 @@ def _check_rerun(
             for i, images in enumerate(record.input_images, 1)
             for image in images
         ]
+    if not trusts_images and "mask_image" not in given and record.mask_image is not None:
+        needed.append(("mask-image", record.mask_image.path_from(picture)))
     if not needed:
         return
     options = " ".join(f"--{name} {shlex.quote(value)}" for name, value in needed)
-    also = ", or --recorded-images to open those it names" if "image" in dict(needed) else ""
+    images = {"image", "mask-image"} & dict(needed).keys()
+    also = ", or --recorded-images to open those it names" if images else ""
     raise RequestError(
         f"{picture} was made with {printable(options)}; a picture opens nothing by "
         f"itself: give that, or others{also}"
@@ -338,6 +390,15 @@ def load_pipeline(
         is_hub_id = lora.count("/") == 1 and not os.path.exists(lora)
         pipe.load_lora_weights(lora, weight=weight, **(hub if is_hub_id else {}))
     return pipe
+
+
+def _parse_times(text: str | None) -> list[float] | None:
+    if text is None:
+        return None
+    try:
+        return [float(one) for one in text.split(",")]
+    except ValueError as error:
+        raise click.BadParameter(f"{error}; give times such as 0,0.05,0.2,0.6") from error
 
 
 def _assign_images(images: tuple[str, ...], prompts: int) -> list[list[str]]:

@@ -17,6 +17,7 @@ from ..parameters import PATCH_VALUES, layer_elements, layer_shapes, parameter_s
 from ..precision import Precision
 from ..profiles import Profile
 from ..schedule import ALL_BRANCHES, StepKind
+from ..solvers import MULTISTEP
 from .autoencoder import VaeShape, decode_bytes, encode_bytes, weight_bytes
 from .plan import RING, MemoryPlan, Workload
 from .terms import Term
@@ -138,7 +139,7 @@ class ByteEstimate:
         yield from self.rings(plan)
         yield from self.captured(plan)
         yield self.times()
-        yield from self._prefill(self.workload.steps, plan.mlp_rows, share=True)
+        yield from self._prefill(self.workload.evaluations, plan.mlp_rows, share=True)
 
     def denoise(self, plan: MemoryPlan) -> Iterator[Term]:
         yield from self.held(plan)
@@ -209,12 +210,20 @@ class ByteEstimate:
             yield Term("VAE", self.vae_bytes, "in float32, on the device for this phase")
 
     def times(self) -> Term:
-        size = 3 * self.workload.steps * self.unit
+        size = 3 * self.workload.evaluations * self.unit
         return Term("times", size, "embeddings and modulation of all steps")
 
     @property
     def context_bytes(self) -> int:
         return round(self.profile.context_bytes)
+
+    @cached_property
+    def state_bytes(self) -> int:
+        """What solver and edit keep beside the pictures' latents."""
+        work, solver = self.workload, self.workload.schedule.solver
+        copies = 3 * (solver != "euler") + (solver in MULTISTEP)  # and the call's own history
+        pixels = (copies * len(work.branches) + work.kept_latents) * work.height * work.width
+        return LATENT_CHANNELS * _FLOAT * pixels // VAE_SCALE**2
 
     @cached_property
     def latent_bytes(self) -> int:
@@ -243,7 +252,7 @@ class ByteEstimate:
                 several |= len(passes) > 1
         # the velocities, and once more where those of several passes meet
         streams = rows * (2 * self.unit + PATCH_VALUES * value * (1 + several)) + rotary
-        return self.workspace_bytes(longest, plan.mlp_rows) + streams
+        return self.workspace_bytes(longest, plan.mlp_rows) + streams + self.state_bytes
 
     def workspace_bytes(self, rows: int, mlp_rows: int) -> int:
         """As `model.Workspace`."""

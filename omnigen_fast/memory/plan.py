@@ -45,18 +45,22 @@ class Workload:
     branches: tuple[tuple[int, ...], ...]  # of each picture: condition tokens of its branches
     conditions: tuple[Condition, ...]  # without repetition
     images: tuple[tuple[int, int], ...] = ()  # (height, width) of the input images to encode
+    kept_latents: int = 0  # of the output's size: what an edit keeps of noise
 
     @property
     def steps(self) -> int:
         return len(self.schedule)
 
+    @property
+    def evaluations(self) -> int:
+        """Of the velocity: steps, or more; each has its time token."""
+        return self.schedule.evaluations
+
     def branches_of(self, kind: StepKind) -> tuple[tuple[int, ...], ...]:
         """Of each picture: condition tokens of the branches that a kind of step runs."""
-        if kind.branches is None:
-            return self.branches
         return tuple(
-            tuple(one[place] for place in kind.branches if place < len(one))
-            for one in self.branches
+            tuple(one[place] for place, _ in kind.places(picture, len(one)))
+            for picture, one in enumerate(self.branches)
         )
 
     @property
@@ -66,7 +70,7 @@ class Workload:
 
     def cache_rows(self) -> int:
         """Rows of keys and values for all conditions."""
-        return sum(condition.rows(self.steps) for condition in self.conditions)
+        return sum(condition.rows(self.evaluations) for condition in self.conditions)
 
     def cached_share(self) -> float:
         """The share of rows, 0 to 1, that the cache saves over all steps of a run without one.

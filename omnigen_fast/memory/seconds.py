@@ -98,7 +98,9 @@ class SecondsEstimate:
             share = self._steps() * self.contention(plan)
             yield Duration("contention", share, "copies take some of the memory's bandwidth")
         if plan.cache == "none":
-            again = self._steps() * self.condition_work(plan).seconds
+            again = sum(
+                count * self.condition_work(plan, kind).seconds for kind, count in self._computed()
+            )
             yield Duration("recomputing", again, "the condition in every step")
         if self.copied_bytes(plan):
             computing = sum(
@@ -166,7 +168,7 @@ class SecondsEstimate:
         """Of one step on the device."""
         seconds = self.step_work(plan, kind).seconds
         if plan.cache == "none":
-            seconds += self.condition_work(plan).seconds
+            seconds += self.condition_work(plan, kind).seconds
         return seconds + self.contention(plan)
 
     def copied_bytes(self, plan: MemoryPlan) -> int:
@@ -195,12 +197,12 @@ class SecondsEstimate:
             self._work[key] = self._step_work(plan, kind)
         return self._work[key]
 
-    def condition_work(self, plan: MemoryPlan) -> Work:
-        """Of the condition: once for all steps, or of one step without a cache."""
+    def condition_work(self, plan: MemoryPlan, kind: StepKind = ALL_BRANCHES) -> Work:
+        """Of the condition: once for all steps, or of one step of a kind without a cache."""
         kept = plan.cache != "none"
-        key = (kept, plan.mlp_rows)
+        key = (kept, plan.mlp_rows, None if kept else kind)
         if key not in self._work:
-            self._work[key] = self._condition_work(kept, plan.mlp_rows)
+            self._work[key] = self._condition_work(kept, plan.mlp_rows, kind)
         return self._work[key]
 
     def _step_work(self, plan: MemoryPlan, kind: StepKind) -> Work:
@@ -222,12 +224,19 @@ class SecondsEstimate:
             kernels += layers * self._kernels(rows, plan.mlp_rows) + 9
         return self._launched(products, attention, moved / self._bandwidth, kernels, plan.capture)
 
-    def _condition_work(self, kept: bool, mlp_rows: int) -> Work:
-        """As if every row attended to the whole condition; text attends to about half."""
+    def _condition_work(self, kept: bool, mlp_rows: int, kind: StepKind) -> Work:
+        """As if every row attended to the whole condition; text attends to about half.
+
+        Without a cache, a kind of step computes the conditions of its own branches; those are told
+        apart by their lengths.
+        """
+        read = {tokens for picture in self._workload.branches_of(kind) for tokens in picture}
         config = self._config
-        layers, steps = config.num_layers, self._workload.steps if kept else 1
+        layers, steps = config.num_layers, self._workload.evaluations if kept else 1
         products = attention = moved = kernels = 0.0
         for own, tokens in self._sizes.branch_rows:
+            if not kept and tokens not in read:
+                continue
             rows = (own if kept else tokens) + steps
             products += layers * self._product_seconds(rows, mlp_rows)
             flops = 4 * rows * tokens * config.num_heads * config.head_dim

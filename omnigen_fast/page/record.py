@@ -35,7 +35,7 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class RecordedFile:
-    """An input image or a latents file: its path and content."""
+    """An input image, a mask or a latents file: its path and content."""
 
     path: str  # relative to the picture's folder
     sha256: str | None  # None if the file could not be read
@@ -53,12 +53,14 @@ class Record:
     prompts: tuple[str, ...]
     input_images: tuple[tuple[RecordedFile, ...], ...]  # of each prompt
     negative_prompts: tuple[str, ...] | None  # None for the built-in one
-    arguments: Mapping[str, Any]  # of the call and its dtype, see RECORDED_ARGUMENTS
+    # of the call and its dtype: all RECORDED_ARGUMENTS, and those RECORDED_OPTIONS that are used
+    arguments: Mapping[str, Any]
     loras: tuple[str, ...] = ()
     latents: RecordedFile | None = None
     index: int = 0  # of the picture in its call
     vae_path: str | None = None
     revision: str | None = None
+    mask_image: RecordedFile | None = None
     version: str = __version__
 
     def text(self) -> str:
@@ -79,6 +81,8 @@ class Record:
             "latents": self.latents and vars(self.latents),
             "index": self.index,
         }
+        if self.mask_image:
+            fields["mask_image"] = vars(self.mask_image)
         text = json.dumps(fields)
         if len(text) > MAX_BYTES:
             raise RequestError(
@@ -107,6 +111,8 @@ class Record:
         for prompt, images in zip(self.prompts, self.input_images):
             rows.append(("prompt", prompt))
             rows += [("input image", image.path) for image in images]
+        if self.mask_image:
+            rows.append(("mask image", self.mask_image.path))
         rows += [("negative prompt", text) for text in self.negative_prompts or ()]
         rows += self.arguments.items()
         if self.latents:
@@ -173,6 +179,11 @@ def find_images(record: Record, picture: str | os.PathLike[str]) -> list[list[st
     return [[_unchanged(image, picture) for image in images] for images in record.input_images]
 
 
+def find_mask(record: Record, picture: str | os.PathLike[str]) -> str | None:
+    """Likewise of the recorded mask; None without one."""
+    return None if record.mask_image is None else _unchanged(record.mask_image, picture)
+
+
 def printable(text: str) -> str:
     """The text with control characters escaped."""
     return "".join(
@@ -206,8 +217,8 @@ def _unchanged(image: RecordedFile, picture: str | os.PathLike[str]) -> str:
     else:
         return found
     raise RequestError(
-        f"{picture} was made with the input image {printable(found)}, which {problem}; "
-        "give the images with --image"
+        f"{picture} was made with the image {printable(found)}, which {problem}; give the images "
+        "with --image, and a mask with --mask-image"
     )
 
 
@@ -259,12 +270,15 @@ def _parse(fields: Any) -> Record:
         raise ValueError("not an object")
     names = [*_TEXTS, *_LISTS, *RECORDED_ARGUMENTS, "latents", "index"]
     for name in fields:
-        if name not in names:
+        if name not in (*names, *RECORDED_OPTIONS, "mask_image"):
             raise ValueError(f"unknown name {printable(repr(name)[:60])}")
     for name in names:
         if name not in fields:
             raise ValueError(f"{name} is missing")
-    for name, (kind, is_right) in (_TEXTS | _LISTS | RECORDED_ARGUMENTS).items():
+    arguments = RECORDED_ARGUMENTS | {
+        name: check for name, check in RECORDED_OPTIONS.items() if name in fields
+    }
+    for name, (kind, is_right) in (_TEXTS | _LISTS | arguments).items():
         if not is_right(fields[name]):
             raise ValueError(f"{name} must be {kind}")
     prompts, images = fields["prompt"], fields["input_images"]
@@ -279,12 +293,13 @@ def _parse(fields: Any) -> Record:
         prompts=tuple(prompts),
         input_images=tuple(tuple(map(_parse_file, one)) for one in images),
         negative_prompts=None if negatives is None else tuple(negatives),
-        arguments={name: fields[name] for name in RECORDED_ARGUMENTS},
+        arguments={name: fields[name] for name in arguments},
         loras=tuple(fields["loras"]),
         latents=None if latents is None else _parse_file(latents),
         index=index,
         vae_path=fields["vae_path"],
         revision=fields["revision"],
+        mask_image=_parse_file(fields["mask_image"]) if "mask_image" in fields else None,
         version=fields["version"],
     )
 
@@ -343,6 +358,10 @@ _LISTS: dict[str, Check] = {
         lambda value: value is None or (_is_texts(value) and bool(value)),
     ),
 }
+_TIMES: Check = (
+    "a list of numbers",
+    lambda value: isinstance(value, list) and all(map(_is_number, value)),
+)
 # The arguments of `OmniGenPipeline.__call__` that affect the picture.
 RECORDED_ARGUMENTS: dict[str, Check] = {
     "height": INTEGER,
@@ -357,3 +376,21 @@ RECORDED_ARGUMENTS: dict[str, Check] = {
     "seed": INTEGER,
     "dtype": TEXT,
 }
+# Likewise, but recorded only where they are used: a picture made without them carries none.
+RECORDED_OPTIONS: dict[str, Check] = {
+    "guidance_interval": _TIMES,
+    "image_guidance_interval": _TIMES,
+    "solver": TEXT,
+    "time_shift": NUMBER,
+    "timesteps": _TIMES,
+    "mask_blur": INTEGER,
+    "strength": NUMBER,
+}
+# Of those options for which it is not None.
+_DEFAULTS = {"solver": "euler", "time_shift": 1.0, "mask_blur": 0, "strength": 1.0}
+
+
+def recorded_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What a record holds of the arguments of a call and its dtype."""
+    used = [one for one in RECORDED_OPTIONS if arguments[one] != _DEFAULTS.get(one)]
+    return {name: arguments[name] for name in (*RECORDED_ARGUMENTS, *used)}

@@ -170,6 +170,23 @@ class TestPictures:
         }.items():
             assert np.abs(np.array(image, dtype=int) - pixels(f"out/{name}")).max() <= 1
 
+    def test_masks_and_less_work(self, pipe):
+        Image.linear_gradient("L").resize((32, 32)).save("photo.png")
+        Image.linear_gradient("L").resize((32, 32)).save("mask.png")
+        options = {"solver": "ab2", "guidance_interval": [0, 0.5], "num_inference_steps": 3}
+        masked = {"mask_image": "mask.png", "mask_blur": 2, "strength": 0.7}
+        edit = {"prompt": EDIT, "input_images": ["photo.png"], "width": 32, "seed": 1}
+        lines = [{**edit, **masked}, {**edit, **masked, "mask_image": "photo.png"}]
+        write(*lines, {**edit, **options}, {**edit, "prompt": "A cat.", "mask_image": "../x.png"})
+        assert made(code=1).startswith("3 done, 1 failed")
+        for number, one in enumerate((*lines, {**edit, **options}), 1):
+            (image,) = pipe(**CALL | one)
+            assert np.abs(np.array(image, dtype=int) - pixels(f"out/{number}.png")).max() <= 1
+        record = read_record("out/1.png")
+        assert record.mask_image.path == "../mask.png"
+        assert read_record("out/3.png").arguments["solver"] == "ab2"
+        assert "outside the folder" in by_id()["4"]["error"]
+
     def test_every_argument_of_a_call_is_a_key(self):
         arguments = set(inspect.signature(OmniGenPipeline.__call__).parameters) - {"self"}
         assert arguments - set(KEYS) == set(REFUSED_KEYS)
@@ -331,6 +348,9 @@ def defaults(**changes: Any) -> dict[str, Any]:
     values: dict[str, Any] = dict.fromkeys(("prompt", "negative_prompt", "latents", "seed"))
     values |= dict.fromkeys(("use_kv_cache", "offload_kv_cache"))
     values |= dict.fromkeys(("offload_model", "separate_cfg_infer"))
+    values |= dict.fromkeys(("guidance_interval", "image_guidance_interval", "timesteps"))
+    values |= {"mask_image": None, "mask_blur": 0, "strength": 1.0}
+    values |= {"solver": "euler", "time_shift": 1.0}
     values |= {
         "input_images": (),
         "height": 32,

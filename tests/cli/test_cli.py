@@ -56,6 +56,9 @@ EVERY_OPTION = """
 --use-input-image-size-as-output --joint-cfg-infer --no-kv-cache
 --keep-kv-cache --offload-model --num-images-per-prompt 2 --seed 9
 --latents noise.safetensors --output-type pil --out a.png --quiet --memory 8GiB
+--solver ab2 --time-shift 2 --timesteps 0,0.25
+--mask-image m.png --mask-blur 3 --strength 0.5
+--guidance-interval 0 0.5 --image-guidance-interval 0.25 1
 """
 
 
@@ -322,6 +325,14 @@ class TestArguments:
             "use_kv_cache": False,
             "offload_kv_cache": False,
             "offload_model": True,
+            "mask_image": "m.png",
+            "mask_blur": 3,
+            "strength": 0.5,
+            "solver": "ab2",
+            "time_shift": 2.0,
+            "timesteps": [0.0, 0.25],
+            "guidance_interval": (0.0, 0.5),
+            "image_guidance_interval": (0.25, 1.0),
             "num_images_per_prompt": 2,
             "seed": 9,
             "output_type": "pil",

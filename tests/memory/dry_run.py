@@ -122,6 +122,8 @@ def random_case(rng: random.Random) -> tuple[Call, MemoryPlan]:
         noise_tokens=height * width // 256,
         latent_shape=(len(pictures), 4, height // 8, width // 8),
         switches=Switches(),
+        images=len(pictures),
+        edit=None,
     )
     latents = torch.empty(request.latent_shape, device=META)
     schedule = StepSchedule.euler(request.steps)
@@ -140,18 +142,29 @@ def random_case(rng: random.Random) -> tuple[Call, MemoryPlan]:
     return call, plan
 
 
+def as_edit(call: Call) -> None:
+    """Makes a call an edit of part of a picture, of an input image that a branch has."""
+    height, width = call.request.height, call.request.width
+    mask = SimpleNamespace(latents=np.zeros((height // 8, width // 8), bool))
+    call.request.edit = SimpleNamespace(image=image("edited", height, width), mask=mask)
+    call.noise = torch.empty_like(call.latents)
+
+
 def peaks(call: Call, plan: MemoryPlan) -> dict[str, int]:
     """Most bytes of prefill and of a step, without context and VAE; those of two of their terms."""
     model = Transformer(CONFIG, WEIGHTS)
     engine = Engine.of(model, Checkpoint(), SimpleNamespace(place=bool, resident=False))
+    images = [] if call.request.edit is None else [call.request.edit.image]
     for picture in call.pictures:
-        for _, _, one in (span for branch, _ in picture for span in branch.spans):
-            height, width = one.size
-            latents = torch.empty(4, height // 8, width // 8, device=META)
-            engine.image_latents[one.digest, None] = latents
+        images += [one for branch, _ in picture for _, _, one in branch.spans]
+    for one in images:
+        height, width = one.size
+        latents = torch.empty(4, height // 8, width // 8, device=META)
+        engine.image_latents[one.digest, None] = latents
     others = [value for name, value in model.named_parameters() if not name.startswith("layers.")]
     found = {}
-    tracker = Dry([*others, call.latents, *engine.image_latents.values()])
+    noise = [] if call.noise is None else [call.noise]
+    tracker = Dry([*others, call.latents, *noise, *engine.image_latents.values()])
     prefill = model.prefill
 
     def watched(*args: Any) -> None:
@@ -165,6 +178,7 @@ def peaks(call: Call, plan: MemoryPlan) -> dict[str, int]:
         running = engine.start(call, plan)
         tracker.restart()
         engine.step(running)
+        running.save()
         found["denoise"] = tracker.peak_bytes
     found["positions"] = sum(crop.nbytes for crop in model.crops())
     latents = [call.latents, running.latents, *engine.image_latents.values()]

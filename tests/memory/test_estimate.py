@@ -6,7 +6,7 @@ import random
 from dataclasses import replace
 
 import pytest
-from dry_run import CONFIG, peaks, random_case
+from dry_run import CONFIG, as_edit, peaks, random_case
 
 from omnigen_fast import profiles
 from omnigen_fast.config import released_sizes
@@ -16,6 +16,8 @@ from omnigen_fast.memory.plan import MemoryPlan, typical_workload
 from omnigen_fast.memory.seconds import step_flops
 from omnigen_fast.memory.terms import total_bytes, total_seconds
 from omnigen_fast.precision import Precision
+from omnigen_fast.schedule import ALL_BRANCHES, StepKind, StepSchedule
+from omnigen_fast.solvers import SOLVERS
 
 pytestmark = pytest.mark.slow
 
@@ -35,8 +37,14 @@ def estimate_of(workload, profile=A800):
 def test_bytes_are_those_of_the_pipeline(seed):
     """To 2 % of what there is beside weights and caches, which is far less than 2 % of all."""
     rng = random.Random(seed)
-    for _ in range(21):
+    for place in range(21):
         call, plan = random_case(rng)
+        if place % 3 == 0:
+            kinds = (ALL_BRANCHES, StepKind(branches=(0,)))
+            kinds = tuple(rng.choice(kinds) for _ in range(len(call.schedule)))
+            call.schedule = StepSchedule(kinds, None, rng.choice(SOLVERS))
+        if place % 4 == 0:
+            as_edit(call)
         found = peaks(call, plan)
         exact = {name: found.pop(name) for name in ("positions", "latents")}
         assert set(found) == ({"denoise"} if plan.cache == "none" else {"prefill", "denoise"})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,48 @@ class TestRoundTrip:
     def test_all_comes_back(self):
         Image.new("RGB", (8, 8)).save("a.png", pnginfo=png_info(RECORD))
         assert read_record("a.png") == RECORD
+
+    def test_options_come_back_where_they_are_used(self):
+        options = {"guidance_interval": [0.0, 0.5], "image_guidance_interval": [0.25, 1.0]}
+        options |= {"solver": "ab2", "time_shift": 2.0, "timesteps": [0.0, 0.5]}
+        options |= {"mask_blur": 3, "strength": 0.5}
+        used = replace(RECORD, arguments=ARGUMENTS | options)
+        Image.new("RGB", (8, 8)).save("a.png", pnginfo=png_info(used))
+        assert read_record("a.png") == used
+        assert not fields().keys() & options.keys()
+
+    @pytest.mark.parametrize("value", [None, "01", [True, 1], [None], {}], ids=str)
+    def test_options_of_another_type_are_refused(self, value):
+        with pytest.raises(RequestError, match="guidance_interval must be a list of numbers"):
+            read_record(with_text(json.dumps(fields(guidance_interval=value))))
+
+    def test_options_are_taken_from_a_picture(self):
+        given = ["--guidance-interval", "0", "0.5", "--image-guidance-interval", "0.25", "1"]
+        given += ["--solver", "heun", "--timesteps", "0,0.25"]
+        made(*SMALL, "--prompt", "A cat.", "--seed", "3", *given)
+        assert made(*MODEL, "--model", str(TINY), "--from", "a.png", out="b.png")
+        assert read_record("b.png") == read_record("a.png")
+        found = read_record("a.png").arguments
+        assert found["guidance_interval"] == [0.0, 0.5] and found["timesteps"] == [0.0, 0.25]
+        assert found["solver"] == "heun" and "time_shift" not in found
+
+    def test_a_mask_comes_back_and_is_opened_only_if_asked(self):
+        Image.new("L", (32, 32), 255).save("mask.png")
+        Image.linear_gradient("L").resize((32, 32)).save("in.png")
+        image = ["--prompt", "<img><|image_1|></img> x", "--image", "in.png"]
+        given = [*image, "--mask-image", "mask.png", "--mask-blur", "2", "--strength", "0.5"]
+        made(*SMALL, *given, "--width", "32", "--seed", "3", "--steps", "2")
+        record = read_record("a.png")
+        assert record.mask_image == RecordedFile("mask.png", record.mask_image.sha256)
+        assert (record.arguments["mask_blur"], record.arguments["strength"]) == (2, 0.5)
+        assert "mask.png" in run("show", "a.png").output
+        refused = run("generate", *MODEL, "--from", "a.png", "--image", "in.png", "--out", "b.png")
+        assert refused.exit_code == 2 and "--mask-image mask.png" in refused.output
+        made(*MODEL, "--from", "a.png", "--recorded-images", out="b.png")
+        assert Path("b.png").read_bytes() == Path("a.png").read_bytes()
+        Image.new("L", (32, 32), 254).save("mask.png")
+        changed = run("generate", *MODEL, "--from", "a.png", "--recorded-images", "--out", "c.png")
+        assert changed.exit_code == 2 and "mask.png, which has changed since" in changed.output
 
     def test_survives_among_other_chunks(self):
         Image.new("RGB", (8, 8)).save("a.png", pnginfo=png_info(RECORD))
