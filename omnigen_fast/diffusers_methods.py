@@ -96,12 +96,13 @@ class DiffusersMethods(Equivalents):
 
         Its `timesteps` are those of the running or the latest call.
         """
-        import numpy as np
         from diffusers import FlowMatchEulerDiscreteScheduler
 
         scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1, invert_sigmas=True)
         steps = self.num_timesteps or _DEFAULT_STEPS
-        scheduler.set_timesteps(sigmas=np.linspace(1, 0, steps + 1)[:-1].tolist())
+        times = None if self._latest is None else self._latest.times
+        times = times or [step / steps for step in range(steps + 1)]
+        scheduler.set_timesteps(sigmas=[1 - time for time in times[:-1]])
         scheduler.set_shift = _no_shift
         return scheduler
 

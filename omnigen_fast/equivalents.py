@@ -41,13 +41,13 @@ class Other:
 
 
 _SCHEDULE = (
-    "steps have equal lengths: give num_inference_steps. For another schedule, set the scheduler "
-    "of a diffusers pipeline and enable that one"
+    "give num_inference_steps, time_shift or timesteps, and a solver; to use a scheduler of "
+    "diffusers, set it in a diffusers pipeline and enable that one"
 )
 _TEXT = "give the text as prompt: OmniGen has no separate text encoder"
 _NEGATIVE = "give the text as negative_prompt"
 _IMAGES = "give images as input_images, and name them in the prompt"
-_NO_STRENGTH = "give the image as input_images: OmniGen starts from pure noise, or from latents"
+_START = "give the image as input_images, and strength"
 _SIZES = "OmniGen has no such condition: give height and width, or max_input_image_size"
 _CALLBACK = "give callback_on_step_end, called as f(pipe, step, time, {'latents': latents})"
 _LORA_SCALE = "set a LoRA's strength with set_adapters(names, weights)"
@@ -66,7 +66,6 @@ _ALIASES: Mapping[str, Mapping[str, str]] = {
 # By method: names that it doesn't have.
 ARGUMENTS: Mapping[str, Mapping[str, Other]] = {
     "__call__": {
-        "timesteps": Other(_SCHEDULE),
         "sigmas": Other(_SCHEDULE),
         "eta": Other("the sampler is Euler's, without noise of its own", (0, 1)),
         "prompt_embeds": Other(_TEXT),
@@ -88,9 +87,7 @@ ARGUMENTS: Mapping[str, Mapping[str, Other]] = {
         "negative_ip_adapter_image": Other(_IMAGES),
         "negative_ip_adapter_image_embeds": Other(_IMAGES),
         "control_image": Other(_IMAGES),
-        "mask_image": Other("say in the prompt what is to change: OmniGen takes no masks"),
-        "strength": Other(_NO_STRENGTH),
-        "denoising_start": Other(_NO_STRENGTH),
+        "denoising_start": Other(_START),
         "denoising_end": Other("set pipe._interrupt = True in callback_on_step_end"),
         "original_size": Other(_SIZES),
         "target_size": Other(_SIZES),
@@ -299,8 +296,8 @@ ATTRIBUTES: Mapping[str, str] = {
 }
 
 FIXED_SCHEDULE = (
-    "the sampler is Euler's with equal steps; to use another one, set it in a diffusers pipeline "
-    "and pass that to omnigen_fast.enable"
+    "give solver, time_shift or timesteps to the call; to use a scheduler of diffusers, set it in "
+    "a diffusers pipeline and pass that to omnigen_fast.enable"
 )
 # Attributes that can be read but not set.
 _FIXED: Mapping[str, str] = {
@@ -312,7 +309,7 @@ _FIXED: Mapping[str, str] = {
     "dtype": "call pipe.to(dtype), or give dtype to the call",
     "guidance_scale": "give it to the call; it stays the same in all steps",
     "_guidance_scale": "give guidance_scale to the call; it stays the same in all steps",
-    "num_timesteps": "give num_inference_steps to the call",
+    "num_timesteps": "give num_inference_steps or timesteps to the call",
     "model_cpu_offload": "call enable_model_cpu_offload() or disable_model_cpu_offload()",
     "interrupt": "set pipe._interrupt = True in callback_on_step_end",
 }
