@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -26,10 +27,25 @@ from .weights.checkpoint import Checkpoint
 _log = logging.getLogger("omnigen_fast")
 
 SMALLER = "make height and width smaller, or ask for fewer pictures per call"
+LESS_RESIDENT = "free some, or give a memory plan with fewer layers on the device"
 
 # Called after each step with its index and the latents, which it may change in place; returns
 # whether to go on.
 AfterStep = Callable[[int, Tensor], bool]
+
+
+@contextmanager
+def naming_memory(place: str, remedy: str) -> Iterator[None]:
+    """Raises OmniGenError where memory runs out inside: what failed, and what helps."""
+    try:
+        yield
+        return
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = first_line(error)
+    # Here, not in the handler: the traceback holds tensors.
+    raise OmniGenError(f"out of memory {place} ({reason}); {remedy}")
 
 
 def generate(
