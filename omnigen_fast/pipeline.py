@@ -70,7 +70,7 @@ class OmniGenPipeline(LoraMethods, DiffusersMethods):
         self._latest: Request | None = None
         self._bar: Mapping[str, Any] = {}
         self._lock = threading.RLock()
-        self._running = False
+        self._calling = threading.Lock()
         self._interrupt = False
         self._process = os.getpid()
 
@@ -501,7 +501,7 @@ class OmniGenPipeline(LoraMethods, DiffusersMethods):
     def _exclusive(self) -> Iterator[None]:
         """One call at a time: the cache's rows belong to the request that runs."""
         with self._lock:
-            if self._running:
+            if self._calling.locked():
                 raise OmniGenError("the pipeline is running; it can't be called from a callback")
             if os.getpid() != self._process:
                 if not _survives_fork(self.device):
@@ -511,11 +511,9 @@ class OmniGenPipeline(LoraMethods, DiffusersMethods):
                     )
                 self.engine.after_fork()
                 self._process = os.getpid()
-            self._running, self._interrupt = True, False
-            try:
+            self._interrupt = False
+            with self._calling:  # unlike a flag, let go even if Ctrl-C comes on the way out
                 yield
-            finally:
-                self._running = False
 
 
 def _replace(latents: Tensor, given: Tensor, changed: Any) -> None:

@@ -97,8 +97,8 @@ def _carry_out(
     on_gpu = engine.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(engine.device)
-    running = engine.start(call, plan)
     try:
+        running = engine.start(call, plan)
         started(report)
         while not running.finished:
             engine.step(running)
@@ -109,7 +109,7 @@ def _carry_out(
             call.finished |= not goes_on
         result = engine.finish(running)
     finally:
-        engine.drop(running)
+        engine.end(call)
     if call.request.output_type == "latent":
         result = result.clone()
     else:

@@ -12,6 +12,7 @@ import torch
 from golden_cases import golden_request, relative_error
 from omnigen_fast.kernels import ops
 from soak.failures import faults, sample, sites
+from soak.interrupts import interrupt_fault, interruptible
 from soak.scenarios import MAIN, Models, Scenarios
 
 from omnigen_fast.errors import OmniGenError
@@ -51,14 +52,19 @@ def test_a_failure_at_any_allocation(scenarios, name):
 
 
 def test_failures_elsewhere(scenarios):
-    """Where other work than calls under those plans allocates: loading, LoRAs, moves, captures."""
+    """Where loading, LoRAs, moves and captures allocate; and a tenth of what calls share."""
     seen = {stack for name in MAIN for stack in sites(scenarios.make(name))}
     for name in scenarios.names:
         if name not in MAIN:
             scenario = scenarios.make(name)
-            found = {one: where for one, where in sites(scenario).items() if one not in seen}
-            assert found, name
-            assert faults(scenario, sample(found)) == [], name
+            found = sites(scenario)
+            tried = {
+                stack: numbers
+                for index, (stack, numbers) in enumerate(found.items())
+                if stack not in seen or index % 10 == 0
+            }
+            assert tried
+            assert faults(scenario, sample(tried)) == [], name
             seen |= found.keys()
 
 
@@ -174,6 +180,21 @@ def test_a_callback_that_fails_is_not_tried_again(load_pipe):
     with pytest.raises(torch.OutOfMemoryError):
         pipe(**REQUEST, callback_on_step_end=callback)
     assert calls == [0]
+
+
+def test_an_interrupt_while_the_dtype_changes(scenarios):
+    """At a line in twenty, and wherever PyTorch hands control back while it reads a file."""
+    scenario = scenarios.make("dtype")
+    found = interruptible(scenario)
+    assert len(found) > 500
+    tried = [
+        numbers[-(index % 2)]
+        for index, (line, numbers) in enumerate(found.items())
+        if index % 20 == 0 or not line[0].startswith("omnigen_fast")
+    ]
+    assert len(tried) > len(found) // 20 + 1
+    faults = [(number, interrupt_fault(scenario, number)) for number in tried]
+    assert [one for one in faults if one[1] is not None] == []
 
 
 @pytest.mark.parametrize("name", PLANS)

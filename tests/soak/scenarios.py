@@ -37,6 +37,7 @@ REQUEST: dict[str, Any] = {
     "progress": False,
 }
 TEXT = {**REQUEST, "prompt": "Red.", "input_images": None}
+OTHER = {**TEXT, "prompt": "A blue cat on a mat.", "width": 48}
 SEVERAL_STEPS = {**TEXT, "num_inference_steps": 4}  # a capture pays from the third on
 LORA = "style"
 
@@ -101,6 +102,9 @@ class Scenario(ABC):
     def check_failed(self) -> None:
         """After `act` has failed."""
 
+    def check_other(self) -> None:
+        """Whether work of another kind can be done."""
+
     @abstractmethod
     def held(self) -> Iterator[Tensor]:
         """What may live on."""
@@ -109,7 +113,10 @@ class Scenario(ABC):
 class Call(Scenario):
     """A call under one plan, from its input image to its picture."""
 
+    other: Tensor | None = None
+
     def __init__(self, models: Models, plan: MemoryPlan, request: dict[str, Any]) -> None:
+        self.models, self.plan = models, plan
         self.pipe = models.pipeline(plan)
         self.request = request
         self.expected = models.pipeline(plan)(**request)
@@ -125,6 +132,11 @@ class Call(Scenario):
 
     def check_failed(self) -> None:
         self.check(self.act())
+
+    def check_other(self) -> None:
+        if self.other is None:
+            self.other = self.models.pipeline(self.plan)(**OTHER)
+        assert torch.equal(self.pipe(**OTHER, dtype="float32"), self.other)
 
     def held(self) -> Iterator[Tensor]:
         return held_tensors(self.pipe)
@@ -176,7 +188,7 @@ class OtherDtype(Call):
 
     def __init__(self, models: Models, plan: MemoryPlan) -> None:
         super().__init__(models, plan, TEXT)
-        self.other = models.pipeline(plan, "bfloat16")(**TEXT)
+        self.converted = models.pipeline(plan, "bfloat16")(**TEXT)
 
     def prepare(self) -> None:
         self.pipe.to(torch.float32)
@@ -186,7 +198,7 @@ class OtherDtype(Call):
         return self.pipe(**TEXT, dtype="bfloat16")
 
     def check(self, result: Tensor) -> None:
-        assert torch.equal(result, self.other)
+        assert torch.equal(result, self.converted)
 
     def check_failed(self) -> None:
         assert torch.equal(self.pipe(**TEXT, dtype="float32"), self.expected)
@@ -222,6 +234,7 @@ class Lora(Call):
     """A LoRA that is loaded."""
 
     def __init__(self, models: Models, plan: MemoryPlan, dtype: str = "float32") -> None:
+        self.models, self.plan = models, plan
         self.pipe = models.pipeline(plan, dtype)
         self.folder = models.lora
         self.without = models.pipeline(plan, dtype)(**TEXT)
