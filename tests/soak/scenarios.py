@@ -102,8 +102,9 @@ class Scenario(ABC):
     def check_failed(self) -> None:
         """After `act` has failed."""
 
+    @abstractmethod
     def check_other(self) -> None:
-        """Whether work of another kind can be done."""
+        """After it has failed: whether another request can be carried out."""
 
     @abstractmethod
     def held(self) -> Iterator[Tensor]:
@@ -225,6 +226,9 @@ class Load(Scenario):
 
     def check_failed(self) -> None:
         self.check(self.act())
+
+    def check_other(self) -> None:
+        """There is no pipeline."""
 
     def held(self) -> Iterator[Tensor]:
         return iter(()) if self.pipe is None else held_tensors(self.pipe)
