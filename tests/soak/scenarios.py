@@ -74,7 +74,7 @@ def held_tensors(pipe: OmniGenPipeline) -> Iterator[Tensor]:
     yield from engine._tensors()
     yield from engine.image_latents.values()
     if engine._model is not None:
-        yield from engine._model.buffers()
+        yield from (one for one in vars(engine._model).values() if isinstance(one, Tensor))
         yield from engine._model.crops()
     if engine._fingerprint is not None:
         yield engine._fingerprint[1]
