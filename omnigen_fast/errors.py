@@ -96,6 +96,13 @@ class MemoryBudgetError(OmniGenError):
         self.budget_bytes = budget_bytes
 
 
+class OutOfMemoryError(OmniGenError, MemoryError):
+    """Memory ran out where no other plan is tried: while a model loads, LoRAs merge, weights move.
+
+    Everything is as it was before the call that raises it.
+    """
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type if it has none."""
     return printable(str(error).strip().partition("\n")[0]) or type(error).__name__

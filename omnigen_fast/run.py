@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .call import Call, Memory
 from .engine import Engine
-from .errors import MemoryBudgetError, OmniGenError, first_line
+from .errors import MemoryBudgetError, OmniGenError, OutOfMemoryError, first_line
 from .memory.cost import Cost, Estimate
 from .memory.device import free_bytes, on_host, parse_memory, profile_of
 from .memory.overview import Report
@@ -36,16 +36,16 @@ AfterStep = Callable[[int, Tensor], bool]
 
 @contextmanager
 def naming_memory(place: str, remedy: str) -> Iterator[None]:
-    """Raises OmniGenError where memory runs out inside: what failed, and what helps."""
+    """Raises OutOfMemoryError where memory runs out inside: what failed, and what helps."""
     try:
         yield
         return
     except Exception as error:
-        if not is_out_of_memory(error):
+        if isinstance(error, OmniGenError) or not is_out_of_memory(error):
             raise
         reason = first_line(error)
     # Here, not in the handler: the traceback holds tensors.
-    raise OmniGenError(f"out of memory {place} ({reason}); {remedy}")
+    raise OutOfMemoryError(f"out of memory {place} ({reason}); {remedy}")
 
 
 def generate(
