@@ -45,7 +45,7 @@ def _shortened(word: str) -> str:
 
 def _rebuilt(kind: type[OmniGenError], args: tuple[Any, ...]) -> OmniGenError:
     """An error from a pickle, whatever arguments its class takes."""
-    return kind.__new__(kind, *args)
+    return Exception.__new__(kind, *args)
 
 
 class OmniGenError(Exception):
