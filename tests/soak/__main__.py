@@ -82,7 +82,7 @@ def mixed(requests: int, seed: int, folder: Path) -> dict[str, Any]:
         "requests": requests,
         "kinds": dict(soak.done),
         "references": len(soak.references),
-        "bytes_per_request": round(bytes_per_request(curve)),
+        "bytes_per_request": round(bytes_per_request(curve, "in_use")),
         "curve": curve,
         "faults": growth(curve),
     }

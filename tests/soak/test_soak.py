@@ -51,7 +51,8 @@ def curve(**last):
             **point,
             **{name: 5 + value * (i - 7) for name, value in last.items() if i > 7},
             "request": 25 * i,
-            "anonymous": (400 << 20) + noise.randrange(1 << 20) + 25 * i * last.get("bytes", 0),
+            "in_use": (200 << 20) + noise.randrange(1 << 19) + 25 * i * last.get("bytes", 0),
+            "anonymous": (400 << 20) + noise.randrange(4 << 20) + 25 * i * last.get("mapped", 0),
         }
         for i in range(12)
     ]
@@ -70,7 +71,9 @@ def test_a_growing_count_is_seen(name):
 
 def test_memory_that_grows_is_seen():
     (fault,) = growth(curve(bytes=40 << 10))
-    assert fault.startswith("memory")
+    assert fault.startswith("memory, in_use")
+    (fault,) = growth(curve(mapped=400 << 10))
+    assert fault.startswith("memory, anonymous")
 
 
 def test_a_tensor_that_nobody_should_hold_is_counted():

@@ -15,11 +15,12 @@ import psutil
 import torch
 from torch import Tensor
 
-# Of memory, per request. The least that a leak of the palette would lose is the condition of its
-# smallest request, some 200 KB, in one request of fifty; what the allocators leave behind moves by
-# about as much, up and down.
+# Per request, of what the C library has handed out. The least that a leak of the palette would lose
+# is the condition of its smallest request, some 200 KB, in one request of fifty.
 MOST_BYTES_PER_REQUEST = 4 << 10
-NOISE_BYTES = 2 << 20  # of a window, however short
+# Of a window, however short: a point moves by so much with what the request before it has left in
+# the allocators of Python and PyTorch; the system's figure by more, with holes between what is used.
+NOISE_BYTES = {"in_use": 2 << 20, "anonymous": 16 << 20}
 COUNTS = ("tensors", "threads", "files", "processes", "temporary")
 
 
@@ -32,16 +33,18 @@ def measure(held: Iterable[Tensor]) -> dict[str, int]:
     process = psutil.Process()
     before = process.memory_info().rss
     gc.collect()
-    _trim()
+    in_use = _trim()
     kept = {one.untyped_storage()._cdata for one in held}
     tensors = [one for one in gc.get_objects() if issubclass(type(one), Tensor)]
     others = {one.untyped_storage()._cdata for one in tensors if one.device.type != "meta"} - kept
     with open("/proc/self/status") as file:
         status = dict(line.split(":", 1) for line in file)
+    anonymous = int(status["RssAnon"].split()[0]) << 10
     return {
         "rss_before": before,
         "rss": process.memory_info().rss,
-        "anonymous": int(status["RssAnon"].split()[0]) << 10,
+        "anonymous": anonymous,
+        "in_use": anonymous if in_use is None else in_use,
         "mapped": int(status["RssFile"].split()[0]) << 10,
         "tensors": len(others),
         "threads": process.num_threads(),
@@ -51,12 +54,29 @@ def measure(held: Iterable[Tensor]) -> dict[str, int]:
     }
 
 
-def _trim() -> None:
-    """Gives free memory back to the system: what is left is in use, or between what is."""
+class _Mallinfo(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+        )
+    ]
+
+
+def _trim() -> int | None:
+    """Gives free memory back to the system; returns how many bytes are handed out.
+
+    None with another C library than GNU's.
+    """
+    library = ctypes.CDLL(None)
     try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (AttributeError, OSError):  # another C library than GNU's
-        return
+        library.malloc_trim(0)
+        library.mallinfo2.restype = _Mallinfo
+        info = library.mallinfo2()
+    except AttributeError:
+        return None
+    return info.uordblks + info.hblkhd
 
 
 def growth(curve: Sequence[dict[str, Any]]) -> list[str]:
@@ -72,10 +92,11 @@ def growth(curve: Sequence[dict[str, Any]]) -> list[str]:
         before, after = max(one[name] for one in early), min(one[name] for one in late)
         if after > before:
             faults.append(f"{name}: {before} at most, then {after} at least")
-    slope = bytes_per_request(curve)
     requests = late[-1]["request"] - late[0]["request"]
-    if slope * requests > max(MOST_BYTES_PER_REQUEST * requests, NOISE_BYTES):
-        faults.append(f"memory: {slope:.0f} bytes per request")
+    for name, noise in NOISE_BYTES.items():
+        slope = bytes_per_request(curve, name)
+        if slope * requests > max(MOST_BYTES_PER_REQUEST * requests, noise):
+            faults.append(f"memory, {name}: {slope:.0f} bytes per request")
     return faults
 
 
@@ -83,12 +104,11 @@ def _last_third(curve: Sequence[Any]) -> int:
     return max(2, len(curve) // 3)
 
 
-def bytes_per_request(curve: Sequence[dict[str, Any]]) -> float:
+def bytes_per_request(curve: Sequence[dict[str, Any]], name: str) -> float:
     """The slope of memory over the last third of a curve."""
     late = curve[-_last_third(curve) :]
     return median(
-        (b["anonymous"] - a["anonymous"]) / (b["request"] - a["request"])
-        for a, b in combinations(late, 2)
+        (b[name] - a[name]) / (b["request"] - a["request"]) for a, b in combinations(late, 2)
     )
 
 
