@@ -71,7 +71,8 @@ def _cut(source: Path, target: Path) -> None:
 def held_tensors(pipe: OmniGenPipeline) -> Iterator[Tensor]:
     """What a pipeline may hold between calls."""
     engine = pipe.engine
-    yield from engine._tensors()
+    yield from engine._weights()
+    yield from engine._kept()
     yield from engine.image_latents.values()
     if engine._model is not None:
         yield from (one for one in vars(engine._model).values() if isinstance(one, Tensor))

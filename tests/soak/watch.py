@@ -19,7 +19,7 @@ from torch import Tensor
 # is the condition of its smallest request, some 200 KB, in one request of fifty.
 MOST_BYTES_PER_REQUEST = 4 << 10
 # Of a window, however short: a point moves by so much with what the request before it has left in
-# the allocators of Python and PyTorch; the system's figure by more, with holes between what is used.
+# the allocators of Python and PyTorch; the system counts the holes between what is used, too.
 NOISE_BYTES = {"in_use": 2 << 20, "anonymous": 16 << 20}
 COUNTS = ("tensors", "threads", "files", "processes", "temporary")
 
