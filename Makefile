@@ -4,7 +4,7 @@ READY := $(VENV)/.ready
 
 PEER := .peers/original
 
-.PHONY: test test-browser chromium demo bench peers dist lint format clean
+.PHONY: test soak test-browser chromium demo bench peers dist lint format clean
 
 $(READY): setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -25,6 +25,14 @@ lint: $(READY)
 test: lint
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile \
 		--no-loadscope-reorder
+
+# N mixed requests on one pipeline, six requests again and again, memory that runs out at every
+# allocation, and Ctrl-C at every line: half an hour. SOAK takes more options.
+N ?= 1000
+soak: $(READY)
+	# oneDNN keeps 1,024 compiled products, 90 MB of bfloat16's shapes: that would hide a leak
+	OMP_NUM_THREADS=1 ONEDNN_PRIMITIVE_CACHE_CAPACITY=16 LRU_CACHE_CAPACITY=16 PYTHONPATH=tests \
+		$(VENV)/bin/python -m soak --requests $(N) $(SOAK)
 
 # The page in a real browser, and its server under attack. What that takes on top is installed for
 # them alone.

@@ -8,7 +8,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .errors import CheckpointError, MemoryBudgetError, OmniGenError, ProfileError, RequestError
+from .errors import (
+    CheckpointError,
+    MemoryBudgetError,
+    OmniGenError,
+    OutOfMemoryError,
+    ProfileError,
+    RequestError,
+)
 from .memory.plan import MemoryPlan
 
 if TYPE_CHECKING:
@@ -22,6 +29,7 @@ __all__ = [
     "MemoryPlan",
     "OmniGenError",
     "OmniGenPipeline",
+    "OutOfMemoryError",
     "ProfileError",
     "RequestError",
     "__version__",

@@ -268,6 +268,12 @@ class Engine:
         if running in self._running:
             self._let_go(running)
 
+    @isolated
+    def end(self, call: Call) -> None:
+        """Drops what is under way of a call, also where Ctrl-C came before `start` returned it."""
+        for running in [one for one in self._running if one.call is call]:
+            self._let_go(running)
+
     def _let_go(self, running: Running) -> None:
         self._running.remove(running)
         running.cache.give_back(running.entries)
@@ -278,9 +284,10 @@ class Engine:
     @isolated
     def recover(self) -> None:
         """After a failure: no copy is under way any more, what is kept can be used again."""
-        self.cache.reset()
-        if self.streamed is not None:
-            self.streamed.reset()
+        for cache in (self.cache, self.streamed):
+            if cache is not None:
+                cache.reset()
+                cache.hold(self._held_in(cache))
         if self._model is not None and self._model.stream is not None:
             self._model.stream.reset()
 
@@ -448,7 +455,7 @@ class Engine:
             cache: Cache = self._new_cache(layers=1)
         else:
             cache = self.cache if plan.cache == "device" else self._streamed_cache()
-        held = [entry for one in self._running if one.cache is cache for entry in one.entries]
+        held = self._held_in(cache)
         missing = [entry for entry in entries if entry not in held]  # or less, as `reserve` finds
         try:
             missing = cache.reserve(list(entries))
@@ -479,6 +486,10 @@ class Engine:
             raise
         loop.busy = True
         return Running(call, plan, cache, tuple(entries), loop, runner)
+
+    def _held_in(self, cache: Cache) -> list[Entry]:
+        """The entries of the calls under way, one for each call that has it."""
+        return [entry for one in self._running if one.cache is cache for entry in one.entries]
 
     def _loop(
         self,

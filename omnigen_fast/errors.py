@@ -45,7 +45,7 @@ def _shortened(word: str) -> str:
 
 def _rebuilt(kind: type[OmniGenError], args: tuple[Any, ...]) -> OmniGenError:
     """An error from a pickle, whatever arguments its class takes."""
-    return kind.__new__(kind, *args)
+    return Exception.__new__(kind, *args)
 
 
 class OmniGenError(Exception):
@@ -94,6 +94,13 @@ class MemoryBudgetError(OmniGenError):
         super().__init__(message)
         self.least_bytes = least_bytes
         self.budget_bytes = budget_bytes
+
+
+class OutOfMemoryError(OmniGenError, MemoryError):
+    """Memory ran out where no other plan is tried: while a model loads, LoRAs merge, weights move.
+
+    Everything is as it was before the call that raises it.
+    """
 
 
 def first_line(error: BaseException) -> str:

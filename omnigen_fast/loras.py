@@ -14,6 +14,7 @@ from .engine import Engine
 from .equivalents import named_arguments
 from .errors import RequestError
 from .request import finite
+from .run import LESS_RESIDENT, naming_memory
 from .surroundings import isolated
 from .weights.lora import MAX_SCALE, Loras
 from .weights.lora_files import read_adapter
@@ -78,16 +79,17 @@ class LoraMethods(ABC):
             if name is None:
                 name = _default_name(path, weight_name, subfolder, loras)
             loras.check_new(name)
-            adapter = read_adapter(
-                path,
-                self.engine.checkpoint,
-                weight_name=weight_name,
-                subfolder=subfolder,
-                revision=revision,
-                cache_dir=cache_dir,
-                token=token,
-                local_files_only=local_files_only,
-            )
+            with naming_memory("while the LoRA is read", LESS_RESIDENT):
+                adapter = read_adapter(
+                    path,
+                    self.engine.checkpoint,
+                    weight_name=weight_name,
+                    subfolder=subfolder,
+                    revision=revision,
+                    cache_dir=cache_dir,
+                    token=token,
+                    local_files_only=local_files_only,
+                )
             self._set_loras(loras.with_adapter(name, adapter, strength))
 
     @isolated
@@ -216,14 +218,15 @@ class LoraMethods(ABC):
     def _set_loras(self, loras: Loras) -> None:
         """Makes the weights what these adapters make of them; a failure leaves them as before."""
         engine, before = self.engine, self.engine.loras
-        try:
-            engine.loras = loras
-            engine.refresh(before.changed(loras))
-        except BaseException:
-            engine.loras = before
-            with suppress(Exception):  # then the next call or change does it
-                engine.refresh()
-            raise
+        with naming_memory("while the LoRAs are merged", LESS_RESIDENT):
+            try:
+                engine.loras = loras
+                engine.refresh(before.changed(loras))
+            except BaseException:
+                engine.loras = before
+                with suppress(Exception):  # then the next call or change does it
+                    engine.refresh()
+                raise
 
 
 def _default_name(path: Any, weight_name: str | None, subfolder: str | None, loras: Loras) -> str:

@@ -18,7 +18,7 @@ from .config import ModelConfig
 from .diffusers_methods import DiffusersMethods
 from .engine import Engine
 from .equivalents import named_arguments, own_names
-from .errors import OmniGenError, RequestError, first_line, printable
+from .errors import OmniGenError, RequestError, printable
 from .loras import LoraMethods
 from .memory.device import parse_memory
 from .memory.overview import Report
@@ -29,8 +29,7 @@ from .precision import Precision
 from .processor import Processor
 from .request import Request, check_switch, checked_integer, make_request
 from .results import as_result
-from .run import SMALLER, AfterStep, decide, first_plan, generate
-from .streaming import is_out_of_memory
+from .run import LESS_RESIDENT, SMALLER, AfterStep, decide, first_plan, generate, naming_memory
 from .surroundings import isolated
 from .vae.vae import Vae
 from .weights.checkpoint import Checkpoint
@@ -71,7 +70,7 @@ class OmniGenPipeline(LoraMethods, DiffusersMethods):
         self._latest: Request | None = None
         self._bar: Mapping[str, Any] = {}
         self._lock = threading.RLock()
-        self._running = False
+        self._calling = threading.Lock()
         self._interrupt = False
         self._process = os.getpid()
 
@@ -84,6 +83,7 @@ class OmniGenPipeline(LoraMethods, DiffusersMethods):
     @classmethod
     @isolated
     @named_arguments
+    @naming_memory("while the model is loaded", LESS_RESIDENT)
     def from_pretrained(
         cls,
         model_name: str | os.PathLike[str],
@@ -349,13 +349,15 @@ class OmniGenPipeline(LoraMethods, DiffusersMethods):
         memory = self._memory if memory is None else memory
         precision = self._precision(dtype, memory)
         with self._exclusive():
-            self.engine.refresh()
+            with naming_memory("while the LoRAs are merged", LESS_RESIDENT):
+                self.engine.refresh()
             self._latest = request
             call = self._start(request, precision)
             with _progress_bar(request.steps, progress, self._bar) as bar:
                 after_step = self._after_step(call, callback_on_step_end, given, bar)
                 images = generate(self.engine, call, memory, after_step, self._remember)
-        result = as_result(images, output_type)
+        with naming_memory("after the last step", SMALLER):
+            result = as_result(images, output_type)
         return result if return_dict else (result,)
 
     @named_arguments
@@ -419,7 +421,7 @@ class OmniGenPipeline(LoraMethods, DiffusersMethods):
         precision = None if dtype is None else Precision.of(check_dtype(dtype))
         if target is None and precision is None:
             raise RequestError("to() needs a device or a dtype")
-        with self._exclusive():
+        with self._exclusive(), naming_memory("while the weights move", LESS_RESIDENT):
             if target is not None:
                 self.engine.to(target)
             if precision is not None and precision != self.engine.precision:
@@ -464,7 +466,8 @@ class OmniGenPipeline(LoraMethods, DiffusersMethods):
 
     def _request(self, *, offload_model: bool | None, **arguments: Any) -> Request:
         switch = self._offload_model if offload_model is None else offload_model
-        return make_request(self.config, offload_model=switch, **arguments)
+        with naming_memory("before the first step", SMALLER):
+            return make_request(self.config, offload_model=switch, **arguments)
 
     def _precision(self, dtype: str | torch.dtype | None, memory: Memory) -> Precision:
         """What a call runs in: its dtype, else its plan's, else what the weights are in."""
@@ -474,14 +477,8 @@ class OmniGenPipeline(LoraMethods, DiffusersMethods):
         return given or self.engine.precision
 
     def _start(self, request: Request, precision: Precision) -> Call:
-        try:
+        with naming_memory("before the first step", SMALLER):
             return Call.of(request, self.processor, precision, self.device)
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise OmniGenError(
-                    f"out of memory before the first step ({first_line(error)}); {SMALLER}"
-                ) from error
-            raise
 
     def _remember(self, report: Report) -> None:
         self._report = report
@@ -504,7 +501,7 @@ class OmniGenPipeline(LoraMethods, DiffusersMethods):
     def _exclusive(self) -> Iterator[None]:
         """One call at a time: the cache's rows belong to the request that runs."""
         with self._lock:
-            if self._running:
+            if self._calling.locked():
                 raise OmniGenError("the pipeline is running; it can't be called from a callback")
             if os.getpid() != self._process:
                 if not _survives_fork(self.device):
@@ -514,11 +511,9 @@ class OmniGenPipeline(LoraMethods, DiffusersMethods):
                     )
                 self.engine.after_fork()
                 self._process = os.getpid()
-            self._running, self._interrupt = True, False
-            try:
+            self._interrupt = False
+            with self._calling:  # unlike a flag, let go even if Ctrl-C comes on the way out
                 yield
-            finally:
-                self._running = False
 
 
 def _replace(latents: Tensor, given: Tensor, changed: Any) -> None:

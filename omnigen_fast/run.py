@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from .call import Call, Memory
 from .engine import Engine
-from .errors import MemoryBudgetError, OmniGenError, first_line
+from .errors import MemoryBudgetError, OmniGenError, OutOfMemoryError, first_line
 from .memory.cost import Cost, Estimate
 from .memory.device import free_bytes, on_host, parse_memory, profile_of
 from .memory.overview import Report
@@ -26,10 +27,25 @@ from .weights.checkpoint import Checkpoint
 _log = logging.getLogger("omnigen_fast")
 
 SMALLER = "make height and width smaller, or ask for fewer pictures per call"
+LESS_RESIDENT = "free some, or give a memory plan with fewer layers on the device"
 
 # Called after each step with its index and the latents, which it may change in place; returns
 # whether to go on.
 AfterStep = Callable[[int, Tensor], bool]
+
+
+@contextmanager
+def naming_memory(place: str, remedy: str) -> Iterator[None]:
+    """Raises OutOfMemoryError where memory runs out inside: what failed, and what helps."""
+    try:
+        yield
+        return
+    except Exception as error:
+        if isinstance(error, OmniGenError) or not is_out_of_memory(error):
+            raise
+        reason = first_line(error)
+    # Here, not in the handler: the traceback holds tensors.
+    raise OutOfMemoryError(f"out of memory {place} ({reason}); {remedy}")
 
 
 def generate(
@@ -81,8 +97,8 @@ def _carry_out(
     on_gpu = engine.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(engine.device)
-    running = engine.start(call, plan)
     try:
+        running = engine.start(call, plan)
         started(report)
         while not running.finished:
             engine.step(running)
@@ -93,7 +109,7 @@ def _carry_out(
             call.finished |= not goes_on
         result = engine.finish(running)
     finally:
-        engine.drop(running)
+        engine.end(call)
     if call.request.output_type == "latent":
         result = result.clone()
     else:

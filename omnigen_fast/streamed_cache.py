@@ -131,6 +131,7 @@ class StreamedCache:
     def give_back(self, entries: Sequence[Entry]) -> None:
         """See `Cache.give_back`."""
         self._held = ()
+        self._step = None
 
     def hold(self, entries: Sequence[Entry]) -> None:
         """See `Cache.hold`."""
@@ -188,6 +189,7 @@ class StreamedCache:
 
     def reset(self) -> None:
         """See `Cache.reset`."""
+        self._step = None
         self._ring.reset()
 
     def _new_ring(self) -> Ring:

@@ -85,8 +85,9 @@ class ThreadLane:
         mark.result()
 
     def drain(self) -> None:
-        if self._last is not None:
-            self._last.exception()  # waits
+        last, self._last = self._last, None  # a failed one's traceback holds tensors
+        if last is not None:
+            last.exception()  # waits
 
 
 def _without_gradients(work: Callable[[], None]) -> None:

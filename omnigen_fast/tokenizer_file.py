@@ -59,6 +59,8 @@ def read_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
 
 def is_library_error(error: BaseException) -> bool:
     """Whether it is the tokenizers library's own: a bare Exception, or a panic, which is none."""
+    if isinstance(error, MemoryError):
+        return False
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 

@@ -17,6 +17,7 @@ KINDS = [
     errors.CheckpointError,
     errors.ProfileError,
     lambda message: errors.MemoryBudgetError(message, 1 << 40, 7),
+    errors.OutOfMemoryError,
 ]
 
 

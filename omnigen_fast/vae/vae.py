@@ -273,6 +273,8 @@ def _empty_autoencoder(config: dict[str, Any], folder: str) -> AutoencoderKL:
     try:
         with torch.device("meta"):
             return AutoencoderKL.from_config(config)
+    except MemoryError:
+        raise
     except Exception as error:  # the constructor raises all kinds on a malformed config
         raise CheckpointError(f"{folder}/config.json describes no VAE: {error}") from error
 

@@ -407,7 +407,13 @@ class TensorReader:
         path = self._files[name]
         if (path, device) not in self._handles:
             self._handles[path, device] = self._stack.enter_context(open_file(path, device))
-        tensor = self._handles[path, device].get_tensor(name)
+        try:
+            tensor = self._handles[path, device].get_tensor(name)
+        except ValueError as error:
+            if "could not determine the shape" not in str(error):
+                raise
+            # PyTorch says so of a mapped file if Ctrl-C comes while it looks at it
+            raise KeyboardInterrupt from error
         if tensor.dtype == self._dtype:
             return tensor
         converted = tensor.to(self._dtype)

@@ -3,69 +3,30 @@ a pipeline that works as if nothing had been."""
 
 from __future__ import annotations
 
-import sys
 import weakref
-from collections import defaultdict
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 from golden_cases import golden_request, relative_error
 from omnigen_fast.kernels import ops
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from soak.failures import faults, sample, sites
+from soak.interrupts import interrupt_fault, interruptible
+from soak.scenarios import MAIN, Models, Scenarios
 
-import omnigen_fast
 from omnigen_fast.errors import OmniGenError
 from omnigen_fast.memory.plan import MemoryPlan
 from omnigen_fast.weights.checkpoint import Checkpoint
 
 pytestmark = pytest.mark.slow
 
-PACKAGE = str(Path(omnigen_fast.__file__).parent)
 REQUEST = {
     **golden_request("one_image"),
     "num_inference_steps": 2,
     "output_type": "pt",
     "progress": False,
 }
-
-
-class Allocations(TorchDispatchMode):
-    """Sees every new storage; lets the one of a chosen number fail."""
-
-    def __init__(self, fail_at: int | None = None) -> None:
-        super().__init__()
-        self.sites: list[tuple[str, int]] = []
-        self._fail_at = fail_at
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        given = {
-            leaf.untyped_storage()._cdata
-            for leaf in tree_leaves((args, kwargs))
-            if isinstance(leaf, torch.Tensor)
-        }
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor) and leaf.untyped_storage()._cdata not in given:
-                if len(self.sites) == self._fail_at:
-                    self.sites.append(_site())
-                    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
-                self.sites.append(_site())
-        return result
-
-
-def _site() -> tuple[str, int]:
-    """The line of the package that asks for memory."""
-    frame = sys._getframe(2)
-    while frame is not None:
-        if frame.f_code.co_filename.startswith(PACKAGE):
-            return frame.f_code.co_filename.removeprefix(PACKAGE), frame.f_lineno
-        frame = frame.f_back
-    return "outside", 0
 
 
 PLAIN = MemoryPlan.plain(3, kept_bytes=1 << 20)
@@ -76,27 +37,35 @@ PLANS = {
 }
 
 
-@pytest.mark.parametrize("name", PLANS)
-def test_a_failure_at_any_allocation(load_pipe, name):
-    """At the first and the last allocation of every line that allocates."""
-    plan = PLANS[name]
-    pipe = load_pipe(memory=plan)
-    expected = pipe(**REQUEST)
-    pipe.clear_cache()
-    with Allocations() as seen:
-        assert torch.equal(pipe(**REQUEST), expected)
-    places = defaultdict(list)
-    for index, site in enumerate(seen.sites):
-        places[site].append(index)
-    assert len(places) > 30
-    for site, indices in places.items():
-        for index in {indices[0], indices[-1]}:
-            pipe.clear_cache()
-            with Allocations(fail_at=index), pytest.raises(OmniGenError) as raised:
-                pipe(**REQUEST)
-            assert "\n" not in str(raised.value), site
-            assert "out of memory" in str(raised.value)
-            assert torch.equal(pipe(**REQUEST), expected), f"after a failure in {site}"
+@pytest.fixture(scope="module")
+def scenarios(tmp_path_factory):
+    return Scenarios(Models(tmp_path_factory.mktemp("failures") / "models"))
+
+
+@pytest.mark.parametrize("name", MAIN)
+def test_a_failure_at_any_allocation(scenarios, name):
+    """At each call stack that allocates, from the input image to the picture."""
+    scenario = scenarios.make(name)
+    found = sites(scenario)
+    assert len(found) > 60
+    assert faults(scenario, sample(found)) == []
+
+
+def test_failures_elsewhere(scenarios):
+    """Where loading, LoRAs, moves and captures allocate; and a tenth of what calls share."""
+    seen = {stack for name in MAIN for stack in sites(scenarios.make(name))}
+    for name in scenarios.names:
+        if name not in MAIN:
+            scenario = scenarios.make(name)
+            found = sites(scenario)
+            tried = {
+                stack: numbers
+                for index, (stack, numbers) in enumerate(found.items())
+                if stack not in seen or index % 10 == 0
+            }
+            assert tried
+            assert faults(scenario, sample(tried)) == [], name
+            seen |= found.keys()
 
 
 def test_the_next_plan_goes_on_from_the_last_finished_step(load_pipe, monkeypatch):
@@ -211,6 +180,21 @@ def test_a_callback_that_fails_is_not_tried_again(load_pipe):
     with pytest.raises(torch.OutOfMemoryError):
         pipe(**REQUEST, callback_on_step_end=callback)
     assert calls == [0]
+
+
+def test_an_interrupt_while_the_dtype_changes(scenarios):
+    """At a line in twenty, and wherever PyTorch hands control back while it reads a file."""
+    scenario = scenarios.make("dtype")
+    found = interruptible(scenario)
+    assert len(found) > 500
+    tried = [
+        numbers[-(index % 2)]
+        for index, (line, numbers) in enumerate(found.items())
+        if index % 20 == 0 or not line[0].startswith("omnigen_fast")
+    ]
+    assert len(tried) > len(found) // 20 + 1
+    faults = [(number, interrupt_fault(scenario, number)) for number in tried]
+    assert [one for one in faults if one[1] is not None] == []
 
 
 @pytest.mark.parametrize("name", PLANS)
