@@ -153,7 +153,7 @@ def as_edit(call: Call) -> None:
 def peaks(call: Call, plan: MemoryPlan) -> dict[str, int]:
     """Most bytes of prefill and of a step, without context and VAE; those of two of their terms."""
     model = Transformer(CONFIG, WEIGHTS)
-    engine = Engine.of(model, Checkpoint(), SimpleNamespace(place=bool, resident=False))
+    engine = Engine.of(model, Checkpoint(), SimpleNamespace(place=bool, resident=False), 0)
     images = [] if call.request.edit is None else [call.request.edit.image]
     for picture in call.pictures:
         images += [one for branch, _ in picture for _, _, one in branch.spans]
