@@ -63,7 +63,7 @@ ROOMS: dict[str, tuple[Sequence[str], Sequence[str]]] = {
     ),
     "engine": (
         ["omnigen_fast/engine.py"],
-        ["tests/test_engine.py", "tests/test_graph.py", "tests/memory/test_plans.py"],
+        ["tests/test_engine.py", "tests/test_graph.py"],
     ),
 }
 SHARED = "shared"  # in the place of a test's name: lines that run for all tests of a process

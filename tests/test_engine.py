@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from golden_cases import GOLDEN, relative_error
 from recording import recording_graphs
 
+from omnigen_fast.engine import Engine
 from omnigen_fast.errors import OmniGenError
 from omnigen_fast.memory.device import held_bytes
 from omnigen_fast.memory.plan import MemoryPlan
@@ -164,6 +166,36 @@ def test_a_write_beside_the_samples_is_noticed(load_pipe):
     changed = pipe(**TEXT, progress=False)
     assert not torch.equal(changed, before)
     assert torch.equal(changed, other(**TEXT, progress=False))
+
+
+def test_what_the_caller_has_set_stays_outside(load_pipe, alone):
+    """Whoever drives the engine may do it under inference mode and autocast, or leave them."""
+    pipe = load_pipe(memory=PLAN)
+    engine, call = pipe.engine, pipe.make_call(**TEXT)
+
+    @contextmanager
+    def inside():
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            yield
+
+    with inside():
+        engine.load(engine.precision, LAYERS)
+        engine.forget()
+    for _ in range(2):
+        with inside():
+            running = engine.start(call, PLAN)
+        while not running.finished:
+            with inside():
+                engine.step(running)
+        assert torch.equal(running.latents, alone(TEXT))
+        with inside():
+            latents = engine.finish(running)
+            picture = engine.decode(latents, PLAN)
+        assert torch.equal(picture, engine.decode(latents, PLAN))
+        assert not picture.is_inference()
+        with inside():
+            engine.refresh(["layers.0.down_proj"])
+        call = pipe.make_call(**TEXT)
 
 
 def test_the_pipeline_is_called_while_a_call_is_under_way(pipe, engine, alone):
@@ -348,3 +380,12 @@ class TestWhatIsHeld:
     def test_budgets_are_two_gibibytes_unless_given(self, load_pipe):
         assert load_pipe().engine.cache_bytes == 2 << 30
         assert load_pipe(condition_cache_bytes=5).engine.cache_bytes == 5
+
+    def test_an_engine_over_a_model_that_is_there(self, pipe, alone):
+        """It captures where it can, and keeps as much as it is told."""
+        here = pipe.engine
+        engine = Engine.of(pipe.model, here.checkpoint, here.vae, 5)
+        assert (engine.cache_bytes, engine.capture_steps) == (5, True)
+        assert engine.model is pipe.model and engine.store.resident == LAYERS
+        found = finish(engine, engine.start(pipe.make_call(**TEXT), PLAN))
+        assert torch.equal(*found, alone(TEXT))
