@@ -368,6 +368,9 @@ class TestWhatIsHeld:
         engine.drop(engine.start(pipe.make_call(**TEXT), PLAN))
         assert engine.cache.nbytes and not engine.streamed
 
+    def test_a_cpu_reads_streamed_layers_where_they_are(self, kept):
+        assert kept.store.slots and not kept.store._copies
+
     def test_where_weights_are(self, kept, load_pipe):
         assert kept.arrangement == replace(MemoryPlan.plain(1), vae_resident=True)
         unloaded = load_pipe().engine
