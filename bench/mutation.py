@@ -226,17 +226,17 @@ def main() -> None:
     assert run_tests(Watch(paths, quick), arguments)[0] == 0, "fail in another order"
 
     late, alive = 0, []
-    for mutant in sorted(drawn):
+    for done, mutant in enumerate(drawn):  # in no order: an interrupted run is a fair sample
         function = function_of(mutant)
         first = {test: quick[test] for test in tests if test in entered.get(function, ())}
         if not first and function is not None:
-            print("is run by no test:", mutant, flush=True)
+            print(f"{done:3} is run by no test: {mutant}", flush=True)
             alive.append(str(mutant))
             continue
         found = run_tests(Watch(paths, first | quick), arguments, mutant)
         late += found is None
         if found is not None and found[0] == 0:
-            print("survives:", mutant, flush=True)
+            print(f"{done:3} survives: {mutant}", flush=True)
             alive.append(str(mutant))
     summary = {"room": chosen.room, "seed": chosen.seed, "mutants": len(drawn), "late": late}
     print(json.dumps({**summary, "killed": len(drawn) - len(alive), "survivors": alive}))
