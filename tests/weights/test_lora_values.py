@@ -9,7 +9,7 @@ import torch
 from golden_cases import TINY
 
 from omnigen_fast import CheckpointError, RequestError
-from omnigen_fast.weights import lora, lora_files, lora_scale, lora_sources
+from omnigen_fast.weights import files, lora, lora_files, lora_scale, lora_sources
 from omnigen_fast.weights.checkpoint import Checkpoint
 from omnigen_fast.weights.lora import MAX_SCALE, Adapter, Loras, LowRank, merged
 
@@ -194,9 +194,9 @@ class TestBounds:
             file.write(size.to_bytes(8, "little"))
             file.truncate(size + 100)
         if fits:
-            return lora_sources._check_header(str(path))
+            return files._check_header(str(path))
         with pytest.raises(CheckpointError, match="at most 33554432 are read"):
-            lora_sources._check_header(str(path))
+            files._check_header(str(path))
 
 
 class TestErrors:
