@@ -228,6 +228,9 @@ class TestErrors:
         assert lora_sources.shown(["\u00e9"]) == "['\u00e9']"
         assert lora_sources.shown("x" * 70) == f"'{'x' * 70}'"
         assert lora_sources.shown("a" * 40 + "b" * 40) == f"'{'a' * 33}...{'b' * 33}'"
+        assert (
+            lora_sources.shown(["a" * 77]) == f"{['a' * 77]}"[:33] + "..." + f"{['a' * 77]}"[-33:]
+        )
         assert lora_sources.shown_path("") == "an empty path"
         assert lora_sources.shown_path("here") == "here"
 
