@@ -1,11 +1,11 @@
 """Mutation testing: small faults put into one room at a time, and whether its tests notice.
 
-    python -m bench.mutation cache --sample 100 --seed 0 [--at cache.py:120]
+    python -m bench.mutation cache --sample 100 --seed 0
 
 The faults are cosmic-ray's (`pip install cosmic-ray`; it is in no extra, since it brings a
 database and a web client). They exist in memory only: each mutant runs in a fork whose import of
 the module is given the changed source, so tests that start processes of their own don't see it.
-Of `--sample` mutants, drawn by `--seed`, each runs the tests that execute its lines, the quickest
+Of `--sample` mutants, drawn by `--seed`, each runs the tests that enter its function, the quickest
 first, then all others of the room, until one fails or takes three times as long as it should.
 Left out are annotations, protocols, assertions and the words of errors and warnings. Tests that
 fail without a mutant are not counted on. The last line is JSON.
@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib
-import inspect
 import json
 import multiprocessing
 import os
@@ -24,9 +23,8 @@ import random
 import signal
 import sys
 import threading
-import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
@@ -40,40 +38,36 @@ from cosmic_ray.ast import ast_nodes, get_ast
 from cosmic_ray.mutating import mutate_code
 
 ROOT = Path(__file__).parents[1]
-# room: its files, and pytest's arguments for its tests
-ROOMS: dict[str, tuple[Sequence[str], Sequence[str]]] = {
-    "reference": (["kernels/reference.py"], ["tests/kernels", "-k", "reference or specification"]),
-    "streaming": (["omnigen_fast/streaming.py"], ["tests/test_streaming.py"]),
+OURS = ROOT / "omnigen_fast"
+LORA = [f"lora{part}" for part in ("", "_scale", "_files", "_sources")]
+# room: its files, and pytest's arguments
+ROOMS: dict[str, tuple[list[Path], list[str]]] = {
+    "reference": (
+        [ROOT / "kernels" / "reference.py"],
+        ["tests/kernels", "-k", "reference or specification"],
+    ),
+    "streaming": ([OURS / "streaming.py"], ["tests/test_streaming.py"]),
     "cache": (
-        ["omnigen_fast/cache.py", "omnigen_fast/streamed_cache.py"],
+        [OURS / "cache.py", OURS / "streamed_cache.py"],
         ["tests/test_cache.py", "tests/test_streaming.py", "tests/memory/test_plans.py"],
     ),
-    "guidance": (
-        ["omnigen_fast/guidance.py"],
-        ["tests/test_golden.py", "tests/test_equivalence.py"],
-    ),
-    "sequence": (
-        ["omnigen_fast/sequence.py"],
-        ["tests/test_golden.py", "tests/test_equivalence.py"],
-    ),
+    "guidance": ([OURS / "guidance.py"], ["tests/test_golden.py", "tests/test_equivalence.py"]),
+    "sequence": ([OURS / "sequence.py"], ["tests/test_golden.py", "tests/test_equivalence.py"]),
     "weights": (
-        [f"omnigen_fast/weights/{name}.py" for name in ("store", "files", "names", "checkpoint")]
-        + ["omnigen_fast/weights/lora.py"],
-        ["tests/weights", "tests/memory/test_plans.py", "tests/test_golden.py"],
+        [
+            OURS / "weights" / f"{name}.py"
+            for name in ("store", "files", "names", "checkpoint", *LORA)
+        ],
+        ["tests/weights", "tests/memory/test_plans.py"],
     ),
-    "engine": (
-        ["omnigen_fast/engine.py"],
-        ["tests/test_engine.py", "tests/test_equivalence.py", "tests/test_graph.py"]
-        + ["tests/test_surroundings.py", "tests/memory/test_plans.py"],
-    ),
+    "engine": ([OURS / "engine.py"], ["tests/test_engine.py", "tests/test_graph.py"]),
 }
-SHARED = "shared"  # in the place of a test's name: lines that run for all tests of a process
 FORK = multiprocessing.get_context("fork")
 
 
 @dataclass(frozen=True, order=True)
 class Mutant:
-    path: str
+    path: Path
     line: int
     column: int
     operator: str
@@ -81,17 +75,17 @@ class Mutant:
 
     def source(self) -> str:
         operator = plugins.get_operator(self.operator)()
-        return mutate_code((ROOT / self.path).read_text(), operator, self.occurrence)
+        return mutate_code(self.path.read_text(), operator, self.occurrence)
 
     def __str__(self) -> str:
-        plain = (ROOT / self.path).read_text().splitlines()[self.line - 1]
+        plain = self.path.read_text().splitlines()[self.line - 1]
         changed = self.source().splitlines()[self.line - 1]
-        return f"{self.path}:{self.line} {plain.strip()}  ->  {changed.strip()}"
+        return f"{self.path.relative_to(ROOT)}:{self.line} {plain.strip()}  ->  {changed.strip()}"
 
 
-def mutants_of(path: str) -> list[Mutant]:
+def mutants_of(path: Path) -> list[Mutant]:
     """Every mutant of a file outside of what is left out."""
-    text = (ROOT / path).read_text()
+    text = path.read_text()
     skipped = list(_left_out(ast.parse(text)))
     nodes, found = list(ast_nodes(get_ast(text))), []
     for name in plugins.operator_names():
@@ -107,91 +101,69 @@ def mutants_of(path: str) -> list[Mutant]:
 
 def _left_out(tree: ast.AST) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
     for node in ast.walk(tree):
-        parts: list[Any] = [node]
+        part: Any = None
         match node:
             case ast.AnnAssign() | ast.arg():
-                parts = [node.annotation]
+                part = node.annotation
             case ast.FunctionDef():
-                parts = [node.returns]
-            case ast.Assert() | ast.Raise():
-                pass
-            case ast.Call(func=ast.Attribute(attr="warn" | "warning")):
-                pass
-            case ast.ClassDef(bases=[ast.Name("Protocol")]):
-                pass
-            case ast.If(test=ast.Name("TYPE_CHECKING")):
-                pass
-            case _:
-                continue
-        for part in filter(None, parts):
+                part = node.returns
+            case (
+                ast.Assert()
+                | ast.Raise()
+                | ast.Call(func=ast.Attribute(attr="warn" | "warning"))
+                | ast.ClassDef(bases=[ast.Name("Protocol")])
+                | ast.If(test=ast.Name("TYPE_CHECKING"))
+            ):
+                part = node
+        if part is not None:
             yield (part.lineno, part.col_offset), (part.end_lineno, part.end_col_offset)
 
 
-def lines_of(mutant: Mutant) -> range:
-    """The lines of the statement, or of the head of the compound one, that a mutant changes."""
-    best = range(0)
-    for node in ast.walk(ast.parse((ROOT / mutant.path).read_text())):
-        if isinstance(node, ast.stmt):
-            body = getattr(node, "body", None)
-            first = min([node.lineno, *(one.lineno for one in getattr(node, "decorator_list", []))])
-            last = max(first, body[0].lineno - 1) if body else node.end_lineno
-            if first <= mutant.line <= last and (not best or first >= best[0]):
-                best = range(first, last + 1)
-    return best or range(mutant.line, mutant.line + 1)  # an except has no statement of its own
+def function_of(mutant: Mutant) -> tuple[str, int] | None:
+    """File and first line of the innermost function that a mutant changes; None outside of all."""
+    inside = [
+        (str(mutant.path), min([node.lineno, *(one.lineno for one in node.decorator_list)]))
+        for node in ast.walk(ast.parse(mutant.path.read_text()))
+        if isinstance(node, ast.FunctionDef) and mutant.line <= node.end_lineno
+    ]
+    return max((one for one in inside if one[1] <= mutant.line), default=None)
 
 
 class Watch:
-    """A pytest plugin: which lines each test runs and how long it takes; and in which order."""
+    """A pytest plugin: which functions a test enters and how long it takes.
 
-    def __init__(self, paths: Sequence[str], order: Sequence[str] = (), seconds: Any = None):
-        self.paths = {str(ROOT / path): path for path in paths}
-        self.order = {name: place for place, name in enumerate(order)}
-        self.limits = seconds  # of each test; without them, tests are traced
-        self.lines: dict[tuple[str, int], set[str]] = defaultdict(set)
-        self.seconds: dict[str, float] = {}
+    Args:
+        paths: of the functions.
+        limits: seconds by test, in the order to run them; without them, calls are noted.
+    """
+
+    def __init__(self, paths: Sequence[Path], limits: Mapping[str, float] | None = None) -> None:
+        self.paths = {str(path) for path in paths}
+        self.limits = limits
+        self.entered: dict[tuple[str, int], set[str]] = defaultdict(set)
+        self.seconds: dict[str, float] = defaultdict(float)
         self.failed: set[str] = set()
-        self.now = SHARED
+        self.now = ""
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        if self.limits is not None:
-            items[:] = [item for item in items if item.nodeid in self.order]
-            items.sort(key=lambda item: self.order[item.nodeid])
+        if self.limits:
+            by_name = {item.nodeid: item for item in items}
+            items[:] = [by_name[name] for name in self.limits]
 
-    @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
-        self.now, start = item.nodeid, time.perf_counter()
-        if self.limits is not None:
-            signal.setitimer(signal.ITIMER_REAL, 3 * self.limits[item.nodeid] + 10)
-        try:
-            return (yield)
-        finally:
-            self.seconds[item.nodeid] = time.perf_counter() - start
-            self.now = SHARED
-
-    @pytest.hookimpl(wrapper=True)
-    def pytest_fixture_setup(self, fixturedef: Any) -> Iterator[None]:
-        before = self.now
-        self.now = before if fixturedef.scope == "function" else SHARED
-        try:
-            return (yield)
-        finally:
-            self.now = before
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self.now = nodeid
+        if self.limits:
+            signal.setitimer(signal.ITIMER_REAL, 3 * self.limits[nodeid] + 10)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.seconds[report.nodeid] += report.duration  # of setup, call and teardown
         if report.failed:
             self.failed.add(report.nodeid)
 
-    def trace(self, frame: Any, event: str, _: Any) -> Any:
-        path = self.paths.get(frame.f_code.co_filename)
-        if path is None:
-            return None
-        own = frame.f_code.co_flags & inspect.CO_OPTIMIZED  # not a module's or a class's body
-
-        def step(frame: Any, event: str, _: Any) -> Any:
-            self.lines[path, frame.f_lineno].add(self.now if own else SHARED)
-            return step
-
-        return step(frame, event, _)
+    def note(self, frame: Any, event: str, _: Any) -> None:
+        code = frame.f_code
+        if event == "call" and code.co_filename in self.paths:
+            self.entered[code.co_filename, code.co_firstlineno].add(self.now)
 
 
 def _run(watch: Watch, arguments: Sequence[str], mutant: Mutant | None, results: Any) -> None:
@@ -201,33 +173,24 @@ def _run(watch: Watch, arguments: Sequence[str], mutant: Mutant | None, results:
     for stream in (1, 2):
         os.dup2(null, stream)
     if mutant is not None:
-        path, source, plain = str(ROOT / mutant.path), mutant.source(), SourceFileLoader.get_code
+        path, source, plain = str(mutant.path), mutant.source(), SourceFileLoader.get_code
         SourceFileLoader.get_code = lambda self, name: (
-            compile(source, path, "exec", dont_inherit=True)
-            if self.path == path
-            else plain(self, name)
+            compile(source, path, "exec", 0, True) if self.path == path else plain(self, name)
         )
-    hypothesis.settings.register_profile(
-        "mutation",
-        derandomize=True,
-        database=None,
-        deadline=None,
-        phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],  # no time for shrinking
-    )
-    hypothesis.settings.load_profile("mutation")
-    stop = ["-x"] if watch.limits else []
-    if not watch.limits:
-        threading.settrace(watch.trace)
-        sys.settrace(watch.trace)
-    else:
+    hypothesis.settings.load_profile("ci")  # the same examples every time
+    if watch.limits:
         signal.setitimer(signal.ITIMER_REAL, 120)  # to collect them
+    else:
+        threading.setprofile(watch.note)
+        sys.setprofile(watch.note)
+    stop = ["-x"] if watch.limits else []
     code = pytest.main([*arguments, "-q", "-p", "no:cacheprovider", *stop], plugins=[watch])
-    results.send((int(code), dict(watch.lines), watch.seconds, watch.failed))
+    results.send((int(code), dict(watch.entered), dict(watch.seconds), watch.failed))
     os._exit(0)
 
 
 def run_tests(watch: Watch, arguments: Sequence[str], mutant: Mutant | None = None) -> Any:
-    """Exit code, lines, seconds and failures of some tests; None where one didn't come back."""
+    """Exit code, functions, seconds and failures of some tests; None where one didn't come back."""
     receive, send = FORK.Pipe(duplex=False)
     process = FORK.Process(target=_run, args=(watch, arguments, mutant, send))
     process.start()
@@ -245,37 +208,38 @@ def main() -> None:
     parser.add_argument("room", choices=ROOMS)
     parser.add_argument("--sample", type=int, default=100, help="mutants to run at most")
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
-    parser.add_argument("--at", nargs="*", help="of the sample, those in such places: FILE:LINE")
     chosen = parser.parse_args()
     paths, arguments = ROOMS[chosen.room]
-    assert not any(str(getattr(one, "__file__", None)) in paths for one in sys.modules.values())
+    assert not {str(path) for path in paths} & {
+        str(getattr(one, "__file__", None)) for one in sys.modules.values()
+    }
     if chosen.room != "reference":  # its tests ask for Triton's interpreter before all else
         importlib.import_module("diffusers").AutoencoderKL  # noqa: B018 - it is found when asked for
 
     every = [mutant for path in paths for mutant in mutants_of(path)]
     drawn = random.Random(chosen.seed).sample(every, min(chosen.sample, len(every)))
-    _, lines, seconds, broken = run_tests(Watch(paths), arguments)
+    _, entered, seconds, broken = run_tests(Watch(paths), arguments)
     tests = sorted(seconds.keys() - broken, key=seconds.__getitem__)
     print(f"{len(every)} mutants, {len(tests)} tests, {sum(seconds.values()):.0f} s; ", end="")
     print(f"{len(broken)} tests fail without a mutant and are left out", flush=True)
-    assert run_tests(Watch(paths, tests, seconds), arguments)[0] == 0, "fail in another order"
+    quick = {test: seconds[test] for test in tests}
+    assert run_tests(Watch(paths, quick), arguments)[0] == 0, "fail in another order"
 
-    count, late, alive = 0, 0, []
-    for mutant in sorted(drawn):
-        if chosen.at and not any(f"{mutant.path}:{mutant.line}".endswith(one) for one in chosen.at):
+    late, alive = 0, []
+    for done, mutant in enumerate(drawn):  # in no order: an interrupted run is a fair sample
+        function = function_of(mutant)
+        first = {test: quick[test] for test in tests if test in entered.get(function, ())}
+        if not first and function is not None:
+            print(f"{done:3} is run by no test: {mutant}", flush=True)
+            alive.append(str(mutant))
             continue
-        ran = set().union(*(lines.get((mutant.path, line), ()) for line in lines_of(mutant)))
-        found: Any = (0,)
-        if ran:
-            order = sorted(tests, key=lambda test: (test not in ran, seconds[test]))
-            found = run_tests(Watch(paths, order, seconds), arguments, mutant)
-        count += 1
+        found = run_tests(Watch(paths, first | quick), arguments, mutant)
         late += found is None
         if found is not None and found[0] == 0:
+            print(f"{done:3} survives: {mutant}", flush=True)
             alive.append(str(mutant))
-            print("survives:" if ran else "is run by no test:", mutant, flush=True)
-    summary = {"room": chosen.room, "seed": chosen.seed, "mutants": count, "late": late}
-    print(json.dumps({**summary, "killed": count - len(alive), "survivors": alive}))
+    summary = {"room": chosen.room, "seed": chosen.seed, "mutants": len(drawn), "late": late}
+    print(json.dumps({**summary, "killed": len(drawn) - len(alive), "survivors": alive}))
 
 
 if __name__ == "__main__":

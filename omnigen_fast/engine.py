@@ -98,8 +98,8 @@ class Engine:
         vae: Vae,
         precision: Precision,
         device: torch.device,
-        condition_cache_bytes: int = 2 << 30,
-        capture_steps: bool = True,
+        condition_cache_bytes: int,
+        capture_steps: bool,
     ) -> None:
         self.checkpoint = checkpoint
         self.vae = vae
@@ -125,17 +125,16 @@ class Engine:
         model: Transformer,
         checkpoint: Checkpoint,
         vae: Vae,
-        condition_cache_bytes: int = 2 << 30,
-        capture_steps: bool = True,
+        condition_cache_bytes: int,
     ) -> Engine:
-        """An engine over a model that is on its device already.
+        """An engine over a model that is on its device already; captures steps where it can.
 
         Args:
             model: whose weights `checkpoint` reads again where they move or adapters come.
             checkpoint: see the class; so are the others.
         """
         precision = Precision.of(model.dtype)
-        engine = cls(checkpoint, vae, precision, model.device, condition_cache_bytes, capture_steps)
+        engine = cls(checkpoint, vae, precision, model.device, condition_cache_bytes, True)
         engine._model = model
         engine._store = LayerStore(model, engine._read, engine.host)
         return engine

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,9 @@ import torch
 from golden_cases import GOLDEN, relative_error
 from recording import recording_graphs
 
+from omnigen_fast.engine import Engine
 from omnigen_fast.errors import OmniGenError
+from omnigen_fast.memory.device import held_bytes
 from omnigen_fast.memory.plan import MemoryPlan
 
 LAYERS = 3  # of the golden checkpoint
@@ -151,6 +154,50 @@ def test_weights_that_change_while_a_call_is_under_way(load_pipe):
     assert torch.equal(pipe(**TEXT, progress=False), other(**TEXT, progress=False))
 
 
+def test_a_write_beside_the_samples_is_noticed(load_pipe):
+    """By the weight's version: the values that are compared are few."""
+    pipe, other = load_pipe(memory=PLAN), load_pipe(memory=PLAN)
+    before = pipe(**TEXT, progress=False)
+    found = pipe.model.fingerprint()
+    for one in (pipe, other):
+        with torch.no_grad():
+            one.model.parameter("layers.0.down_proj")[1, 1:].mul_(3)
+    assert torch.equal(pipe.model.fingerprint()[1], found[1])
+    changed = pipe(**TEXT, progress=False)
+    assert not torch.equal(changed, before)
+    assert torch.equal(changed, other(**TEXT, progress=False))
+
+
+def test_what_the_caller_has_set_stays_outside(load_pipe, alone):
+    """Whoever drives the engine may do it under inference mode and autocast, or leave them."""
+    pipe = load_pipe(memory=PLAN)
+    engine, call = pipe.engine, pipe.make_call(**TEXT)
+
+    @contextmanager
+    def inside():
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            yield
+
+    with inside():
+        engine.load(engine.precision, LAYERS)
+        engine.forget()
+    for _ in range(2):
+        with inside():
+            running = engine.start(call, PLAN)
+        while not running.finished:
+            with inside():
+                engine.step(running)
+        assert torch.equal(running.latents, alone(TEXT))
+        with inside():
+            latents = engine.finish(running)
+            picture = engine.decode(latents, PLAN)
+        assert torch.equal(picture, engine.decode(latents, PLAN))
+        assert not picture.is_inference()
+        with inside():
+            engine.refresh(["layers.0.down_proj"])
+        call = pipe.make_call(**TEXT)
+
+
 def test_the_pipeline_is_called_while_a_call_is_under_way(pipe, engine, alone):
     first = engine.start(pipe.make_call(**EDIT), PLAN)
     engine.step(first)
@@ -259,6 +306,71 @@ class TestWhatIsHeld:
         assert kept.streamed is None and kept.model.stream is None and not kept.store.slots
         assert kept.store.resident == 1
 
+    def test_everything_on_the_device_counts(self, kept):
+        """The ring of layers, the streamed cache and its host's copies, the autoencoder."""
+
+        def given_up(action) -> int:
+            before = kept.held_bytes()
+            action()
+            return before - kept.held_bytes()
+
+        def size(tensors) -> int:
+            return held_bytes([*tensors], kept.device)
+
+        slots, streamed = size(kept.store.slots), size(kept.streamed.tensors())
+        autoencoder = size(kept.vae.autoencoder.parameters())
+        assert slots and streamed
+        assert given_up(kept.store.stop) == slots
+        assert given_up(kept.forget) == streamed
+        assert given_up(lambda: setattr(kept, "_store", None)) == 0
+        weights = size(kept.model.parameters())
+        assert given_up(lambda: setattr(kept, "_model", None)) == weights
+        assert kept.held_bytes() == autoencoder
+
+    @pytest.mark.parametrize("device", ["cpu", "cuda", "meta"])
+    def test_a_gpus_allocator_gives_back_what_is_freed(self, kept, monkeypatch, device):
+        emptied = []
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(kept.cache.nbytes))
+        kept.device = torch.device(device)
+        kept.free()
+        assert emptied == ([0] if device == "cuda" else [])
+
+    def test_the_latents_of_256_images_are_kept(self, load_pipe):
+        """The latest ones; what a call uses is among them."""
+        pipe = load_pipe()
+        engine, call = pipe.engine, pipe.make_call(**EDIT)
+        engine.drop(engine.start(call, PLAN))
+        ((used, latents),) = engine.image_latents.items()
+        for other in range(255):
+            engine.image_latents[str(other), None] = latents
+        engine.cache.clear()
+        engine.drop(engine.start(call, PLAN))
+        assert len(engine.image_latents) == 256 and next(reversed(engine.image_latents)) == used
+        engine.drop(engine.start(pipe.make_call(**{**EDIT, "max_input_image_size": 64}), PLAN))
+        assert len(engine.image_latents) == 256
+        assert ("0", None) not in engine.image_latents and used in engine.image_latents
+
+    def test_a_condition_that_is_kept_is_not_computed_again(self, pipe, engine, monkeypatch):
+        """Nor are the images of it encoded."""
+        engine.drop(engine.start(pipe.make_call(**EDIT), PLAN))
+        engine.image_latents.clear()
+        monkeypatch.setattr(engine.model, "prefill", None)
+        engine.drop(engine.start(pipe.make_call(**{**EDIT, "seed": 12}), PLAN))
+        assert not engine.image_latents
+
+    @pytest.mark.parametrize("cache", ["ring", "none"])
+    def test_another_place_for_the_cache_frees_this_one(self, pipe, engine, cache):
+        engine.drop(engine.start(pipe.make_call(**TEXT), PLAN))
+        assert engine.cache.nbytes
+        engine.drop(engine.start(pipe.make_call(**TEXT), replace(PLAN, cache=cache)))
+        assert engine.cache.nbytes == 0
+        assert (engine.streamed is not None and len(engine.streamed) > 0) == (cache == "ring")
+        engine.drop(engine.start(pipe.make_call(**TEXT), PLAN))
+        assert engine.cache.nbytes and not engine.streamed
+
+    def test_a_cpu_reads_streamed_layers_where_they_are(self, kept):
+        assert kept.store.slots and not kept.store._copies
+
     def test_where_weights_are(self, kept, load_pipe):
         assert kept.arrangement == replace(MemoryPlan.plain(1), vae_resident=True)
         unloaded = load_pipe().engine
@@ -271,3 +383,12 @@ class TestWhatIsHeld:
     def test_budgets_are_two_gibibytes_unless_given(self, load_pipe):
         assert load_pipe().engine.cache_bytes == 2 << 30
         assert load_pipe(condition_cache_bytes=5).engine.cache_bytes == 5
+
+    def test_an_engine_over_a_model_that_is_there(self, pipe, alone):
+        """It captures where it can, and keeps as much as it is told."""
+        here = pipe.engine
+        engine = Engine.of(pipe.model, here.checkpoint, here.vae, 5)
+        assert (engine.cache_bytes, engine.capture_steps) == (5, True)
+        assert engine.model is pipe.model and engine.store.resident == LAYERS
+        found = finish(engine, engine.start(pipe.make_call(**TEXT), PLAN))
+        assert torch.equal(*found, alone(TEXT))

@@ -7,12 +7,13 @@ import json
 import os
 import signal
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
-from bench import commands, record, report, suite
+from bench import commands, profiler, record, report, suite
 from bench.cases import Setting, Size, Task, parse_settings, parse_sizes
 from bench.contenders import Ours
 from bench.peers import original
@@ -24,10 +25,20 @@ pytestmark = pytest.mark.slow
 TINY = ["--model", "random:tiny", "--device", "cpu", "--steps", "3", "--repeat", "1"]
 
 
+measured_limits = cache(suite.measure_limits)
+counted = cache(suite.count)
+
+
 @pytest.fixture
 def bench(tmp_path, monkeypatch):
-    """Runs the command: (status, standard output, standard error, result or None)."""
+    """Runs the command: (status, standard output, standard error, result or None).
+
+    What is the same in every run is measured in the first.
+    """
     monkeypatch.setattr(suite, "_cold_start", lambda *_: {"status": "not measured", "why": "test"})
+    for module in (suite, profiler):
+        monkeypatch.setattr(module, "measure_limits", measured_limits)
+        monkeypatch.setattr(module, "count", counted)
 
     def run(*arguments: str, tiny: bool = True):
         path = tmp_path / "result.json"

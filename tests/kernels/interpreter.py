@@ -1,9 +1,11 @@
-"""Asks for Triton's interpreter, and makes its bfloat16 that of a GPU."""
+"""Asks for Triton's interpreter, makes its bfloat16 that of a GPU, and spares it needless work."""
 
 from __future__ import annotations
 
 import os
 import sys
+from functools import cache
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -22,6 +24,33 @@ def start() -> None:
             )
         os.environ["TRITON_INTERPRET"] = "1"
     _mend_bfloat16()
+    _look_up_once()
+
+
+def _look_up_once() -> None:
+    """Replaces the language's functions once for each function that uses them.
+
+    The interpreter does so at every call of a function inside a kernel, and lists the dtypes for
+    every value: a third of its time.
+    """
+    from triton.runtime import interpreter
+
+    replace, dtype_of = interpreter._patch_lang, interpreter._get_np_dtype
+    dtypes: dict[str, np.dtype] = {}
+
+    @cache
+    def replaced(function):
+        replace(function)
+        return SimpleNamespace(restore=lambda: None)  # nothing here compiles
+
+    def known(dtype):
+        name = dtype.scalar.name
+        if name not in dtypes:
+            dtypes[name] = dtype_of(dtype)
+        return dtypes[name]
+
+    interpreter._patch_lang = replaced
+    interpreter._get_np_dtype = known
 
 
 def _mend_bfloat16() -> None:

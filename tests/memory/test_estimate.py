@@ -130,7 +130,8 @@ def test_seconds_are_the_sum_of_the_durations():
     rng = random.Random(5)
     for _ in range(50):
         call, plan = random_case(rng)
-        for current in (None, PLAIN, replace(PLAIN, resident_layers=3, vae_resident=False)):
+        plain = MemoryPlan.plain(CONFIG.num_layers)
+        for current in (None, plain, replace(plain, resident_layers=3, vae_resident=False)):
             estimate = Estimate(CONFIG, VaeShape(), BFLOAT16, call.workload(), RTX3090)
             found = estimate.cost(plan, current)
             assert min(one.seconds for one in found.durations) > -1e-9

@@ -24,11 +24,12 @@ from omnigen_fast.images import read_image
 from omnigen_fast.parameters import parameter_shapes
 from omnigen_fast.processor import Processor
 from omnigen_fast.vae.vae import Vae
-from omnigen_fast.weights import files
+from omnigen_fast.weights import checkpoint, files
 from omnigen_fast.weights.checkpoint import Checkpoint
-from omnigen_fast.weights.files import find_weights, read_json, resolve
+from omnigen_fast.weights.files import TensorReader, find_weights, read_json, resolve
 
 CPU = torch.device("cpu")
+HOST = torch.device("cpu")
 CONFIG = json.loads((TINY / "config.json").read_text())
 QKV = "llm.layers.1.self_attn.qkv_proj.weight"
 
@@ -137,6 +138,37 @@ class TestReading:
         pipe = OmniGenPipeline.from_pretrained(folder, dtype="float32", device="cpu")
         pipe.load_lora_weights(lora)
         assert pipe.dtype == torch.float32
+
+    def test_the_position_table_stays_on_the_host(self, monkeypatch):
+        asked = {}
+
+        class Reader(TensorReader):
+            def read(self, name, device):
+                asked[name] = device
+                return super().read(name, HOST)
+
+        monkeypatch.setattr(checkpoint, "TensorReader", Reader)
+        Checkpoint.open(TINY).read(torch.float32, torch.device("meta"))
+        assert [name for name, device in asked.items() if device == HOST] == ["pos_embed"]
+        assert {device for name, device in asked.items() if name != "pos_embed"} == {
+            torch.device("meta")
+        }
+
+    @pytest.mark.parametrize(
+        ("shapes", "side"),
+        [({}, 1), ({"t": (49,)}, 1), ({"t": (1, 0, 8)}, 1), ({"t": (1, 49, 8)}, 7)],
+        ids=str,
+    )
+    def test_side_of_the_position_table(self, shapes, side):
+        assert checkpoint._table_side(shapes, "t") == side
+
+    @pytest.mark.parametrize("places", [48, 50, 1, 2])
+    def test_a_position_table_is_square(self, places):
+        if places == 1:
+            assert checkpoint._table_side({"t": (1, 1, 8)}, "t") == 1
+            return
+        with pytest.raises(CheckpointError, match=f"t has {places} places, which is not a square"):
+            checkpoint._table_side({"t": (1, places, 8)}, "t")
 
     def test_both_layouts_names_are_known(self):
         checkpoint = Checkpoint.open(TINY)
