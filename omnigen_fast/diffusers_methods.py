@@ -100,8 +100,8 @@ class DiffusersMethods(Equivalents):
 
         scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1, invert_sigmas=True)
         steps = self.num_timesteps or _DEFAULT_STEPS
-        times = None if self._latest is None else self._latest.times
-        times = times or [step / steps for step in range(steps + 1)]
+        given = None if self._latest is None else self._latest.times
+        times = [step / steps for step in range(steps + 1)] if given is None else given
         scheduler.set_timesteps(sigmas=[1 - time for time in times[:-1]])
         scheduler.set_shift = _no_shift
         return scheduler
