@@ -4,7 +4,12 @@ READY := $(VENV)/.ready
 
 PEER := .peers/original
 
-.PHONY: test test-browser chromium demo bench peers dist lint format clean
+# Of `make fuzz`: inputs (of KIND, or of all kinds together), and the number of the first one.
+N := 2250
+SEED := 0
+FIRST := 0
+
+.PHONY: test fuzz test-browser chromium demo bench peers dist lint format clean
 
 $(READY): setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -25,6 +30,12 @@ lint: $(READY)
 test: lint
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile \
 		--no-loadscope-reorder
+
+# Inputs made by mutation, in a process for each core. Failing ones are in fuzz-output; RESULT names
+# a file for the numbers.
+fuzz: $(READY)
+	PYTHONPATH=tests $(VENV)/bin/python -m fuzz --number $(N) --seed $(SEED) --first $(FIRST) \
+		$(addprefix --kind ,$(KIND)) $(addprefix --result ,$(RESULT))
 
 # The page in a real browser, and its server under attack. What that takes on top is installed for
 # them alone.
@@ -75,4 +86,4 @@ dist: $(READY)
 	$(VENV)/bin/python -m build
 
 clean:
-	rm -rf $(VENV) .mypy .peers build dist *.egg-info demo-output
+	rm -rf $(VENV) .mypy .peers build dist *.egg-info demo-output fuzz-output
