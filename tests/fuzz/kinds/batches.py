@@ -39,6 +39,10 @@ _LINE: dict[str, Any] = {
     "num_images_per_prompt": 2,
     "seed": 7,
     "output_type": "pil",
+    "solver": "heun",
+    "guidance_interval": [0.1, 0.9],
+    "mask_image": "image.png",
+    "strength": 0.5,
 }
 _TRAINING: dict[str, Any] = {
     "task_type": "edit",
@@ -72,6 +76,10 @@ _DEFAULTS: dict[str, Any] = {
     "num_images_per_prompt": 1,
     "dtype": "float32",
     "output_type": "latent",
+    "solver": "euler",
+    "time_shift": 1.0,
+    "mask_blur": 0,
+    "strength": 1.0,
 }
 _MOST_WORK = 100  # pixels of a side, and steps, of a line that is carried out
 

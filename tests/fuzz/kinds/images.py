@@ -26,6 +26,7 @@ from ..oracle import CHILDREN, waiting
 from . import Kind
 
 _REAL = 400  # every so many inputs the decoder is started as it is for users
+_MASK = 10  # every so many inputs is read as a mask
 _HEAVY = 4000  # and every so many an attack of many megabytes is mutated
 _LIGHT = (  # attacks that take no time to make
     image_attacks.exif_of_one_block,
@@ -96,7 +97,7 @@ class Images(Kind):
 
     def run(self, prepared: Any, number: int) -> None:
         with _forks() if number % _REAL else contextlib.nullcontext():
-            found = read_image(prepared, 1024, 3072, "image").pixels
+            found = read_image(prepared, 1024, 3072, "image", number % _MASK == 1).pixels
         height, width, channels = found.shape
         assert found.dtype == np.uint8 and channels == 3, (found.dtype, found.shape)
         assert height % 16 == width % 16 == 0 < height * width, found.shape
@@ -128,7 +129,7 @@ def _forks() -> Iterator[None]:
 class _Forked:
     """`serve` in a forked child: what the decoder's process does, without starting Python."""
 
-    def __init__(self) -> None:
+    def __init__(self, mask: bool) -> None:
         self._status: int | None = None
         theirs, ours = os.pipe()
         answers, said = os.pipe()
@@ -140,7 +141,7 @@ class _Forked:
                 os.dup2(said, 1)
                 os.closerange(3, 256)
                 sys.stdin = open(0, closefd=False)  # noqa: SIM115 - for the process's life
-                image_decoder.serve()
+                image_decoder.serve(mask)
                 os._exit(0)
             finally:
                 os._exit(1)

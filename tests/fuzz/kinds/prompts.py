@@ -71,6 +71,15 @@ _ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "generator": (None, "generator", ["generator"], ["generator"] * 2, 5, []),
     "latents": (None, "right", "wrong", "nan", "ints", "sparse", "meta", [[0.0]]),
     "memory": (None, "auto", "8GiB", "1MB", "8", 8, 1 << 33, "", "-1GiB", "9e999GiB", {}, "lots"),
+    "guidance_interval": ((0, 1), [0.2, 0.8], None, (1, 0), (0.5,), "ab", (0, float("nan")), 5),
+    "image_guidance_interval": ((0, 1), [0.2, 0.8], None, (1, 0), [], {}),
+    "solver": ("euler", "heun", "midpoint", "ab2", "dpmpp2m", "dpm", None, 5),
+    "time_shift": (1.0, 3, 0.5, 0, -1, float("inf"), None, "3", 1e300, 1e-300),
+    "timesteps": (None, [0.0, 0.5], [0, 0.3, 0.9], [0.5, 0.2], [], [1.0], [0.0] * 5000, "abc", 1),
+    "mask_image": ("bytes", "array", "mode F", "cut", "sliver", "bfloat16", None, 5, "nowhere.png"),
+    "mask_blur": (0, 1, 8, 1 << 20, -1, 1.0, None),
+    "strength": (1.0, 0.5, 0.01, 0, 2, -1, None, float("nan")),
+    "return_dict": (True, False, None, "no"),
     "callback_on_step_end_tensor_inputs": (["latents"], [], [], ["latents"], "latents", None, [5]),
 }
 
@@ -139,7 +148,7 @@ class Prompts(Kind):
             return [self._real("image", one, case) for one in value]
         if name == "image" and isinstance(value, list):
             return [self._real("image", one, case) for one in value]
-        if name == "image" and isinstance(value, str):
+        if name in ("image", "mask_image") and isinstance(value, str):
             return self._image(value)
         return value
 

@@ -17,6 +17,7 @@ from omnigen_fast.cli.generate import show
 from omnigen_fast.page.record import (
     KEY,
     RECORDED_ARGUMENTS,
+    RECORDED_OPTIONS,
     Record,
     RecordedFile,
     find_images,
@@ -29,7 +30,16 @@ from ..oracle import Refused
 from . import Kind
 
 _SHOWN = 20  # every so many inputs are also printed by the command
-_NAMES = (*RECORDED_ARGUMENTS, "model", "prompt", "input_images", "latents", "index", "loras")
+_NAMES = (
+    *RECORDED_ARGUMENTS,
+    *RECORDED_OPTIONS,
+    "model",
+    "prompt",
+    "input_images",
+    "latents",
+    "index",
+    "loras",
+)
 _VALUES = (
     "float32",
     "bfloat16",
@@ -74,9 +84,15 @@ class Records(Kind):
                 "num_images_per_prompt": 1,
                 "seed": 7,
                 "dtype": "float32",
+                "guidance_interval": [0.1, 0.9],
+                "solver": "heun",
+                "timesteps": [0.0, 0.5],
+                "mask_blur": 2,
+                "strength": 0.75,
             },
             loras=("adapter:0.5",),
             latents=RecordedFile("noise.safetensors", None),
+            mask_image=RecordedFile("mask.png", None),
         )
         self._fields = json.loads(record.text())
         self._good = folder / "good.png"
