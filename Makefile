@@ -4,7 +4,11 @@ READY := $(VENV)/.ready
 
 PEER := .peers/original
 
-.PHONY: test soak test-browser chromium demo bench peers dist lint format clean
+# Of `make fuzz`: which inputs.
+SEED := 0
+FIRST := 0
+
+.PHONY: test fuzz soak test-browser chromium demo bench peers dist lint format clean
 
 $(READY): setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -26,13 +30,18 @@ test: lint
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile \
 		--no-loadscope-reorder
 
+# N inputs (of KIND, or of all kinds together) made by mutation, in a process for each core. Failing
+# ones are in fuzz-output; RESULT names a file for the numbers.
+fuzz: $(READY)
+	PYTHONPATH=tests $(VENV)/bin/python -m fuzz --number $(or $(N),2250) --seed $(SEED) --first $(FIRST) \
+		$(addprefix --kind ,$(KIND)) $(addprefix --result ,$(RESULT))
+
 # N mixed requests on one pipeline, six requests again and again, memory that runs out at every
 # allocation, and Ctrl-C at every line: half an hour. SOAK takes more options.
-N ?= 1000
 soak: $(READY)
 	# oneDNN keeps 1,024 compiled products, 90 MB of bfloat16's shapes: that would hide a leak
 	OMP_NUM_THREADS=1 ONEDNN_PRIMITIVE_CACHE_CAPACITY=16 LRU_CACHE_CAPACITY=16 PYTHONPATH=tests \
-		$(VENV)/bin/python -m soak --requests $(N) $(SOAK)
+		$(VENV)/bin/python -m soak --requests $(or $(N),1000) $(SOAK)
 
 # The page in a real browser, and its server under attack. What that takes on top is installed for
 # them alone.
@@ -83,4 +92,4 @@ dist: $(READY)
 	$(VENV)/bin/python -m build
 
 clean:
-	rm -rf $(VENV) .mypy .peers build dist *.egg-info demo-output
+	rm -rf $(VENV) .mypy .peers build dist *.egg-info demo-output fuzz-output

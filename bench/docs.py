@@ -3,9 +3,9 @@
     python -m bench.docs            # rewrites what is out of date
     python -m bench.docs --check    # names it instead, and fails if there is any
 
-Three kinds of text are generated: the output below a command in a line of its own (`    $ ...`),
-the tables in docs/benchmarks.md, and the summary of them in README.md. Both are of the result file
-that docs/benchmarks.md links to.
+Four kinds of text are generated: the output below a command in a line of its own (`    $ ...`),
+the tables in docs/benchmarks.md, and the summary of them in README.md, both of the result file that
+docs/benchmarks.md links to; and the table in docs/reliability.md, of tests/fuzz/results.json.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from . import report
 from .common import ROOT
 
 README, BENCHMARKS = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
+RELIABILITY, FUZZED = ROOT / "docs" / "reliability.md", ROOT / "tests" / "fuzz" / "results.json"
+FUZZ = "<!-- fuzz: begin -->", "<!-- fuzz: end -->"
 RATIOS = "<!-- ratios: begin -->", "<!-- ratios: end -->"
 _SHOWN, _COMMAND = " " * 4, "    $ "  # how output is indented, and a command
 _RESULT = re.compile(r"\(\.\./(bench/results/bench-[\w.-]+\.json)\)")
@@ -38,6 +40,8 @@ def refreshed(path: Path) -> str:
         text = _between(text, (report.BEGIN, report.END), report.markdown(result()))
     if path == README:
         text = _between(text, RATIOS, ratios(result()))
+    if path == RELIABILITY:
+        text = _between(text, FUZZ, fuzzed(json.loads(FUZZED.read_text(encoding="utf-8"))))
     return text
 
 
@@ -64,6 +68,24 @@ def ratios(found: dict[str, Any]) -> str:
         if rows:
             spans = [_span([row[f"{what}_ratio"] for row in rows]) for what in ("picture", "step")]
             lines.append(f"| {name} | {' | '.join(spans)} |")
+    return "\n".join(lines) + "\n"
+
+
+def fuzzed(found: dict[str, Any]) -> str:
+    """What a long run of `make fuzz` found: a Markdown table with a row for each kind of input."""
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    lines = [
+        f"Seed {found['seed']}, {found['date']}, {found['processor']}, {found['jobs']} processes, "
+        f"{found['seconds'] / 60:.0f} minutes ({versions}):",
+        "",
+        "| kind | inputs | taken | refused | faults | slowest (s) | most memory (MB) |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, kind in found["kinds"].items():
+        counts = (kind[what] for what in ("inputs", "taken", "refused"))
+        cells = [f"{count:,}" for count in (*counts, len(kind["faults"]))]
+        cells += [f"{kind['slowest'][0]:.2f}", f"{kind['largest'][0] / 1e6:.0f}"]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -1,8 +1,10 @@
 """Image files decoded to 8-bit RGB, in bounded time and memory.
 
 Usual photos are decoded here: their headers bound the work. Everything else is decoded by another
-Python process, which is killed after `DEADLINE` seconds and may take `_MOST_MEMORY` bytes. Starting
-it takes 0.2 to 0.4 seconds.
+Python process, which may take `_MOST_MEMORY` bytes and is killed after `DEADLINE` seconds by the
+wall clock. Where the system says how long other programs kept it from running (Linux), up to
+`_MOST_WAITING` seconds of that come on top: else a busy machine would refuse what an idle one
+reads. Starting it takes 0.2 to 0.4 seconds.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -29,7 +32,9 @@ if TYPE_CHECKING:
 # 9,459 x 9,459 pixels; larger images are treated as decompression bombs.
 MAX_PIXELS = 89_478_485
 MAX_FILE_BYTES = 512 << 20
+MAX_WEBP_PIXELS = 50_000_000  # of which Pillow holds four copies with alpha
 DEADLINE = 3.5  # seconds of the other process, its start included; converting comes on top
+_MOST_WAITING = 5.0  # seconds that it may wait for a processor
 _MOST_MEMORY = 1_000_000_000  # bytes that the other process may take to decode
 _BAND = 1 << 22  # pixels whose values are converted at once
 
@@ -49,6 +54,7 @@ _REFUSED = {
     "IMT",
     "PCD",
 }
+_UNREADABLE = "is not an image this build can read; use PNG, JPEG, WebP, BMP, GIF or TIFF"
 # Plugins for formats that Pillow lacks: what registers them in another process.
 _PLUGINS = {"pillow_heif": "register_heif_opener"}
 _HEIC = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"hevm", b"hevs", b"mif1", b"msf1")
@@ -72,6 +78,8 @@ def decode_file(file: Any, check: Check, mask: bool = False) -> PILImage:
     if length > MAX_FILE_BYTES:
         raise ImageFault(f"has {length:,} bytes; at most {MAX_FILE_BYTES:,} are read, shrink it")
     header = inspect(file, length)
+    if header is not None:
+        _check_webp(header.format, *header.size)
     if header is not None and not header.heavy:
         return _decode(file, header, (header.format,), check, mask)
     if header is not None:
@@ -90,7 +98,10 @@ def decode_image(image: PILImage, check: Check, mask: bool = False) -> PILImage:
     """A PIL image as 8-bit RGB: upright, with alpha on white; for `mask` see `decode_file`."""
     check(image.width, image.height)
     with _faults():
-        if (file := _not_loaded(image)) is not None:
+        if (file := _unread(image)) is not None:
+            if image.format in _REFUSED:
+                raise ImageFault(_UNREADABLE)
+            _check_webp(image.format, image.width, image.height)
             place = file.tell()
             try:
                 header = inspect(file, _length(file))
@@ -122,16 +133,28 @@ def eight_bits(values: np.ndarray, top: float) -> np.ndarray:
     return found
 
 
-def _not_loaded(image: PILImage) -> Any:
-    """The file of an image that is opened but not decoded, if decoding may be costly."""
+def _check_webp(format: str | None, width: int, height: int) -> None:
+    if format == "WEBP" and width * height > MAX_WEBP_PIXELS:
+        raise ImageFault(
+            f"is a WebP of {width} x {height} pixels; the limit for WebP is "
+            f"{MAX_WEBP_PIXELS:,} pixels, shrink it or save it as PNG"
+        )
+
+
+def _unread(image: PILImage) -> Any:
+    """The file of an image that Pillow has opened but not decoded yet, at its first frame."""
     from PIL import ImageFile
 
-    if not isinstance(image, ImageFile.ImageFile) or not image.tile or image.tell():
+    if not isinstance(image, ImageFile.ImageFile) or not _is_pillows(type(image)):
+        return None
+    if getattr(image, "_im", None) is not None or image.tell():
         return None
     file = getattr(image, "fp", None)
-    if image.format not in ("PNG", "JPEG", "BMP", "TIFF", "JPEG2000", "PPM"):
-        return None
     return file if hasattr(file, "seek") else None
+
+
+def _is_pillows(kind: Any) -> bool:
+    return (getattr(kind, "__module__", None) or "").partition(".")[0] == "PIL"
 
 
 def _bytes(value: Any) -> bytes:
@@ -150,7 +173,7 @@ def _foreign(file: Any) -> tuple[str, ...]:
     found = []
     for name, (factory, accept) in list(Image.OPEN.items()):
         module = (getattr(factory, "__module__", None) or "").partition(".")[0]
-        if module == "PIL" or module in _PLUGINS or name in _REFUSED:
+        if _is_pillows(factory) or module in _PLUGINS or name in _REFUSED:
             continue
         with contextlib.suppress(Exception):
             answer = accept is None or accept(prefix)
@@ -198,9 +221,7 @@ def _decode(
         try:
             image = Image.open(source, formats=formats)
         except UnidentifiedImageError as error:
-            raise ImageFault(
-                "is not an image this build can read; use PNG, JPEG, WebP, BMP, GIF or TIFF"
-            ) from error
+            raise ImageFault(_UNREADABLE) from error
         except Image.DecompressionBombError as error:
             raise ImageFault(
                 "is enormous according to its header; "
@@ -248,15 +269,15 @@ def _on_white(image: PILImage) -> PILImage:
     """Alpha laid on white, a band of rows at a time: whole copies would take a gigabyte."""
     from PIL import Image
 
-    found = Image.new("RGB", image.size)
-    rows = max(1, _BAND // image.width)
-    for top in range(0, image.height, rows):
-        band = image.crop((0, top, image.width, min(image.height, top + rows)))
+    found, top = Image.new("RGB", image.size), 0
+    for band in _bands(image):
         if band.mode == "La":
             band = band.convert("LA")
         band = band.convert("RGBA")
-        white = Image.new("RGBA", band.size, "white")
-        found.paste(Image.alpha_composite(white, band).convert("RGB"), (0, top))
+        if band.getchannel("A").getextrema() != (255, 255):  # else it takes time for nothing
+            band = Image.alpha_composite(Image.new("RGBA", band.size, "white"), band)
+        found.paste(band.convert("RGB"), (0, top))
+        top += band.height
     return found
 
 
@@ -264,16 +285,22 @@ def _see_through(image: PILImage) -> PILImage | None:
     """White where an image is transparent; None where it is so nowhere."""
     from PIL import Image
 
-    found, clear = Image.new("L", image.size), False
-    rows = max(1, _BAND // image.width)
-    for top in range(0, image.height, rows):
-        band = image.crop((0, top, image.width, min(image.height, top + rows)))
+    found, clear, top = Image.new("L", image.size), False, 0
+    for band in _bands(image):
         if band.mode == "La":
             band = band.convert("LA")
         alpha = band.convert("RGBA").getchannel("A")
         clear = clear or np.asarray(alpha).min() < 255
         found.paste(alpha.point(list(range(255, -1, -1))), (0, top))
+        top += band.height
     return found.convert("RGB") if clear else None
+
+
+def _bands(image: PILImage) -> Iterator[PILImage]:
+    """An image in pieces of some rows, from top to bottom."""
+    rows = max(1, _BAND // image.width)
+    for top in range(0, image.height, rows):
+        yield image.crop((0, top, image.width, min(image.height, top + rows)))
 
 
 def _from_deep(image: PILImage) -> PILImage:
@@ -325,28 +352,23 @@ def _decode_elsewhere(file: Any, check: Check, mask: bool) -> PILImage:
 
     file.seek(0)
     brand = file.read(12)
-    if not sys.executable:
-        raise ImageFault("needs a Python interpreter to decode it; save it as PNG or JPEG")
-    code = (
-        "import sys; sys.path[:] = sys.argv[1:]; "
-        f"from omnigen_fast.image_decoder import serve; serve({mask})"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-I", "-c", code, *sys.path],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-    )
+    process = _decoder(mask)
     assert process.stdin is not None and process.stdout is not None
-    late = threading.Event()
+    late, done = threading.Event(), threading.Event()
 
-    def stop() -> None:
-        late.set()
-        process.kill()
+    def watch() -> None:
+        left = DEADLINE
+        while left > 0 and not done.wait(left):
+            waited = min(_waited(process.pid), _MOST_WAITING)
+            left = start + DEADLINE + waited - time.monotonic()
+        if not done.is_set():
+            late.set()
+            process.kill()
 
-    timer = threading.Timer(DEADLINE, stop)
+    start = time.monotonic()
+    watcher = threading.Thread(target=watch, daemon=True)
     feeder = threading.Thread(target=_feed, args=(file, process.stdin), daemon=True)
-    timer.start()
+    watcher.start()
     feeder.start()
     try:
         while True:
@@ -362,7 +384,8 @@ def _decode_elsewhere(file: Any, check: Check, mask: bool) -> PILImage:
                     break
                 return Image.frombytes("RGB", (width, height), data)
     finally:
-        timer.cancel()
+        done.set()
+        watcher.join()  # so that it kills no other process of the same number
         process.kill()
         process.wait()
         process.stdout.close()
@@ -372,6 +395,31 @@ def _decode_elsewhere(file: Any, check: Check, mask: bool) -> PILImage:
     if word == "fault":
         raise ImageFault(_missing(brand) or text)
     raise ImageFault("is damaged or cut short (its decoder failed); save or download it again")
+
+
+def _decoder(mask: bool) -> subprocess.Popen[bytes]:
+    """Starts the other process, which runs `serve`."""
+    if not sys.executable:
+        raise ImageFault("needs a Python interpreter to decode it; save it as PNG or JPEG")
+    code = (
+        "import sys; sys.path[:] = sys.argv[1:]; "
+        f"from omnigen_fast.image_decoder import serve; serve({mask})"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-I", "-c", code, *sys.path],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def _waited(pid: int | str) -> float:
+    """Seconds that a process was ready to run while others ran, where the system says so."""
+    try:
+        with open(f"/proc/{pid}/schedstat") as file:
+            return int(file.read().split()[1]) / 1e9
+    except (OSError, ValueError, IndexError):
+        return 0.0
 
 
 def _missing(start: bytes) -> str | None:
@@ -434,9 +482,9 @@ def serve(mask: bool) -> None:
         header = inspect(file, len(file.getvalue()))
         formats = (header.format,) if header else tuple(set(Image.OPEN) - _REFUSED)
         image = _decode(file, header or Header(""), formats, announce, mask)
-        data = image.tobytes()
         say(f"pixels {image.width} {image.height}")
-        out.write(data)
+        for band in _bands(image):  # all at once would be another copy
+            out.write(band.tobytes())
         out.flush()
     except MemoryError:
         say(f"fault takes more than {_MOST_MEMORY:,} bytes to decode; shrink it, save it as PNG")

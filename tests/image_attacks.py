@@ -200,11 +200,11 @@ READ = [  # read, at the cost of their pixels
     mpo_of_frames,
     png_of_texts,
     large_grey,
+    large_alpha_png,
 ]
-REFUSED = [sliver, two_sizes, tiff_of_strips]
+REFUSED = [sliver, two_sizes, tiff_of_strips, large_webp]
 EITHER = [  # read or refused, as the machine is fast
     run_length_bmp,
-    large_alpha_png,
     large_jpeg,
     jpeg_of_200_scans,
     jpeg_of_segments,
@@ -216,5 +216,4 @@ EITHER = [  # read or refused, as the machine is fast
     png_of_pieces,
     interlaced_png,
     deep_png,
-    large_webp,
 ]

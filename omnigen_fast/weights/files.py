@@ -370,18 +370,21 @@ def open_file(path: str, device: torch.device) -> Any:
     _check_header(path)
     try:
         return safe_open(path, framework="pt", device=str(device))
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, MemoryError) as error:
         raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
 
 
 def _check_header(path: str) -> None:
     """Raises CheckpointError for a header too large to be parsed."""
     try:
+        length = os.path.getsize(path)
+        if length < 8:  # too short, as safetensors will say; reading one in /proc may wait forever
+            return
         with open(path, "rb") as file:
             size = int.from_bytes(file.read(8), "little")
     except OSError as error:
         raise CheckpointError(f"{path} can't be read: {error.strerror}") from error
-    if _MAX_HEADER_BYTES < size < os.path.getsize(path):
+    if _MAX_HEADER_BYTES < size < length:
         raise CheckpointError(
             f"{path} has a header of {size} bytes; at most {_MAX_HEADER_BYTES} are read"
         )

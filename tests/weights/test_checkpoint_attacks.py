@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from omnigen_fast import CheckpointError, OmniGenPipeline, RequestError
 from omnigen_fast.vae.vae import Vae
 from omnigen_fast.weights.checkpoint import Checkpoint
-from omnigen_fast.weights.files import find_weights, read_headers
+from omnigen_fast.weights.files import find_weights, open_file, read_headers
 
 CPU = torch.device("cpu")
 IMAGE = str(TINY.parent / "images" / "cat.png")
@@ -447,3 +447,22 @@ class TestAnotherVae:
 
         pipe("A cat.", **CALL, callback_on_step_end=swap, progress=False)
         assert seen == ["the pipeline is running; it can't be called from a callback"]
+
+
+@pytest.mark.parametrize("size", [0, 7])
+def test_a_file_too_short_for_a_header_is_not_waited_for(size, tmp_path, monkeypatch):
+    """Some files of /proc are regular, have no size, and keep their readers waiting."""
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(bytes(size))
+    monkeypatch.setattr("builtins.open", lambda *given, **options: pytest.fail("read it"))
+    with pytest.raises(CheckpointError, match="not a readable safetensors file"):
+        open_file(str(path), CPU)
+
+
+def test_a_file_that_cannot_be_mapped_is_refused(folder, monkeypatch):
+    def full(*given, **options):
+        raise MemoryError("Cannot allocate memory (os error 12)")
+
+    monkeypatch.setattr("safetensors.safe_open", full)
+    with pytest.raises(CheckpointError, match="not a readable safetensors file: Cannot allocate"):
+        Checkpoint.open(folder)
