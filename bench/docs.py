@@ -5,7 +5,8 @@
 
 Four kinds of text are generated: the output below a command in a line of its own (`    $ ...`),
 the tables in docs/benchmarks.md, and the summary of them in README.md, both of the result file that
-docs/benchmarks.md links to; and the table in docs/reliability.md, of tests/fuzz/results.json.
+docs/benchmarks.md links to; and the tables in docs/reliability.md, of tests/fuzz/results.json and
+tests/soak/results.json.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from .common import ROOT
 README, BENCHMARKS = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
 RELIABILITY, FUZZED = ROOT / "docs" / "reliability.md", ROOT / "tests" / "fuzz" / "results.json"
 FUZZ = "<!-- fuzz: begin -->", "<!-- fuzz: end -->"
+SOAKED = ROOT / "tests" / "soak" / "results.json"
+SOAK = "<!-- soak: begin -->", "<!-- soak: end -->"
 RATIOS = "<!-- ratios: begin -->", "<!-- ratios: end -->"
 _SHOWN, _COMMAND = " " * 4, "    $ "  # how output is indented, and a command
 _RESULT = re.compile(r"\(\.\./(bench/results/bench-[\w.-]+\.json)\)")
@@ -42,6 +45,7 @@ def refreshed(path: Path) -> str:
         text = _between(text, RATIOS, ratios(result()))
     if path == RELIABILITY:
         text = _between(text, FUZZ, fuzzed(json.loads(FUZZED.read_text(encoding="utf-8"))))
+        text = _between(text, SOAK, soaked(json.loads(SOAKED.read_text(encoding="utf-8"))))
     return text
 
 
@@ -86,6 +90,31 @@ def fuzzed(found: dict[str, Any]) -> str:
         cells = [f"{count:,}" for count in (*counts, len(kind["faults"]))]
         cells += [f"{kind['slowest'][0]:.2f}", f"{kind['largest'][0] / 1e6:.0f}"]
         lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def soaked(found: dict[str, Any]) -> str:
+    """What `make soak` found: sentences, and the curve of memory as a Markdown table."""
+    parts = ("mixed", "repeated", "failures", "interrupts")
+    mixed, curve = found["mixed"], found["mixed"]["curve"]
+    calls, failures, interrupts = (
+        sum(found[part][what].values())
+        for part, what in zip(parts[1:], ("calls", "tried", "tried"))
+    )
+    lines = [
+        f"Seed {found['seed']}, {found['date']}, {found['processor']}, one thread, PyTorch "
+        f"{found['torch']}: {mixed['requests']:,} mixed requests, {calls:,} calls of the six, "
+        f"memory that ran out {failures:,} times, Ctrl-C {interrupts:,} times; "
+        f"{sum(len(found[part]['faults']) for part in parts)} faults. In the last third of the "
+        f"mixed requests, memory changed by {mixed['bytes_per_request']} bytes per request.",
+        "",
+        "| requests | resident (MB) | handed out (MB) | tensors | threads | files |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for point in curve[:: max(1, len(curve) // 10)]:
+        memory = (f"{point[what] / 1e6:.0f}" for what in ("rss", "in_use"))
+        counts = (str(point[what]) for what in ("tensors", "threads", "files"))
+        lines.append(f"| {point['request']:,} | {' | '.join((*memory, *counts))} |")
     return "\n".join(lines) + "\n"
 
 

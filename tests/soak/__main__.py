@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ def main() -> int:
     torch.set_num_threads(1)
     result: dict[str, Any] = {
         "seed": arguments.seed,
+        "date": date.today().isoformat(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "processor": _processor(),
