@@ -33,7 +33,7 @@ from .run import LESS_RESIDENT, SMALLER, AfterStep, decide, first_plan, generate
 from .surroundings import isolated
 from .vae.vae import Vae
 from .weights.checkpoint import Checkpoint
-from .weights.files import SDXL_VAE, VAE_FILES, check_inside, locate, resolve
+from .weights.files import SDXL_VAE, VAE_FILES, check_inside, checked_path, locate, resolve
 
 # Called after each step with (pipeline, step, time, {"latents": ...}); may return new latents.
 StepCallback: TypeAlias = Callable[
@@ -133,11 +133,7 @@ class OmniGenPipeline(LoraMethods, DiffusersMethods):
             CheckpointError: files are missing, malformed, or not an OmniGen model.
             RequestError: an argument can't be used; says which, and what can.
         """
-        if not isinstance(model_name, str | os.PathLike):
-            raise RequestError(
-                "model_name must be a folder's path or a hub id (owner/name), got "
-                f"{type(model_name).__name__}"
-            )
+        checked_path("model_name", model_name)
         precision = Precision.of(_one_dtype(dtype, torch_dtype))
         if variant is not None:
             check_inside("variant", variant)

@@ -563,7 +563,7 @@ class TestArguments:
 
     @pytest.mark.parametrize("model", [None, 3, b"model", [], True])
     def test_what_is_no_model(self, model):
-        with pytest.raises(RequestError, match="model_name must be a folder's path") as found:
+        with pytest.raises(RequestError, match="model_name must be a folder or a hub id") as found:
             OmniGenPipeline.from_pretrained(model)
         in_one_line(found.value)
 
