@@ -6,7 +6,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -24,9 +24,9 @@ from .weights.checkpoint import Checkpoint, find_folders, find_tokenizer, layout
 from .weights.files import VAE_FILES, check_shapes, locate, resolve
 from .weights.foreign import all_finite, open_foreign
 from .weights.names import ORIGINAL, TensorRows, layout_sources
+from .weights.writing import write_safetensors
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}  # safetensors'
 _BASE_FILES = (
     "*.json",
     "transformer/config.json",
@@ -34,7 +34,6 @@ _BASE_FILES = (
     "vae/*.json",
     "vae/*.safetensors",
 )
-_HEADER_UNIT = 8  # bytes; the data after the header is aligned to it
 
 
 @dataclass(frozen=True)
@@ -104,49 +103,26 @@ def convert(
                 values = [read(part.name) for part in written[name]]
                 return values[0] if len(values) == 1 else torch.cat(values)
 
-            write_safetensors(os.path.join(folder, "model.safetensors"), shapes, dtype, stacked)
+            tensors = (_converted(stacked(name), name, dtype) for name in shapes)
+            write_safetensors(os.path.join(folder, "model.safetensors"), shapes, dtype, tensors)
         _write_json(os.path.join(folder, "config.json"), _config_values(values, config, dtype))
         shutil.copyfile(parts.tokenizer, os.path.join(folder, "tokenizer.json"))
         os.mkdir(os.path.join(folder, "vae"))
         weights = os.path.join(folder, "vae", "diffusion_pytorch_model.safetensors")
-        write_safetensors(weights, vae_shapes, torch.float32, vae.__getitem__)
+        tensors = (_converted(value, name, torch.float32) for name, value in vae.items())
+        write_safetensors(weights, vae_shapes, torch.float32, tensors)
         vae_config = read_json(os.path.join(find_vae(parts.vae)[0], "config.json"))
         _write_json(os.path.join(folder, "vae", "config.json"), vae_config)
         Checkpoint.open(folder)
     return Converted(sum(map(prod, shapes.values())), nbytes)
 
 
-def write_safetensors(
-    path: str,
-    shapes: Mapping[str, tuple[int, ...]],
-    dtype: torch.dtype,
-    read: Callable[[str], Tensor],
-) -> None:
-    """Writes a file tensor by tensor, so that no more than one is in memory.
-
-    Args:
-        path: of the file.
-        shapes: of the tensors, by name.
-        dtype: of all.
-        read: gives a tensor by name.
-
-    Raises:
-        CheckpointError: a value is too large for the dtype.
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, shape in shapes.items():
-        start, end = end, end + prod(shape) * dtype.itemsize
-        header[name] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % _HEADER_UNIT)
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in shapes:
-            value = read(name).to(dtype).contiguous()
-            if not all_finite(value):
-                raise CheckpointError(f"{name} overflows {dtype}; choose bfloat16 or float32")
-            file.write(value.flatten().view(torch.uint8).numpy().data)
+def _converted(value: Tensor, name: str, dtype: torch.dtype) -> Tensor:
+    """A tensor in another dtype; raises CheckpointError for values that are too large for it."""
+    converted = value.to(dtype)
+    if not all_finite(converted):
+        raise CheckpointError(f"{name} overflows {dtype}; choose bfloat16 or float32")
+    return converted
 
 
 def _find_parts(model: str, base: str | None, vae_path: str | None) -> _Parts:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 from .engine import Engine
 from .errors import OmniGenError, RequestError, first_line, printable
 from .weights.lora import merged
+from .weights.writing import write_safetensors
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -25,7 +25,6 @@ _TOKENIZER_FILES = (
 )
 _SAVED = {"model_index.json", "config.json", "vae", "transformer", "tokenizer", "scheduler"}
 _SAVED |= {"model.safetensors", *_TOKENIZER_FILES}
-_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}  # safetensors' names
 
 
 def save(engine: Engine, folder: str | os.PathLike[str]) -> None:
@@ -115,28 +114,18 @@ def _copy(source: str, target: str, names: Iterable[str]) -> None:
 
 
 def _write_weights(engine: Engine, path: str) -> None:
-    """Writes a safetensors file with the checkpoint's names, one parameter at a time."""
-    sources, dtype = engine.checkpoint.sources, engine.model.dtype
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for parts in sources.values():
-        for part in parts:
-            begin, end = end, end + torch.Size(part.shape).numel() * dtype.itemsize
-            header[part.name] = {
-                "dtype": _DTYPES[dtype],
-                "shape": part.shape,
-                "data_offsets": (begin, end),
-            }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    """Writes the weights with the checkpoint's names, one parameter at a time."""
+    sources = engine.checkpoint.sources
     value_of = _values(engine)
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+
+    def tensors() -> Iterator[Tensor]:
         for name, parts in sources.items():
             value = value_of(name)
             for part in parts:
-                rows = value[part.start : part.start + part.shape[0]]
-                rows.contiguous().view(torch.uint8).numpy().tofile(file)
+                yield value[part.start : part.start + part.shape[0]]
+
+    shapes = {part.name: part.shape for parts in sources.values() for part in parts}
+    write_safetensors(path, shapes, engine.model.dtype, tensors())
 
 
 def _values(engine: Engine) -> Callable[[str], Tensor]:

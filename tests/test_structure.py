@@ -58,6 +58,7 @@ ORDER = [
     "weights.lora_sources",
     "weights.lora_files",
     "weights.store",
+    "weights.writing",
     "vae.strips",
     "vae.vae",
     "vae.preview",
