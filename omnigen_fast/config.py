@@ -123,12 +123,14 @@ class ModelConfig:
                 raise CheckpointError(
                     f"config: {name} must be a positive number, got {brief(value)}"
                 )
+            object.__setattr__(self, name, float(value))  # PyTorch takes no integer above 2**63
         for name in ("short_factor", "long_factor"):
             factor = getattr(self, name)
             if len(factor) != self.head_dim // 2 or not all(map(_is_positive, factor)):
                 raise CheckpointError(
                     f"config: {name} must hold {self.head_dim // 2} positive numbers"
                 )
+            object.__setattr__(self, name, tuple(map(float, factor)))
 
     @property
     def head_dim(self) -> int:

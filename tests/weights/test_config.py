@@ -84,6 +84,16 @@ def test_factors(name, value):
     refused(lambda: ModelConfig.from_phi3({**CONFIG, "rope_scaling": rope}, 48), f"{name} must")
 
 
+def test_whole_numbers_of_any_length():
+    """JSON has them without a point, and no limit; PyTorch takes none above 2**63."""
+    rope = {**ROPE, "short_factor": [10**20] * len(ROPE["short_factor"])}
+    found = ModelConfig.from_phi3({**CONFIG, "rope_theta": 10**20, "rope_scaling": rope}, 48)
+    assert isinstance(found.rope_theta, float) and found.rope_theta == 1e20
+    Transformer(found, {"pos_embed": torch.zeros(48 * 48, found.hidden_size)})
+    for value in (10**31, 10**400):
+        refused(lambda value=value: replace(found, rope_theta=value), "rope_theta must be a posit")
+
+
 OTHER_MODELS = [
     ({"hidden_act": "gelu"}, "hidden_act 'gelu' describes another model; OmniGen has 'silu'"),
     ({"model_type": "llama"}, "model_type 'llama'"),
