@@ -37,7 +37,8 @@ def measure(held: Iterable[Tensor]) -> dict[str, int]:
     in_use = _trim()
     kept = {one.untyped_storage()._cdata for one in held}
     tensors = [one for one in gc.get_objects() if issubclass(type(one), Tensor)]
-    others = {one.untyped_storage()._cdata for one in tensors if one.device.type != "meta"} - kept
+    dense = (one for one in tensors if one.device.type != "meta" and one.layout is torch.strided)
+    others = {one.untyped_storage()._cdata for one in dense} - kept
     with open("/proc/self/status") as file:
         status = dict(line.split(":", 1) for line in file)
     anonymous = int(status["RssAnon"].split()[0]) << 10
