@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from omnigen_fast import CheckpointError, OmniGenPipeline, RequestError
 from omnigen_fast.vae.vae import Vae
-from omnigen_fast.weights.checkpoint import Checkpoint
+from omnigen_fast.weights.checkpoint import Checkpoint, find_folders
 from omnigen_fast.weights.files import find_weights, open_file, read_headers
 
 CPU = torch.device("cpu")
@@ -343,6 +343,14 @@ class TestArguments:
             OmniGenPipeline.from_pretrained(TINY, dtype="bfloat16", torch_dtype="float32")
         with pytest.raises(RequestError, match="float16 overflows"):
             OmniGenPipeline.from_pretrained(TINY, torch_dtype=torch.float16)
+
+    @pytest.mark.parametrize(("name", "around"), [("transformer", True), ("weights", False)])
+    def test_only_diffusers_folder_is_looked_around(self, tmp_path, name, around):
+        (tmp_path / "model_index.json").touch()
+        inner = tmp_path / name
+        inner.mkdir()
+        expected = str(tmp_path if around else inner), str(inner)
+        assert find_folders(str(inner)) == expected
 
     def test_subfolder(self, folder, pipe):
         found = load(folder.parent, subfolder="model")("A cat.", **CALL, output_type="pt")

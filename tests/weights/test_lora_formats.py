@@ -143,6 +143,12 @@ class TestFormats:
         fresh.load_lora_weights(LORA / "adapter_model.safetensors")
         assert same(weights(fresh), reference[1])
 
+    def test_peft_config_is_not_read_for_other_files(self, fresh, reference, tmp_path):
+        (tmp_path / "adapter_config.json").write_text("not JSON")
+        save(kohya(PLAIN), tmp_path / "style.safetensors")
+        fresh.load_lora_weights(tmp_path / "style.safetensors")
+        close(weights(fresh), reference[1])
+
     def test_half_precision(self, fresh, reference):
         fresh.load_lora_weights({name: t.half() for name, t in kohya(PLAIN).items()})
         for name, tensor in reference[1].items():
