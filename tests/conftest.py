@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,18 @@ from golden_cases import TINY
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The slow files first: processes that share the files then end at about the same time."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def signals_that_nobody_ignores():
+    """Processes that tests start heed signals, also where `nohup` or a shell's `&` started these.
+
+    What is ignored here would be ignored in them; what is handled here is not.
+    """
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
 
 
 @pytest.fixture(scope="session")

@@ -48,6 +48,7 @@ from .server import Server, listen
 _MEMORY = ["auto", "4GiB", "6GiB", "8GiB", "12GiB", "16GiB", "24GiB"]
 _MAX_QUEUE = 64  # calls that Gradio may hold for a moment; the line is ours
 _MAX_TABLES = 2  # memory tables at a time: they read the images, which may be large
+_WRITING_SECONDS = 4.0  # that the end waits for a picture being written
 _TABLE_PATIENCE = 1.0  # seconds that a table waits for its turn
 _IDLE_SECONDS = 60  # after which a session's messages that nobody fetched are dropped
 _LARGEST_SEED = (1 << 53) - 1
@@ -93,6 +94,11 @@ class Page:
         self._preview = Preview.fit(pipe.vae)
         self.line = Line()
         self._tables = threading.Semaphore(_MAX_TABLES)
+        self._writing = threading.Lock()
+
+    def finish_writing(self) -> None:
+        """Waits for the picture that is being written, if any; no other one is begun."""
+        self._writing.acquire(timeout=_WRITING_SECONDS)
 
     def generate(self, request: gr.Request, *values: Any) -> Iterator[tuple[Any, ...]]:
         """Yields status, picture, seed, saved file, and the states of both buttons."""
@@ -145,7 +151,8 @@ class Page:
             return _status(text, event.done / event.steps), event.image, gr.skip(), ""
         dtype = str(self._pipe.dtype).removeprefix("torch.")
         try:
-            path = save(event.image, arguments, self._model, dtype, self._folder)
+            with self._writing:
+                path = save(event.image, arguments, self._model, dtype, self._folder)
         except (OmniGenError, OSError) as error:  # the picture is shown all the same
             return _failure(error, "The picture was not saved: "), event.image, gr.skip(), ""
         text = f"Done: {event.steps} steps in {clock(event.seconds)}"
@@ -371,12 +378,17 @@ def serve(
         pipe = OmniGenPipeline.from_pretrained(
             model, device=device, dtype=dtype, local_files_only=local_files_only
         )
+        page = Page(pipe, model, out_dir)
         # apart from those of other programs, and gone with this one
         folder = tempfile.mkdtemp(prefix="omnigen-fast-", dir=os.environ.get("GRADIO_TEMP_DIR"))
         remove = partial(shutil.rmtree, folder, ignore_errors=True)
         os.environ["GRADIO_TEMP_DIR"] = folder
+
+        def end() -> None:
+            page.finish_writing()
+            remove()
+
         try:
-            page = Page(pipe, model, out_dir)
             used = opened.getsockname()[1]
             public = _share(used) if share else None
             if public is not None:
@@ -388,9 +400,9 @@ def serve(
                 print(f"and, for anyone who has the link, at {public}", flush=True)
             elif share:
                 print("There is no public link: Gradio's server provided none", flush=True)
-            return server.serve_until_told(opened, remove)
+            return server.serve_until_told(opened, end)
         finally:
-            remove()
+            end()
             for tunnel in CURRENT_TUNNELS:
                 tunnel.kill()
 
