@@ -718,7 +718,8 @@ class TestEnd:
         one.process.send_signal(number)
         one.process.wait(30)
         assert time.monotonic() - start < 15
-        assert one.process.returncode == -number
+        # the second is what a shell makes of the first: of a server that does not end by itself
+        assert one.process.returncode in (-number, 128 + number)
         assert not list(one.temporary.glob("omnigen-fast-*"))
 
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
