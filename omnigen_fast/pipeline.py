@@ -18,7 +18,7 @@ from .config import ModelConfig
 from .diffusers_methods import DiffusersMethods
 from .engine import Engine
 from .equivalents import named_arguments, own_names
-from .errors import OmniGenError, RequestError, printable
+from .errors import OmniGenError, OutOfMemoryError, RequestError, printable
 from .loras import LoraMethods
 from .memory.device import parse_memory
 from .memory.overview import Report
@@ -596,8 +596,11 @@ def check_device(device: str | torch.device | None) -> torch.device:
             return torch.device("cuda", torch.cuda.current_device())
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
-        target = torch.device(device)
-        torch.empty(1, device=target)
+        with naming_memory("while the device is tried", LESS_RESIDENT):
+            target = torch.device(device)
+            torch.empty(1, device=target)
+    except OutOfMemoryError:
+        raise
     except Exception as error:  # torch raises many kinds for absent devices
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise RequestError(f"device {device!r} can't be used: {first}") from error

@@ -115,6 +115,7 @@ class Ring:
     ) -> None:
         assert slots > 0 and order
         self._lane = lane
+        self._slots = slots
         self._order = tuple(order)
         self._fill = fill
         self._place = {item: place for place, item in enumerate(order)}
@@ -162,11 +163,9 @@ class Ring:
     def reset(self) -> None:
         """Forgets contents and users of all buffers: items have changed, or a step failed."""
         self._lane.drain()
-        slots = [slot for slot, _ in self._free]
-        slots += [slot for _, slot, _ in self._coming]
-        slots += self._taken.values()
         now = self._lane.mark()
-        self._free = deque((slot, now) for slot in slots)
+        # all there are: Ctrl-C may have come while one was in none of the three
+        self._free = deque((slot, now) for slot in range(self._slots))
         self._coming.clear()
         self._taken.clear()
 

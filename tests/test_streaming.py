@@ -376,3 +376,22 @@ def test_only_memory_that_cuda_copies_from_is_locked(driver):
 )
 def test_what_is_out_of_memory(error, expected):
     assert offload.is_out_of_memory(error) is expected
+
+
+def test_an_interrupt_loses_no_buffer(monkeypatch):
+    """Between the item that is done with and the buffer that is free again, both are nowhere."""
+    lane = ThreadLane()
+    ring = Ring(lane, 2, range(3), lambda slot, item: None)
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    for _ in range(2):
+        ring.take(0)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(lane, "mark", interrupted)
+            ring.release(0)
+        ring.reset()
+    for item in (0, 1, 2, 0):
+        assert ring.take(item) in (0, 1)
+        ring.release(item)
