@@ -218,14 +218,15 @@ class LoraMethods(ABC):
     def _set_loras(self, loras: Loras) -> None:
         """Makes the weights what these adapters make of them; a failure leaves them as before."""
         engine, before = self.engine, self.engine.loras
+        changed = sorted(before.changed(loras))
         with naming_memory("while the LoRAs are merged", LESS_RESIDENT):
             try:
                 engine.loras = loras
-                engine.refresh(before.changed(loras))
+                engine.refresh(changed)
             except BaseException:
                 engine.loras = before
                 with suppress(Exception):  # then the next call or change does it
-                    engine.refresh()
+                    engine.refresh(changed)  # all: Ctrl-C may have come when they were set
                 raise
 
 

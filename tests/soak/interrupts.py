@@ -105,6 +105,7 @@ def interrupt_fault(scenario: Scenario, number: int) -> str | None:
     if text:
         return text
     try:
+        scenario.settle()
         scenario.check_other()
         scenario.check_failed()
     except Exception as error:

@@ -107,6 +107,10 @@ class Scenario(ABC):
     def check_other(self) -> None:
         """After it has failed: whether another request can be carried out."""
 
+    def settle(self) -> None:
+        """After an interrupt on the way out of `act`, when all was done: takes that back."""
+        return
+
     @abstractmethod
     def held(self) -> Iterator[Tensor]:
         """What may live on."""
@@ -256,6 +260,11 @@ class Lora(Call):
 
     def check(self, result: None) -> None:
         assert torch.equal(self.pipe(**TEXT), self.merged)
+
+    def settle(self) -> None:
+        if self.pipe.get_list_adapters():
+            self.check(None)
+            self.pipe.unload_lora_weights()
 
     def check_failed(self) -> None:
         assert not self.pipe.get_list_adapters()

@@ -289,6 +289,22 @@ class TestComingAndGoing:
         with pytest.raises(RequestError, match="loaded: none"):
             fresh.unload_lora_weights(str(LORA))
 
+    def test_ctrl_c_after_the_last_weight_changes_nothing(self, fresh, monkeypatch):
+        before, refresh, done = weights(fresh), fresh.engine.refresh, []
+
+        def interrupted(parameters=()):
+            refresh(parameters)
+            done.append(weights(fresh))
+            if len(done) == 1:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(fresh.engine, "refresh", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            fresh.load_lora_weights(LORA)
+        assert not same(done[0], before)
+        assert same(weights(fresh), before)
+        assert not fresh.get_list_adapters()
+
     def test_unloading_that_fails_in_the_middle_is_made_good(self, fresh, monkeypatch):
         """No picture comes from a mixture: the next call sets the weights first, or fails too."""
         fresh.load_lora_weights(LORA, adapter_name="style")
