@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from .weights.files import VAE_FILES, check_shapes, locate, resolve
 from .weights.foreign import all_finite, open_foreign
 from .weights.names import ORIGINAL, TensorRows, layout_sources
 from .weights.writing import write_safetensors
+from .whole_files import temporary_folder
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _BASE_FILES = (
@@ -198,15 +198,10 @@ def _check_room(out: str, nbytes: int) -> None:
 @contextmanager
 def _new_folder(out: str) -> Iterator[str]:
     """A folder to write to that becomes `out` in the end, or nothing if the work fails."""
-    parent, name = os.path.split(os.path.abspath(out))
-    # named before it is made, so that a signal in between leaves nothing behind
-    folder = os.path.join(parent, f".{name}-{secrets.token_hex(8)}")
     try:
-        os.mkdir(folder)
-        yield folder
-        _check_out(out)
-        os.rename(folder, out)
+        with temporary_folder(out) as folder:
+            yield folder
+            _check_out(out)
+            os.rename(folder, out)
     except OSError as error:
         raise OSError(f"{out} can't be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

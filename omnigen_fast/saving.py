@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -12,9 +11,10 @@ import torch
 from torch import Tensor
 
 from .engine import Engine
-from .errors import OmniGenError, RequestError, first_line, printable
+from .errors import OmniGenError, RequestError, brief, first_line
 from .weights.lora import merged
 from .weights.writing import write_safetensors
+from .whole_files import temporary_folder
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -43,36 +43,30 @@ def save(engine: Engine, folder: str | os.PathLike[str]) -> None:
     """
     target = _checked(folder, engine)
     parent = os.path.dirname(target)
-    temporary = None
     try:
         os.makedirs(parent, exist_ok=True)
-        temporary = tempfile.mkdtemp(prefix=".saving-", dir=parent)
-        new, old = os.path.join(temporary, "new"), os.path.join(temporary, "old")
-        os.mkdir(new)
-        _write(engine, new)
-        if os.path.isdir(target):
-            os.rename(target, old)
-        try:
-            os.rename(new, target)
-        except OSError:
-            if os.path.isdir(old):
-                os.rename(old, target)
-            raise
+        with temporary_folder(target) as temporary:
+            new, old = os.path.join(temporary, "new"), os.path.join(temporary, "old")
+            os.mkdir(new)
+            _write(engine, new)
+            if os.path.isdir(target):
+                os.rename(target, old)
+            try:
+                os.rename(new, target)
+            except OSError:
+                if os.path.isdir(old):
+                    os.rename(old, target)
+                raise
     except OSError as error:
         reason = error.strerror or first_line(error)
         raise OmniGenError(f"{target} can't be written: {reason}") from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _checked(folder: Any, engine: Engine) -> str:
     """The path of a folder that may be written or replaced."""
     text = os.fspath(folder) if isinstance(folder, str | os.PathLike) else ""
     if not isinstance(text, str) or not text or "\0" in text:
-        raise RequestError(
-            f"save_directory must be the path of a folder, got {printable(repr(folder), 100)}"
-        )
+        raise RequestError(f"save_directory must be the path of a folder, got {brief(folder)}")
     target = os.path.realpath(os.path.expanduser(text))
     if os.path.exists(target) and not os.path.isdir(target):
         raise RequestError(f"{target} is a file; give a folder")

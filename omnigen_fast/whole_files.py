@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import shutil
 import tempfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _LEFT = re.compile(r"\.[0-9a-f]{16}-\w{8}\.\w+")  # names of temporary files
@@ -49,6 +50,19 @@ def write_whole(out: Path, write: Callable[[str], object], *, replace: bool = Tr
             _remove(out.parent, prefix)
         else:
             Path(temporary).unlink(missing_ok=True)
+
+
+@contextmanager
+def temporary_folder(out: str) -> Iterator[str]:
+    """A folder beside `out`, to be put in its place; what is left of it goes in the end."""
+    parent, name = os.path.split(os.path.abspath(out))
+    # named before it is made, so that a signal in between leaves nothing behind
+    folder = os.path.join(parent, f".{name}-{secrets.token_hex(8)}")
+    try:
+        os.mkdir(folder)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def remove_left(folder: Path) -> None:

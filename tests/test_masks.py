@@ -11,15 +11,14 @@ import torch
 from golden_cases import GOLDEN, relative_error
 from PIL import Image
 from recording import recording_graphs
+from step_cases import CHANGES, PLAN, under
 
 from omnigen_fast.denoise import Loop
 from omnigen_fast.errors import OmniGenError, RequestError
 from omnigen_fast.images import read_image
 from omnigen_fast.masks import feathered, read_mask
-from omnigen_fast.memory.plan import MemoryPlan
 from omnigen_fast.solvers import SOLVERS
 
-PLAN = MemoryPlan.plain(layers=3, kept_bytes=16 << 20)
 PHOTO = str(GOLDEN / "images" / "coffee.png")
 EDIT = {
     "prompt": "<img><|image_1|></img> no cup",
@@ -125,17 +124,7 @@ class TestLatents:
     @pytest.mark.parametrize(
         "options", [{"mask_image": MASK}, {"strength": 0.6}], ids=lambda one: next(iter(one))
     )
-    @pytest.mark.parametrize(
-        "change",
-        [
-            {"branches_per_pass": 1},
-            {"cache": "none"},
-            {"resident_layers": 1, "cache": "ring"},
-            {"strip_rows": 4},
-            {"capture": True},
-        ],
-        ids=lambda change: ", ".join(change),
-    )
+    @under(*CHANGES, {"strip_rows": 4})
     @pytest.mark.parametrize("solver", ["euler", "midpoint"])
     def test_under_any_plan(self, pipe, monkeypatch, change, options, solver):
         graphs, events = recording_graphs()

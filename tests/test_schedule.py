@@ -8,6 +8,7 @@ import pytest
 import torch
 from golden_cases import GOLDEN, relative_error
 from recording import recording_graphs
+from step_cases import CHANGES, PLAN, assert_packed_is_alone, under
 
 from omnigen_fast import profiles
 from omnigen_fast.config import released_sizes
@@ -19,7 +20,6 @@ from omnigen_fast.memory.terms import total_bytes
 from omnigen_fast.precision import Precision
 from omnigen_fast.schedule import ALL_BRANCHES, StepKind, StepSchedule
 
-PLAN = MemoryPlan.plain(layers=3, kept_bytes=16 << 20)
 PHOTOS = [str(GOLDEN / "images" / name) for name in ("coffee.png", "cat.png")]
 TEXT = {
     "prompt": "A cat on a mat.",
@@ -119,16 +119,7 @@ def test_a_schedule_is_what_is_computed_by_hand(pipe, request_, kinds, times):
     assert relative_error(carried_out(pipe, request_, schedule), expected) < 1e-5
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"branches_per_pass": 1},
-        {"cache": "none"},
-        {"resident_layers": 1, "cache": "ring"},
-        {"capture": True},
-    ],
-    ids=lambda change: ", ".join(change),
-)
+@under(*CHANGES)
 @pytest.mark.parametrize("kinds", KINDS.values(), ids=KINDS)
 def test_under_any_plan(pipe, monkeypatch, kinds, change):
     graphs, _ = recording_graphs()
@@ -221,22 +212,9 @@ class TestGuidanceInterval:
     def test_a_batch_is_each_prompt_alone(self, pipe, interval):
         noise = pipe.make_call(**BATCH).latents
         batch = guided({**BATCH, "seed": None, "progress": False}, *interval[:2])
-        packed = pipe(**batch, latents=noise)
-        for i in range(2):
-            one = {"prompt": BATCH["prompt"][i], "input_images": BATCH["input_images"][i]}
-            alone = pipe(**{**batch, **one}, latents=noise[i : i + 1])
-            assert relative_error(packed[i : i + 1], alone) < 1e-5
+        assert_packed_is_alone(pipe, batch, noise)
 
-    @pytest.mark.parametrize(
-        "change",
-        [
-            {"branches_per_pass": 1},
-            {"cache": "none"},
-            {"resident_layers": 1, "cache": "ring"},
-            {"capture": True},
-        ],
-        ids=lambda change: ", ".join(change),
-    )
+    @under(*CHANGES)
     def test_under_any_plan(self, pipe, monkeypatch, change):
         graphs, events = recording_graphs()
         monkeypatch.setattr(pipe.engine, "graphs", graphs)

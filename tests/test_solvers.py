@@ -11,14 +11,13 @@ import pytest
 import torch
 from golden_cases import GOLDEN, relative_error
 from recording import recording_graphs
+from step_cases import CHANGES, PLAN, assert_packed_is_alone, under
 
 from omnigen_fast.denoise import Loop, PlacedBranch, StepValues
 from omnigen_fast.errors import OmniGenError, RequestError
-from omnigen_fast.memory.plan import MemoryPlan
 from omnigen_fast.schedule import ALL_BRANCHES, StepSchedule
 from omnigen_fast.solvers import MULTISTEP, SOLVERS, TWO_EVALUATIONS, shifted
 
-PLAN = MemoryPlan.plain(layers=3, kept_bytes=16 << 20)
 OTHERS = [solver for solver in SOLVERS if solver != "euler"]
 ORDERS = {"euler": 1, "heun": 2, "midpoint": 2, "ab2": 2, "dpmpp2m": 2}
 PHOTO = str(GOLDEN / "images" / "coffee.png")
@@ -276,22 +275,9 @@ class TestPictures:
     def test_a_batch_is_each_prompt_alone(self, pipe, solver, options):
         noise = pipe.make_call(**BATCH).latents
         batch = {**BATCH, "seed": None, "solver": solver, **options}
-        packed = pipe(**batch, latents=noise)
-        for i in range(2):
-            one = {"prompt": BATCH["prompt"][i], "input_images": BATCH["input_images"][i]}
-            alone = pipe(**{**batch, **one}, latents=noise[i : i + 1])
-            assert relative_error(packed[i : i + 1], alone) < 1e-5
+        assert_packed_is_alone(pipe, batch, noise)
 
-    @pytest.mark.parametrize(
-        "change",
-        [
-            {"branches_per_pass": 1},
-            {"cache": "none"},
-            {"resident_layers": 1, "cache": "ring"},
-            {"capture": True},
-        ],
-        ids=lambda change: ", ".join(change),
-    )
+    @under(*CHANGES)
     @pytest.mark.parametrize("solver", OTHERS)
     def test_under_any_plan(self, pipe, monkeypatch, solver, change):
         graphs, events = recording_graphs()

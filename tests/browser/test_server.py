@@ -15,28 +15,10 @@ import pytest
 from golden_cases import TINY
 from gradio import processing_utils
 from gradio.data_classes import ImageData
+from page_fields import page_fields
 from PIL import Image
 
 from omnigen_fast.page import ui
-from omnigen_fast.request import DEFAULT_NEGATIVE_PROMPT
-
-
-def values(**changes) -> list:
-    fields = {
-        **dict.fromkeys(("image_1", "image_2", "image_3")),
-        "height": 32,
-        "width": 32,
-        "guidance_scale": 2.5,
-        "img_guidance_scale": 1.6,
-        "steps": 2,
-        "seed": 0,
-        "randomize": False,
-        "max_input_image_size": 32,
-        "use_input_image_size": False,
-        "negative_prompt": DEFAULT_NEGATIVE_PROMPT,
-        "memory": "auto",
-    }
-    return list(({"prompt": "A cat."} | fields | changes).values())
 
 
 def user(name: str) -> SimpleNamespace:
@@ -50,7 +32,7 @@ def opened(pipe, tmp_path) -> ui.Page:
 
 
 def test_answers(opened, tmp_path):
-    *_, (status, picture, _, saved, *_) = opened.generate(user("a"), *values())
+    *_, (status, picture, _, saved, *_) = opened.generate(user("a"), *page_fields())
     assert "Done: 2 steps" in status
     assert isinstance(picture, Path) and str(picture) == saved
     assert list((tmp_path / "pictures").iterdir()) == [picture]
@@ -61,7 +43,7 @@ def test_on_a_full_disk_the_picture_is_shown(opened, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device", "a.png")
 
     monkeypatch.setattr(ui, "save", full)
-    *_, (status, picture, _, saved, *_) = opened.generate(user("a"), *values())
+    *_, (status, picture, _, saved, *_) = opened.generate(user("a"), *page_fields())
     assert "alert" in status
     assert "The picture was not saved: [Errno 28] No space left on device" in status
     assert picture.size == (32, 32)
@@ -70,7 +52,7 @@ def test_on_a_full_disk_the_picture_is_shown(opened, monkeypatch):
 
 def test_in_the_order_in_which_they_came(opened):
     """While the first runs the others wait; the second gives up, the third has its turn."""
-    first, second, third = (opened.generate(user(name), *values()) for name in "abc")
+    first, second, third = (opened.generate(user(name), *page_fields()) for name in "abc")
     assert "Starting" in next(first)[0]
     assert "Waiting: 1 before" in next(second)[0]
     assert "Waiting: 2 before" in next(third)[0]
@@ -83,7 +65,7 @@ def test_in_the_order_in_which_they_came(opened):
 
 
 def test_one_that_waits_is_woken(opened):
-    first, second = (opened.generate(user(name), *values()) for name in "ab")
+    first, second = (opened.generate(user(name), *page_fields()) for name in "ab")
     next(first), next(second)
     ends = []
     waiting = threading.Thread(target=lambda: ends.extend(second))
@@ -94,7 +76,7 @@ def test_one_that_waits_is_woken(opened):
 
 
 def test_who_leaves_makes_room(opened):
-    first, second = (opened.generate(user(name), *values(steps=1000)) for name in "ab")
+    first, second = (opened.generate(user(name), *page_fields(steps=1000)) for name in "ab")
     next(first), next(second)
     first.close()
     assert "Starting" in next(second)[0]
@@ -109,7 +91,7 @@ def test_a_bug_is_shown_and_told(opened, monkeypatch, capsys):
         raise KeyError("<b>oops</b>")
 
     monkeypatch.setattr(ui, "Job", broken)
-    ((status, *_),) = opened.generate(user("a"), *values())
+    ((status, *_),) = opened.generate(user("a"), *page_fields())
     assert "it failed (KeyError: &#x27;&lt;b&gt;oops&lt;/b&gt;&#x27;)" in status
     assert "Traceback" in capsys.readouterr().err
 
@@ -168,9 +150,9 @@ def test_nothing_is_fetched_for_any_field(opened, monkeypatch, place):
     (call,) = {fn.name: fn for fn in blocks.fns.values() if fn.name == "plans"}.values()
     file = {"path": "http://example.org/a.png", "meta": {"_type": "gradio.FileData"}}
     for sent in (file, [{"deep": file}], {**file, "path": "HTTPS://example.org/a.png"}):
-        inputs = values()
+        inputs = page_fields()
         inputs[place] = sent
         with pytest.raises(gr.Error, match="must be uploaded"):
             asyncio.run(blocks.preprocess_data(call, inputs, None))
     assert not fetched
-    assert asyncio.run(blocks.preprocess_data(call, values(), None)) == values()
+    assert asyncio.run(blocks.preprocess_data(call, page_fields(), None)) == page_fields()

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 from golden_cases import GOLDEN, TINY
+from page_fields import page_fields
 
 from omnigen_fast.page.bodies import MAX_CALL_BYTES, MAX_UPLOAD_BYTES
 from omnigen_fast.page.record import read_record
@@ -127,22 +128,7 @@ def watch(session: str) -> bytes:
 
 
 def data(**changes) -> list:
-    fields = {
-        "prompt": "A cat.",
-        **dict.fromkeys(("image_1", "image_2", "image_3")),
-        "height": 32,
-        "width": 32,
-        "guidance_scale": 2.5,
-        "img_guidance_scale": 1.6,
-        "steps": 2,
-        "seed": 0,
-        "randomize": False,
-        "max_input_image_size": 32,
-        "use_input_image_size": False,
-        "negative_prompt": "ugly",
-        "memory": "auto",
-    }
-    return list((fields | changes).values())
+    return page_fields(**{"negative_prompt": "ugly", **changes})
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import random
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ KINDS = {  # class, and share of a run of all kinds
 }
 
 
-class Kind:
+class Kind(ABC):
     """One kind of input. A worker makes one object of it.
 
     An input is a function of (kind, seed, number), with the same versions of the libraries.
@@ -33,27 +34,27 @@ class Kind:
         """Makes the seeds in an empty folder."""
         self.folder = folder
 
+    @abstractmethod
     def make(self, rng: random.Random, number: int) -> Any:
         """An input. Some numbers are to be run further than others, see `run`."""
-        raise NotImplementedError
 
     def prepare(self, case: Any) -> Any:
         """What the caller has in its hands: a folder, an open file. Neither timed nor watched."""
         return case
 
+    @abstractmethod
     def run(self, prepared: Any, number: int) -> None:
         """Reads an input. Raises OmniGenError where it is refused."""
-        raise NotImplementedError
 
     def size(self, case: Any) -> int:
         """Bytes of the input."""
         return 0
 
+    @abstractmethod
     def good(self) -> bytes:
         """The result of a request that nothing is wrong with; always the same bits."""
-        raise NotImplementedError
 
-    def renew(self) -> None:
+    def renew(self) -> None:  # noqa: B027 - inputs of most kinds change nothing
         """Forgets all that inputs may have changed."""
 
     def save(self, case: Any, folder: Path) -> None:
