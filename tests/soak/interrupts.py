@@ -22,6 +22,7 @@ _MAPPED_FILES = str(torch.storage.__file__)  # it is called while weights are re
 _TRACED = (_PACKAGE, _MAPPED_FILES)
 
 Line = tuple[str, int]
+NOT_REACHED = "the line was not reached"
 
 
 class Lines:
@@ -101,7 +102,7 @@ def interrupt_fault(scenario: Scenario, number: int) -> str | None:
     except Exception as error:
         text = f"raised {type(error).__name__}: {error}"
     if not lines.interrupted:
-        return "the line was not reached"
+        return NOT_REACHED
     if text:
         return text
     try:
