@@ -8,7 +8,7 @@ PEER := .peers/original
 SEED := 0
 FIRST := 0
 
-.PHONY: test fuzz soak test-browser chromium demo bench peers dist lint format clean
+.PHONY: test test-failed fuzz soak test-browser chromium demo bench peers dist lint format clean
 
 $(READY): setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -29,6 +29,11 @@ lint: $(READY)
 test: lint
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile \
 		--no-loadscope-reorder
+
+# What failed, one after the other: some tests bound a time, which a busy machine exceeds.
+test-failed: lint
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --last-failed --last-failed-no-failures none \
+		tests tests/browser
 
 # N inputs (of KIND, or of all kinds together) made by mutation, in a process for each core. Failing
 # ones are in fuzz-output; RESULT names a file for the numbers.
