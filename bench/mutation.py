@@ -53,7 +53,10 @@ ROOMS: dict[str, tuple[Sequence[str], Sequence[str]]] = {
     "guidance": (["guidance"], _STEPS),
     "sequence": (["sequence"], _STEPS),
     "weights": (_WEIGHTS, ["tests/weights", "tests/memory/test_plans.py"]),
-    "engine": (["engine"], ["tests/test_engine.py", "tests/test_graph.py"]),
+    "engine": (
+        ["engine"],
+        ["tests/test_engine.py", "tests/test_engine_places.py", "tests/test_graph.py"],
+    ),
 }
 FORK = multiprocessing.get_context("fork")
 
