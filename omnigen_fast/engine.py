@@ -47,7 +47,7 @@ from .weights.store import LayerStore
 _KEPT_IMAGES = 256  # latents of input images; one of 1024 px takes 262 KB
 
 
-@dataclass
+@dataclass(eq=False)  # two of one request are two
 class Running:
     """A call that a plan carries out; its state between two steps."""
 

@@ -95,7 +95,12 @@ class TestReading:
         monkeypatch.setattr(files, "open_file", lambda *where: opened.append(where) or real(*where))
         for name, tensor in Checkpoint.open(TINY).read(torch.bfloat16, CPU).items():
             assert torch.equal(tensor, expected[name])
-        assert len(opened) > 10  # twice without
+        assert len(opened) > 10
+        monkeypatch.undo()
+        opened.clear()
+        monkeypatch.setattr(files, "open_file", lambda *where: opened.append(where) or real(*where))
+        Checkpoint.open(TINY).read(torch.bfloat16, CPU)
+        assert len(opened) == 2  # for the headers, and for the values
 
     @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's /proc")
     def test_equal_dtype_is_the_mapped_file(self, folder):
@@ -169,6 +174,12 @@ class TestReading:
             return
         with pytest.raises(CheckpointError, match=f"t has {places} places, which is not a square"):
             checkpoint._table_side({"t": (1, places, 8)}, "t")
+
+    @pytest.mark.parametrize(("shape", "frequencies"), [((8, 100), 100), ((8,), 256)], ids=str)
+    def test_the_time_embeddings_frequencies(self, shape, frequencies):
+        shapes = {"t_embedder.mlp.0.weight": shape}
+        config = checkpoint.read_config(CONFIG, shapes, checkpoint.ORIGINAL)
+        assert config.time_frequencies == frequencies
 
     def test_both_layouts_names_are_known(self):
         checkpoint = Checkpoint.open(TINY)
@@ -290,6 +301,21 @@ class TestFiles:
 
     def test_empty_folder(self, tmp_path):
         refused(lambda: Checkpoint.open(tmp_path), "has no model.safetensors")
+
+    def test_another_name_is_no_default(self, folder):
+        (folder / "model.safetensors").rename(folder / "other.safetensors")
+        with pytest.raises(CheckpointError, match=r"has no model\.safetensors; it has other"):
+            find_weights(str(folder), "model")
+        assert find_weights(str(folder), "model", any_name=True).paths == (
+            str(folder / "other.safetensors"),
+        )
+
+    def test_a_file_that_is_given(self, folder):
+        path = str(folder / "model.safetensors")
+        assert files.locate(path) == path
+        for other in (folder / "none.safetensors", folder / "config.json"):
+            with pytest.raises(CheckpointError, match=r"does not exist; give|is a file; give"):
+                files.locate(other)
 
     def test_missing_shard(self, folder):
         names = shard(folder)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import FrozenInstanceError, fields
 
 import pytest
 import torch
 from golden_cases import TINY
+from safetensors.torch import save_file
 
 from omnigen_fast import CheckpointError, RequestError
 from omnigen_fast.weights import files, lora, lora_files, lora_scale, lora_sources
@@ -40,6 +42,14 @@ def adapter(down: float, up: float, rank: int = 2, **more: torch.Tensor) -> Adap
     return lora_files.read_adapter(
         {**tensors, **{f"{module}.{name}": value for name, value in more.items()}}, CHECKPOINT
     )
+
+
+@pytest.mark.parametrize(
+    "value", [CHECKPOINT, Adapter(()), loaded(1.0), loaded(1.0).loaded[0]], ids=type
+)
+def test_what_was_read_does_not_change(value):
+    with pytest.raises(FrozenInstanceError):
+        setattr(value, fields(value)[0].name, None)
 
 
 class TestStrengths:
@@ -179,6 +189,15 @@ class TestBounds:
         with pytest.raises(CheckpointError, match="here has more than 65536 tensors"):
             lora_sources._check_count("here", (1 << 16) + 1)
 
+    def test_tensors_of_all_files_count(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(lora_sources, "_MAX_TENSORS", 5)
+        paths = [str(tmp_path / name) for name in ("a.safetensors", "b.safetensors")]
+        for letter, path in zip("ab", paths):
+            save_file({f"{letter}{i}": torch.zeros(1) for i in range(3)}, path)
+        assert len(lora_sources._from_files(paths[:1], None).tensors) == 3
+        with pytest.raises(CheckpointError, match=r"a\.safetensors has more than 5 tensors"):
+            lora_sources._from_files(paths, None)
+
     def test_the_largest_config(self, tmp_path):
         path = tmp_path / "adapter_config.json"
         path.write_bytes(b" " * (4 << 20))
@@ -220,19 +239,35 @@ class TestErrors:
     def test_shapes(self):
         assert lora_sources.shape_text((2, 3)) == "[2, 3]"
         assert lora_sources.shape_text((1,) * 8) == str([1] * 8)
-        assert lora_sources.shape_text((1,) * 9).count("1") == 8
+        assert lora_sources.shape_text((1,) * 9) == ", ".join("1" * 8)
 
     def test_values(self):
         assert lora_sources.shown("a\nb\u00e9") == r"'a\nb\xe9'"
         assert lora_sources.shown("\u00e9") == "'\u00e9'"
         assert lora_sources.shown(["\u00e9"]) == "['\u00e9']"
         assert lora_sources.shown("x" * 70) == f"'{'x' * 70}'"
+        assert lora_sources.shown(b"x" * 77) == f"b'{'x' * 77}'"
+        assert lora_sources.shown(b"x" * 78) == f"b'{'x' * 31}...{'x' * 32}'"
         assert lora_sources.shown("a" * 40 + "b" * 40) == f"'{'a' * 33}...{'b' * 33}'"
         assert (
             lora_sources.shown(["a" * 77]) == f"{['a' * 77]}"[:33] + "..." + f"{['a' * 77]}"[-33:]
         )
         assert lora_sources.shown_path("") == "an empty path"
         assert lora_sources.shown_path("here") == "here"
+        assert lora_sources.shown_path("x" * 100) == "x" * 100
+        assert lora_sources.shown_path("x" * 101) == "x" * 48 + "..." + "x" * 48
+
+    @pytest.mark.parametrize(
+        ("count", "more"), [(3, ""), (4, " and 1 more"), (5, " and 2 more"), (7, " and 4 more")]
+    )
+    def test_the_first_three_unknown_tensors_are_named(self, count, more):
+        names = [f"unet.{letter}.lora_A.weight" for letter in "abcdefg"[:count]]
+        with pytest.raises(CheckpointError) as caught:
+            lora_files.read_adapter({name: torch.zeros(2, 2) for name in names}, CHECKPOINT)
+        assert str(caught.value) == (
+            "the state dict has tensors that belong to no OmniGen layer: unet.a, unet.b, unet.c"
+            + more
+        )
 
     def test_types(self):
         module = "layers.0.self_attn.to_out.0"
