@@ -3,11 +3,12 @@
     python -m bench.mutation cache --sample 100 --seed 0
 
 The faults are cosmic-ray's (`pip install cosmic-ray`; it is in no extra, since it brings a
-database and a web client). They exist in memory only: each mutant runs in a fork that imports the
-changed source; tests that start processes of their own don't see it. Of `--sample` mutants, drawn
-by `--seed`, each runs the tests that enter its function, the quickest first and as many as
-`--seconds` allow, until one fails or takes three times as long as it should. Annotations,
-protocols, assertions and the words of errors and warnings stay as they are.
+database and a web client). They exist in memory only: each mutant is a fork of a process that has
+collected the tests, in which functions and constants of the module are replaced; tests that start
+processes of their own don't see it. Of `--sample` mutants, drawn by `--seed`, each runs the tests
+that enter its function, the quickest first and as many as `--seconds` allow, until one fails or
+takes three times as long as it should. Annotations, protocols, decorators, assertions and the
+words of errors and warnings stay as they are.
 """
 
 from __future__ import annotations
@@ -24,12 +25,11 @@ import sys
 import threading
 from bisect import bisect
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
-from importlib.machinery import SourceFileLoader
-from itertools import accumulate
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, zip_longest
 from pathlib import Path
+from types import FunctionType, ModuleType
 from typing import Any
 
 import pytest
@@ -50,7 +50,7 @@ ROOMS = {  # their modules, and pytest's arguments
     ),
     "engine": ("engine", "tests/test_engine.py tests/test_engine_places.py tests/test_graph.py"),
 }
-OPTIONS = shlex.split("-x --tb=no -p no:cacheprovider --hypothesis-profile=ci")
+OPTIONS = shlex.split("-s --tb=no -p no:cacheprovider --hypothesis-profile=ci")
 FORK = multiprocessing.get_context("fork")
 
 
@@ -107,27 +107,49 @@ def _left_out(node: ast.AST) -> Any:
     return getattr(node, "annotation", getattr(node, "returns", None))
 
 
-@dataclass
-class Watch:
-    """A pytest plugin: which functions of `files` a test enters, and how long it takes.
+def functions(space: dict[str, Any], module: str) -> Iterator[tuple[str, FunctionType]]:
+    """Those of a module or a class, by name, without their decorators."""
+    for name, value in space.items():
+        for inside in ("fget", "func", "__func__"):
+            value = getattr(value, inside, value)
+        while hasattr(value, "__wrapped__"):
+            value = value.__wrapped__
+        if getattr(value, "__module__", None) == module:
+            if isinstance(value, FunctionType):
+                yield name, value
+            elif isinstance(value, type):
+                yield from ((f"{name}.{one}", each) for one, each in functions(vars(value), module))
 
-    With `limits`, seconds by test, it runs these tests in that order, up to the first that fails.
-    """
 
-    files: Collection[str] = ()
-    limits: Mapping[str, float] = field(default_factory=dict)
-    entered: dict[tuple[str, int], set[str]] = field(default_factory=lambda: defaultdict(set))
-    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    now: str = ""
+def apply(mutant: Mutant) -> None:
+    """Changes the functions and constants of a module that is imported."""
+    modules = [one for one in sys.modules.values() if hasattr(one, "__file__")]
+    (module,) = (one for one in modules if one.__file__ == str(mutant.path))
+    changed = ModuleType(module.__name__)
+    changed.__package__ = module.__package__
+    exec(compile(mutant.source(), module.__file__, "exec"), vars(changed))
+    plain = dict(functions(vars(module), module.__name__))
+    for name, function in functions(vars(changed), module.__name__):
+        for part in ("__code__", "__defaults__", "__kwdefaults__"):
+            setattr(plain[name], part, getattr(function, part))
+    for name, value in vars(changed).items():
+        old = vars(module).get(name)
+        if isinstance(value, int | float | str | tuple) and value != old:
+            for one in modules:  # also where it was imported
+                if vars(one).get(name) is old:
+                    setattr(one, name, value)
 
-    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        by_name = {item.nodeid: item for item in items}
-        items[:] = [by_name[name] for name in self.limits or by_name]
 
-    def pytest_runtest_logstart(self, nodeid: str) -> None:
-        self.now = nodeid
-        if self.limits:
-            signal.setitimer(signal.ITIMER_REAL, 3 * self.limits[nodeid] + 10)
+class Room:
+    """A pytest plugin that runs mutants where the tests would run."""
+
+    def __init__(self, paths: Sequence[Path], chosen: argparse.Namespace) -> None:
+        self.files, self.chosen = {str(path) for path in paths}, chosen
+        every = [mutant for path in paths for mutant in mutants_of(path)]
+        self.drawn = random.Random(chosen.seed).sample(every, min(chosen.sample, len(every)))
+        self.entered: dict[tuple[str, int], set[str]] = defaultdict(set)
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.now = ""
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self.seconds[report.nodeid] += report.duration  # of setup, call and teardown
@@ -137,30 +159,67 @@ class Watch:
         if event == "call" and code.co_filename in self.files:
             self.entered[code.co_filename, code.co_firstlineno].add(self.now)
 
-    def run(self, arguments: Sequence[str], mutant: Mutant | None = None) -> bool:
-        """Whether tests pass, in a process of its own, and in the time that they may take."""
-        receive, send = FORK.Pipe(duplex=False)
-        process = FORK.Process(target=self._run, args=(arguments, mutant, send))
-        process.start()
-        send.close()
-        with suppress(EOFError):
-            self.entered, self.seconds = receive.recv()
-        process.join()
-        return process.exitcode == 0
+    def passes(self, items: Sequence[pytest.Item], limits: dict[str, float]) -> bool:
+        """Whether tests pass, up to the first that fails; ends the process at one that hangs."""
+        for item, following in zip_longest(items, items[1:]):
+            self.now = item.nodeid
+            if limits:
+                signal.setitimer(signal.ITIMER_REAL, 3 * limits[self.now] + 10)
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+            if item.session.testsfailed:
+                return False
+        return True
 
-    def _run(self, arguments: Sequence[str], mutant: Mutant | None, results: Any) -> None:
-        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-        if mutant is not None:
-            path, source, plain = str(mutant.path), mutant.source(), SourceFileLoader.get_code
-            SourceFileLoader.get_code = lambda self, name: (
-                compile(source, path, "exec", 0, True) if self.path == path else plain(self, name)
-            )
+    def all_pass(self, items: Sequence[pytest.Item]) -> Any:
+        """The functions that each test enters, and its seconds; None if one fails."""
         for module in (threading, sys):
-            module.setprofile(self.note if self.files else None)
-        signal.setitimer(signal.ITIMER_REAL, 1800 if self.files else 120)  # the latter to collect
-        code = pytest.main([*arguments, *OPTIONS], plugins=[self])
-        results.send((dict(self.entered), dict(self.seconds)))
-        os._exit(code)
+            module.setprofile(self.note)
+        return self.passes(items, {}) and (dict(self.entered), dict(self.seconds))
+
+    def survives(self, mutant: Mutant, items: Sequence[pytest.Item], limits: Any) -> bool:
+        apply(mutant)
+        return self.passes(items, limits)
+
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        found = in_fork(self.all_pass, session.items)
+        assert found, "the tests fail without a mutant"
+        entered, seconds = found
+        ordered = sorted(session.items, key=lambda item: seconds[item.nodeid])
+        total = f"{len(seconds)} tests, {sum(seconds.values()):.0f} s"
+        print(f"{len(self.drawn)} mutants, {total}", flush=True)
+        assert in_fork(self.passes, ordered, seconds), "the tests fail in another order"
+        alive = []
+        for done, mutant in enumerate(self.drawn):  # an interrupted run is a fair sample
+            place = mutant.function()
+            items = [one for one in ordered if not place or one.nodeid in entered.get(place, ())]
+            ends = list(accumulate(seconds[item.nodeid] for item in items))
+            items = items[: max(1, bisect(ends, self.chosen.seconds))]
+            if not items or in_fork(self.survives, mutant, items, seconds):
+                print(f"{done:3} survives {len(items)} tests: {mutant}", flush=True)
+                alive.append(str(mutant))
+        print(json.dumps({**vars(self.chosen), "mutants": len(self.drawn), "survivors": alive}))
+        return True
+
+
+def in_fork(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function returns in a process of its own; None if it ends without."""
+    receive, send = FORK.Pipe(duplex=False)
+
+    def run() -> None:
+        for stream in (1, 2):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+        send.send(function(*arguments))
+        os._exit(0)
+
+    process = FORK.Process(target=run)
+    process.start()
+    send.close()
+    try:
+        return receive.recv()
+    except EOFError:
+        return None
+    finally:
+        process.join()
 
 
 def main() -> None:
@@ -172,27 +231,7 @@ def main() -> None:
     chosen = parser.parse_args()
     modules, arguments = map(shlex.split, ROOMS[chosen.room])
     paths = [path.resolve() for name in modules for path in sorted(PACKAGE.glob(f"{name}.py"))]
-    if chosen.room != "reference":  # its tests ask for Triton's interpreter before all else
-        from diffusers import AutoencoderKL  # noqa: F401 - once for all forks
-    every = [mutant for path in paths for mutant in mutants_of(path)]
-    drawn = random.Random(chosen.seed).sample(every, min(chosen.sample, len(every)))
-    plain = Watch({str(path) for path in paths})
-    assert plain.run(arguments), "the tests fail without a mutant"
-    seconds = dict(sorted(plain.seconds.items(), key=lambda item: item[1]))
-    assert Watch(limits=seconds).run(arguments), "the tests fail in another order"
-    print(f"{len(every)} mutants, {len(seconds)} tests, {sum(seconds.values()):.0f} s", flush=True)
-
-    alive = []
-    for done, mutant in enumerate(drawn):  # in no order: an interrupted run is a fair sample
-        place = mutant.function()
-        tests = [one for one in seconds if place is None or one in plain.entered.get(place, ())]
-        ends = list(accumulate(seconds[test] for test in tests))
-        limits = {test: seconds[test] for test in tests[: max(1, bisect(ends, chosen.seconds))]}
-        where = sorted({test.partition("::")[0] for test in limits})  # to collect no more
-        if not limits or Watch(limits=limits).run(where, mutant):
-            print(f"{done:3} survives {len(limits)} tests: {mutant}", flush=True)
-            alive.append(str(mutant))
-    print(json.dumps({**vars(chosen), "mutants": len(drawn), "survivors": alive}))
+    pytest.main([*arguments, *OPTIONS], plugins=[Room(paths, chosen)])
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from omnigen_fast.images import read_image
 from omnigen_fast.parameters import parameter_shapes
 from omnigen_fast.processor import Processor
 from omnigen_fast.vae.vae import Vae
-from omnigen_fast.weights import checkpoint, files
+from omnigen_fast.weights import checkpoint, files, names
 from omnigen_fast.weights.checkpoint import Checkpoint
 from omnigen_fast.weights.files import TensorReader, find_weights, read_json, resolve
 
@@ -62,12 +62,27 @@ class TestReading:
         assert list(weights) == ["norm", "layers.0.o_proj"]
 
     def test_shards(self, folder):
-        names = shard(folder)
+        shards = shard(folder)
         whole = Checkpoint.open(TINY).read(torch.float32, CPU)
         parts = Checkpoint.open(folder)
-        assert {Path(path).name for path in parts.files.values()} == set(names)
+        assert {Path(path).name for path in parts.files.values()} == set(shards)
         for name, tensor in parts.read(torch.float32, CPU).items():
             assert torch.equal(tensor, whole[name])
+
+    def test_parts_of_a_parameter_are_joined(self, folder):
+        """As diffusers has them; the layout is told by the names."""
+        whole = Checkpoint.open(TINY)
+        exact = whole.read(torch.float32, CPU)
+        parts = {
+            part.name: exact[name][part.start : part.start + part.shape[0]].clone()
+            for name, sources in names.diffusers_sources(whole.config).items()
+            for part in sources
+        }
+        assert len(parts) == len(exact) + 2 * whole.config.num_layers
+        save_file(parts, folder / "model.safetensors")
+        found = Checkpoint.open(folder).read(torch.float32, CPU)
+        assert found.keys() == exact.keys()
+        assert all(torch.equal(found[name], exact[name]) for name in exact)
 
     def test_conversion_rounds_to_nearest(self):
         checkpoint = Checkpoint.open(TINY)
