@@ -334,7 +334,7 @@ CRAFTED = {
     },
     "huge-shape": lambda: {f"{Q}.lora_A.weight": torch.zeros(1).expand(4, 1 << 40)},
     "mismatched": lambda: {f"{Q}.lora_A.weight": (3, 192)},
-    "many-axes": lambda: {f"{Q}.lora_A.weight": torch.zeros((4, 192) + (1, 2) * 20)},
+    "many-axes": lambda: {f"{Q}.lora_A.weight": torch.zeros(1).expand((4, 192) + (1, 2) * 20)},
     "nan": lambda: {f"{Q}.lora_A.weight": torch.full((4, 192), torch.nan)},
     "inf": lambda: {f"{Q}.lora_B.weight": torch.full((192, 4), -torch.inf)},
     "overflow": lambda: {
