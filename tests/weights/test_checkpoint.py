@@ -230,8 +230,14 @@ class TestTensors:
         refused(lambda: Checkpoint.open(folder), "missing ", "unexpected weight")
 
     def test_no_tensors_at_all(self, folder):
+        """The names are those of the folder's layout."""
         save_file({}, folder / "model.safetensors")
-        refused(lambda: Checkpoint.open(folder), "missing ")
+        refused(lambda: Checkpoint.open(folder), "missing final_layer.")
+        inner = folder / "transformer"  # as diffusers has it
+        inner.mkdir()
+        shutil.copy(folder / "config.json", inner)
+        save_file({}, inner / "diffusion_pytorch_model.safetensors")
+        refused(lambda: Checkpoint.open(folder), "missing embed_tokens.weight")
 
     def test_integers(self, folder):
         def damage(tensors):
