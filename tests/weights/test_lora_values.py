@@ -219,6 +219,28 @@ class TestBounds:
 
 
 class TestErrors:
+    @pytest.mark.parametrize(
+        "tensor",
+        [
+            torch.empty(2, ROWS, device="meta"),
+            torch.nested.nested_tensor([torch.zeros(ROWS)] * 2, layout=torch.jagged),
+        ],
+        ids=["meta", "nested"],
+    )
+    def test_only_plain_values_are_read(self, tensor):
+        with pytest.raises(RequestError, match="'a' holds no plain values; give dense tensors"):
+            lora_files.read_adapter({"a": tensor}, CHECKPOINT)
+
+    @pytest.mark.parametrize("source", ["owner/name", "folder"])
+    def test_a_repository_without_a_lora_may_have_one_of_another_name(
+        self, tmp_path, monkeypatch, source
+    ):
+        monkeypatch.setattr(lora_sources, "resolve", lambda *_, **__: str(tmp_path))
+        folder = str(tmp_path) if source == "folder" else source
+        with pytest.raises(CheckpointError, match="has no LoRA: adapter_config") as caught:
+            lora_files.read_adapter(folder, CHECKPOINT)
+        assert ("weight_name=" in str(caught.value)) == (source != "folder")
+
     @pytest.mark.parametrize(("count", "more"), [(1, ""), (3, ""), (4, ", ...")])
     def test_the_first_three_adapters_are_named(self, count, more):
         with pytest.raises(RequestError) as caught:
