@@ -84,6 +84,18 @@ class TestReading:
         assert found.keys() == exact.keys()
         assert all(torch.equal(found[name], exact[name]) for name in exact)
 
+    def test_parts_of_other_sizes_are_joined(self, tmp_path):
+        """As keys and values are that fewer heads share."""
+        parts = {"q": torch.arange(12.0).view(4, 3), "k": torch.full((2, 3), 0.5)}
+        save_file(parts, tmp_path / "parts.safetensors")
+        rows = names.TensorRows("q", 0, (4, 3)), names.TensorRows("k", 4, (2, 3))
+        one = replace(
+            Checkpoint.open(TINY),
+            sources={"qk": rows},
+            files=dict.fromkeys(parts, str(tmp_path / "parts.safetensors")),
+        )
+        assert torch.equal(one.read(torch.float32, CPU)["qk"], torch.cat([*parts.values()]))
+
     def test_conversion_rounds_to_nearest(self):
         checkpoint = Checkpoint.open(TINY)
         exact = checkpoint.read(torch.float32, CPU)
