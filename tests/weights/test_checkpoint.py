@@ -24,7 +24,7 @@ from omnigen_fast.images import read_image
 from omnigen_fast.parameters import parameter_shapes
 from omnigen_fast.processor import Processor
 from omnigen_fast.vae.vae import Vae
-from omnigen_fast.weights import checkpoint, files, names
+from omnigen_fast.weights import checkpoint, files
 from omnigen_fast.weights.checkpoint import Checkpoint
 from omnigen_fast.weights.files import TensorReader, find_weights, read_json, resolve
 
@@ -68,33 +68,6 @@ class TestReading:
         assert {Path(path).name for path in parts.files.values()} == set(shards)
         for name, tensor in parts.read(torch.float32, CPU).items():
             assert torch.equal(tensor, whole[name])
-
-    def test_parts_of_a_parameter_are_joined(self, folder):
-        """As diffusers has them; the layout is told by the names."""
-        whole = Checkpoint.open(TINY)
-        exact = whole.read(torch.float32, CPU)
-        parts = {
-            part.name: exact[name][part.start : part.start + part.shape[0]].clone()
-            for name, sources in names.diffusers_sources(whole.config).items()
-            for part in sources
-        }
-        assert len(parts) == len(exact) + 2 * whole.config.num_layers
-        save_file(parts, folder / "model.safetensors")
-        found = Checkpoint.open(folder).read(torch.float32, CPU)
-        assert found.keys() == exact.keys()
-        assert all(torch.equal(found[name], exact[name]) for name in exact)
-
-    def test_parts_of_other_sizes_are_joined(self, tmp_path):
-        """As keys and values are that fewer heads share."""
-        parts = {"q": torch.arange(12.0).view(4, 3), "k": torch.full((2, 3), 0.5)}
-        save_file(parts, tmp_path / "parts.safetensors")
-        rows = names.TensorRows("q", 0, (4, 3)), names.TensorRows("k", 4, (2, 3))
-        one = replace(
-            Checkpoint.open(TINY),
-            sources={"qk": rows},
-            files=dict.fromkeys(parts, str(tmp_path / "parts.safetensors")),
-        )
-        assert torch.equal(one.read(torch.float32, CPU)["qk"], torch.cat([*parts.values()]))
 
     def test_conversion_rounds_to_nearest(self):
         checkpoint = Checkpoint.open(TINY)
@@ -201,21 +174,6 @@ class TestReading:
             return
         with pytest.raises(CheckpointError, match=f"t has {places} places, which is not a square"):
             checkpoint._table_side({"t": (1, places, 8)}, "t")
-
-    @pytest.mark.parametrize(("shape", "frequencies"), [((8, 100), 100), ((8,), 256)], ids=str)
-    def test_the_time_embeddings_frequencies(self, shape, frequencies):
-        shapes = {"t_embedder.mlp.0.weight": shape}
-        config = checkpoint.read_config(CONFIG, shapes, checkpoint.ORIGINAL)
-        assert config.time_frequencies == frequencies
-
-    def test_both_layouts_names_are_known(self):
-        checkpoint = Checkpoint.open(TINY)
-        original, whole = checkpoint.find(QKV)
-        assert (original, whole.start, whole.shape) == ("layers.1.qkv_proj", 0, (576, 192))
-        for part, start in (("q", 0), ("k", 192), ("v", 384)):
-            name, rows = checkpoint.find(f"layers.1.self_attn.to_{part}.weight")
-            assert (name, rows.start, rows.shape) == ("layers.1.qkv_proj", start, (192, 192))
-        assert checkpoint.find("layers.1.self_attn.to_z.weight") is None
 
 
 class TestTensors:
