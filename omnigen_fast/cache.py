@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .config import ModelConfig
-from .errors import OmniGenError
+from .errors import BusyError
 from .memory.plan import Condition
 
 
@@ -50,6 +50,7 @@ class Entry:
     condition: Condition
     steps: int
     form: Hashable = None  # what else decides the bits of its rows: how prefill was carried out
+    copy: int = 0  # calls that step together each need a slot, and so rows, of their own
 
     @property
     def rows(self) -> int:
@@ -93,7 +94,7 @@ class Cache(Protocol):
             The entries whose rows are new and must be written now, or dropped by `discard`.
 
         Raises:
-            OmniGenError: another request holds rows that would have to move.
+            BusyError: another request holds rows that would have to move.
         """
 
     def give_back(self, entries: Sequence[Entry]) -> None:
@@ -232,7 +233,7 @@ class ConditionCache:
                     for entry in missing:
                         self._places.pop(entry, None)
                     raise self._busy()
-        except OmniGenError:
+        except BusyError:
             raise
         except BaseException:  # an interrupt: rows may be half moved
             self.clear()
@@ -268,8 +269,14 @@ class ConditionCache:
         """See `Cache.hold`."""
         self._held = Counter(entries)
 
-    def _busy(self) -> OmniGenError:
-        return OmniGenError(
+    def copy_rows(self, source: Entry, target: Entry) -> None:
+        """Makes the rows of a reserved entry those of another of the same kind."""
+        start, place, rows = self._places[source], self._places[target], target.rows
+        for storage in (self.keys, self.values):
+            storage[:, place : place + rows] = storage[:, start : start + rows]
+
+    def _busy(self) -> BusyError:
+        return BusyError(
             "another request holds the condition cache; finish it first, or give "
             "condition_cache_bytes for both"
         )

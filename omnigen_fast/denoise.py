@@ -48,7 +48,7 @@ class PlacedBranch:
 
 
 @dataclass(frozen=True)
-class _PassValues:
+class PassValues:
     """The (picture, branch) groups that run together."""
 
     pictures: tuple[int, ...]  # of each group: whose latents
@@ -65,7 +65,7 @@ class _PassValues:
 class Passes:
     """The groups of a kind of step, pass by pass, and how their velocities are combined."""
 
-    passes: tuple[_PassValues, ...]
+    passes: tuple[PassValues, ...]
     branches: tuple[int, ...]  # whose conditions they read, of the call's distinct ones
     coefficient: Tensor  # [groups], float32
     cu_groups: Tensor  # [pictures + 1], int32
@@ -321,7 +321,7 @@ def _members(
 
 def _pass_values(
     model: Transformer, members: Sequence[_Member], noise_tokens: int, step: Tensor
-) -> _PassValues:
+) -> PassValues:
     device = model.device
     places = torch.arange(noise_tokens, device=device)
     tables = [model.rotary(places + b.span.condition + 1, b.branch.long) for _, _, b in members]
@@ -329,7 +329,7 @@ def _pass_values(
     def integers(values: list[int], dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=device)
 
-    return _PassValues(
+    return PassValues(
         pictures=tuple(picture for _, picture, _ in members),
         places=integers([place for place, _, _ in members], torch.int64),
         cu_rows=integers([i * noise_tokens for i in range(len(members) + 1)]),

@@ -2,13 +2,13 @@
 
 It holds the weights, the autoencoder, the caches and captured steps, and moves them as plans want.
 Calls are values: `start` one under a plan, `step` it until it is finished, then `finish` or `drop`
-it. Several may be under way; a step of one may follow a step of another.
+it. Several may be under way; a step of one may follow a step of another, or run together with it.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -26,12 +26,13 @@ from .denoise import (
     StepValues,
     Velocity,
 )
-from .errors import OmniGenError
+from .errors import BusyError, OmniGenError
 from .graph import Runner, StepGraphs
 from .images import InputImage
 from .memory.device import held_bytes
 from .memory.plan import MemoryPlan
 from .model import Transformer
+from .packing import Member, Pack
 from .parameters import parameter_shapes
 from .precision import Precision
 from .sequence import EncodedBranch, lay_out_all
@@ -77,6 +78,18 @@ class Running:
         """Whether all steps were taken, or the call was stopped."""
         return self.call.finished
 
+    @property
+    def like(self) -> Hashable | None:
+        """Equal for calls whose next steps `Engine.step_together` can take; None for none."""
+        loop, call = self.loop, self.call
+        if loop is None or call.finished or not isinstance(self.cache, ConditionCache):
+            return None
+        kind = call.schedule.kinds[call.steps_done]
+        if loop.values.solver is not None or loop.values.mask is not None or not kind.computed:
+            return None
+        size = tuple(loop.values.latents.shape[2:])
+        return size, self.plan.branches_per_pass, self.plan.mlp_rows
+
 
 class Engine:
     """Carries out calls with one model on one device.
@@ -117,6 +130,7 @@ class Engine:
         self._store: LayerStore | None = None
         self._stale: set[str] = set()  # parameters that may not be what the adapters make of them
         self._running: list[Running] = []
+        self._pack: Pack | None = None  # of the latest steps that were taken together
         self._fingerprint: tuple[tuple[tuple[int, int], ...], Tensor] | None = None
 
     @classmethod
@@ -189,16 +203,19 @@ class Engine:
     # Calls
 
     @isolated
-    def start(self, call: Call, plan: MemoryPlan) -> Running:
+    def start(self, call: Call, plan: MemoryPlan, own_rows: bool = False) -> Running:
         """Arranges everything as a plan wants it, and computes what does not depend on the noise.
 
         Args:
             call: at any step.
             plan: how it is carried out; with other calls under way, it must leave weights where
                 they are.
+            own_rows: takes copies of conditions that another call under way holds, so that the two
+                can step together.
 
         Raises:
-            OmniGenError: other calls are under way and the plan moves what they use.
+            BusyError: other calls are under way, and the plan moves what they use or they hold the
+                rows that this one needs.
         """
         self.arrange(plan, call)
         self._notice_changes()
@@ -206,7 +223,7 @@ class Engine:
             cache = self._new_cache(layers=1)
             running = Running(call, plan, cache, (), None, None)
         else:
-            running = self._prepared(call, plan)
+            running = self._prepared(call, plan, own_rows)
         self._running.append(running)
         return running
 
@@ -221,6 +238,27 @@ class Engine:
                 one.runner(call.schedule.kinds[call.steps_done])
             call.steps_done += 1
             call.finished = call.steps_done == len(call.schedule)
+
+    @isolated
+    def step_together(self, *running: Running) -> None:
+        """Takes the next step of each call, all in one pass over the weights.
+
+        Sums are in another order than alone: latents in float32 differ by 1e-6.
+
+        Args:
+            running: started with `own_rows`, of one `Running.like`, none of them finished.
+        """
+        assert len({one.like for one in running}) == 1 and running[0].like is not None
+        members = tuple(_member(one) for one in running)
+        if self._pack is None or not self._pack.takes(members):
+            self._pack = None  # its memory first
+            cache = running[0].cache
+            assert isinstance(cache, ConditionCache)
+            self._pack = Pack.of(self.model, cache, members, running[0].plan.mlp_rows)
+        self._pack.step([one.call.schedule.first(one.call.steps_done) for one in running])
+        for one in running:
+            one.call.steps_done += 1
+            one.call.finished = one.call.steps_done == len(one.call.schedule)
 
     @isolated
     def finish(self, running: Running) -> Tensor:
@@ -275,6 +313,7 @@ class Engine:
 
     def _let_go(self, running: Running) -> None:
         self._running.remove(running)
+        self._pack = None  # may be its last call
         running.cache.give_back(running.entries)
         if running.loop is not None:
             running.loop.busy = False
@@ -283,6 +322,7 @@ class Engine:
     @isolated
     def recover(self) -> None:
         """After a failure: no copy is under way any more, what is kept can be used again."""
+        self._pack = None
         for cache in (self.cache, self.streamed):
             if cache is not None:
                 cache.reset()
@@ -296,12 +336,13 @@ class Engine:
             self._model.stream = None
         if self._store is not None:
             self._store.leave_lane()
-        self.streamed = None
+        self.streamed = self._pack = None
         self._running.clear()
 
     @isolated
     def free(self) -> None:
         """Gives up what another plan may need the memory of and no call under way uses."""
+        self._pack = None
         self.image_latents.clear()
         if self._model is not None:
             self._model.forget_crops()
@@ -413,7 +454,7 @@ class Engine:
         """Puts weights and caches where a plan wants them; frees first, then fills.
 
         Raises:
-            OmniGenError: other calls are under way and the plan moves what they use.
+            BusyError: other calls are under way and the plan moves what they use.
         """
         here = self.arrangement
         precision = plan.precision or self.precision
@@ -423,7 +464,7 @@ class Engine:
         )
         if self._running:
             if not (stays and plan.cache == "device"):
-                raise OmniGenError(
+                raise BusyError(
                     "another call is under way and this one's plan moves what it uses; finish it "
                     "first"
                 )
@@ -446,7 +487,7 @@ class Engine:
             self.store.arrange(plan.resident_layers)
         self.cache.budget_bytes = plan.kept_bytes
 
-    def _prepared(self, call: Call, plan: MemoryPlan) -> Running:
+    def _prepared(self, call: Call, plan: MemoryPlan, own_rows: bool) -> Running:
         """Computes all that does not depend on the noise, or finds it kept."""
         schedule, entries = call.schedule, call.entries(plan)
         embedded = self.model.embed_times(schedule.evaluated_tensor().to(self.device))
@@ -455,12 +496,21 @@ class Engine:
         else:
             cache = self.cache if plan.cache == "device" else self._streamed_cache()
         held = self._held_in(cache)
+        twins: dict[Entry, Entry] = {}  # of copies that are to be made, what is copied
+        if own_rows and isinstance(cache, ConditionCache):
+            copies = {one: _unheld_copy(one, held) for one in entries}
+            entries = {copies[one]: branches for one, branches in entries.items()}
+            twins = {copy: one for one, copy in copies.items() if copy.copy}
         missing = [entry for entry in entries if entry not in held]  # or less, as `reserve` finds
         try:
             missing = cache.reserve(list(entries))
             if missing and plan.cache != "none":
-                wanted = {one: entries[one] for one in missing}
-                self._prefill(plan, wanted, embedded.tokens, cache)
+                for copy in twins.keys() & set(missing):
+                    assert isinstance(cache, ConditionCache)
+                    cache.copy_rows(twins[copy], copy)
+                wanted = {one: entries[one] for one in missing if one not in twins}
+                if wanted:
+                    self._prefill(plan, wanted, embedded.tokens, cache)
             placed = PlacedBranch.of(call.pictures, entries, cache)
             latents, mask = self._started(call, plan)
             values = StepValues.make(
@@ -587,6 +637,20 @@ class Engine:
 
     def _new_graphs(self) -> StepGraphs:
         return StepGraphs.on(self.device) if self.capture_steps else StepGraphs()
+
+
+def _unheld_copy(entry: Entry, held: Sequence[Entry]) -> Entry:
+    """The first of an entry and its copies that no call holds; those before it are held."""
+    copy = entry
+    while copy in held:
+        copy = replace(copy, copy=copy.copy + 1)
+    return copy
+
+
+def _member(running: Running) -> Member:
+    call, loop = running.call, running.loop
+    assert loop is not None
+    return Member(loop.values, replace(call.schedule.kinds[call.steps_done], computed=True))
 
 
 def _images(entries: Mapping[Entry, Sequence[EncodedBranch]]) -> Iterator[InputImage]:

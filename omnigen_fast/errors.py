@@ -96,6 +96,10 @@ class MemoryBudgetError(OmniGenError):
         self.budget_bytes = budget_bytes
 
 
+class BusyError(OmniGenError):
+    """Calls under way hold what another one needs: it can start once one of them is over."""
+
+
 class OutOfMemoryError(OmniGenError, MemoryError):
     """Memory ran out where no other plan is tried: while a model loads, LoRAs merge, weights move.
 

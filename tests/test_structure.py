@@ -66,6 +66,7 @@ ORDER = [
     "placement",
     "denoise",
     "graph",
+    "packing",
     "for_diffusers.conditions",
     "for_diffusers.binding",
     "for_diffusers.processor",
