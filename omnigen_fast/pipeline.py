@@ -395,6 +395,14 @@ class OmniGenPipeline(LoraMethods, DiffusersMethods):
         given = self._bound(prompt, input_images, call)
         return self._start(given.request, given.precision)
 
+    @contextmanager
+    def driving(self) -> Iterator[Engine]:
+        """Around driving `engine` directly; meanwhile, calls from other threads wait."""
+        with self._exclusive():
+            with naming_memory("while the LoRAs are merged", LESS_RESIDENT):
+                self.engine.refresh()
+            yield self.engine
+
     @isolated
     @named_arguments
     def to(self, *where: Any, device: Any = None, dtype: Any = None) -> OmniGenPipeline:

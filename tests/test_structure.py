@@ -80,6 +80,12 @@ ORDER = [
     "diffusers_methods",
     "results",
     "pipeline",
+    "serving.work",
+    "serving.pace",
+    "serving.admission",
+    "serving.job",
+    "serving.scheduler",
+    "serving.metrics",
     "page.demo",
     "page.gallery",
     "page.record",
@@ -115,6 +121,7 @@ USE_PROFILES = {
     "memory.device",
     "memory.overview",
     "cli.plan",
+    "serving.scheduler",
 }
 
 

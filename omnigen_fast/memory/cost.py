@@ -68,11 +68,17 @@ class Estimate:
         profile: Profile,
     ) -> None:
         self.config = config
+        self.vae = vae
         self.precision = precision
         self.workload = workload
+        self.profile = profile
         self.on_host = profile.on_host
         self.bytes = ByteEstimate(config, vae, precision, workload, profile)
         self.seconds = SecondsEstimate(self.bytes)
+
+    def of(self, workload: Workload) -> Estimate:
+        """Of another request with the same model on the same device."""
+        return Estimate(self.config, self.vae, self.precision, workload, self.profile)
 
     def cost(self, plan: MemoryPlan, current: MemoryPlan | None = None) -> Cost:
         """See `cost`."""

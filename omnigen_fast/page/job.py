@@ -193,7 +193,7 @@ class Job:
         if self._preview is not None and earlier is not None and due:
             from ..vae.preview import expected
 
-            image = self._preview.image(expected(earlier, latents, step, steps)[0])
+            image = self._preview.image(expected(earlier, latents, steps - step - 1)[0])
             self._shown = time.monotonic()
         median = statistics.median(self._seconds) if self._seconds else None
         self._events.put(Progress(step + 1, steps, median, image))

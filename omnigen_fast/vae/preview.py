@@ -64,7 +64,7 @@ class Preview:
         return small.resize((width, height), Image.Resampling.BICUBIC)
 
 
-def expected(before: Tensor, latents: Tensor, step: int, steps: int) -> Tensor:
+def expected(before: Tensor, latents: Tensor, left: float) -> Tensor:
     """The latents at time 1 if the last step's velocity stayed the same.
 
     During most steps the latents themselves are mostly noise. Rectified flow goes straight from
@@ -72,10 +72,9 @@ def expected(before: Tensor, latents: Tensor, step: int, steps: int) -> Tensor:
 
     Args:
         before, latents: before and after the step.
-        step: its index, from 0.
-        steps: the number of steps, all of equal length.
+        left: the time that is left, in steps of this one's length.
     """
-    return latents + (latents - before) * (steps - step - 1)
+    return latents + (latents - before) * left
 
 
 def _patches() -> InputImage:

@@ -214,7 +214,7 @@ class TestPreview:
         start, end = torch.randn(2, 1, 4, 2, 2, generator=torch.Generator().manual_seed(0))
         way = [start + (end - start) * i / 10 for i in range(11)]
         for step in range(10):
-            torch.testing.assert_close(expected(way[step], way[step + 1], step, 10), end)
+            torch.testing.assert_close(expected(way[step], way[step + 1], 9 - step), end)
 
 
 class TestSave:

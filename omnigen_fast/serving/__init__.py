@@ -1,0 +1,1 @@
+"""Many requests on one model: queue, order, packing and admission. Knows no HTTP."""
