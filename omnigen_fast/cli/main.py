@@ -16,6 +16,7 @@ from .env import env
 from .generate import generate, show
 from .plan import plan
 from .process import as_a_process
+from .serve import serve
 
 
 class _Group(click.Group):
@@ -32,7 +33,7 @@ def main() -> None:
 
 def _add_commands() -> None:
     """Adds this package's commands and those of entry points, such as the benchmarks."""
-    for command in (generate, batch, show, plan, convert, demo, app, env):
+    for command in (generate, batch, show, plan, convert, demo, app, serve, env):
         main.add_command(command)
     for entry in entry_points(group="omnigen_fast.commands"):
         main.add_command(entry.load(), entry.name)

@@ -18,23 +18,18 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlencode
 
+from ..web.bodies import Body, Gone, Message, Receive, Refusal, receive_body
+from ..web.hosts import Hosts
 from .bodies import (
     MAX_CALL_BYTES,
     MAX_UPLOAD_BYTES,
     SESSION,
-    Body,
     Call,
-    Gone,
-    Message,
     OneFile,
-    Receive,
-    Refusal,
     parse_call,
-    receive_body,
     replay,
     upload_limit,
 )
-from .hosts import Hosts
 from .line import Line
 
 Send = Callable[[Message], Awaitable[None]]

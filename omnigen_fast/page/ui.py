@@ -37,10 +37,10 @@ from ..errors import OmniGenError, RequestError
 from ..pipeline import OmniGenPipeline
 from ..request import DEFAULT_NEGATIVE_PROMPT
 from ..vae.preview import Preview
+from ..web.hosts import Hosts
 from .bodies import IMAGE, MAX_UPLOAD_BYTES, NUMBER, SWITCH, TEXT, Call, Kind, choice
 from .gallery import TIPS, gallery
 from .gate import Gate
-from .hosts import Hosts
 from .job import TABLE_HEADERS, Fields, Finished, Job, clock, memory_table, save, sentence
 from .line import Line
 from .server import Server, listen

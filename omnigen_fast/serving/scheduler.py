@@ -205,6 +205,12 @@ class Scheduler:
                 raise NotReadyError(self._failure)
             return self._warm
 
+    def check(self) -> None:
+        """Raises what `submit` would raise now, whatever the request."""
+        self._pipeline()
+        with self._changed:
+            self._check_open()
+
     def submit(
         self,
         arguments: Mapping[str, Any],
@@ -230,9 +236,8 @@ class Scheduler:
             MemoryBudgetError: no plan fits.
             QueueFullError, ClosedError, NotReadyError: not now.
         """
+        self.check()
         pipe = self._pipeline()
-        with self._changed:
-            self._check_open()
         given = {"progress": False, **arguments}
         for name in ("callback_on_step_end", "dtype", "memory"):
             if given.get(name) is not None:

@@ -102,6 +102,9 @@ class Ticket:
     facts: Facts = field(default_factory=Facts)
     _cancel: Callable[[ServingError], None] = field(default=lambda error: None, repr=False)
 
+    def __post_init__(self) -> None:
+        self.future.set_running_or_notify_cancel()  # so that its own `cancel` does nothing
+
     def cancel(self) -> None:
         """Ends the request: at once if it waits, after the current step if it runs."""
         self._cancel(CancelledError("the request was cancelled"))

@@ -32,8 +32,8 @@ WAIT = 120  # seconds; a busy machine is slow, not wrong
 # Shorter times than in use, so that the tests need not wait for those.
 START = """
 import sys
-from omnigen_fast.page import bodies, server
-server.REQUEST_SECONDS, server.STALLED_SECONDS, bodies._FIRST_SECONDS = 2.0, 2.0, 2.0
+from omnigen_fast.web import bodies, connections
+connections.REQUEST_SECONDS, connections.STALLED_SECONDS, bodies._FIRST_SECONDS = 2.0, 2.0, 2.0
 {more}
 from omnigen_fast.cli import main
 main(["app", *sys.argv[1:]], prog_name="omnigen-fast")

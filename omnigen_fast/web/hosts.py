@@ -1,6 +1,6 @@
-"""Which names the page answers to, and which other pages may talk to it: none.
+"""Which names a server answers to, and which web pages of others may talk to it: none.
 
-A web page that a browser shows may ask any address. It reaches a page on 127.0.0.1 through a name
+A web page that a browser shows may ask any address. It reaches a server on 127.0.0.1 through a name
 of its own that leads there (DNS rebinding), which the Host header shows, or from its own origin,
 which Origin and Sec-Fetch-Site show.
 """
@@ -21,7 +21,7 @@ _HOST = re.compile(r"(\[[0-9a-fA-F:.]{2,45}\]|[A-Za-z0-9._-]{1,253})(?::(\d{1,5}
 
 @dataclass(frozen=True)
 class Hosts:
-    """The names that the page answers to, besides 127.0.0.1, localhost and ::1."""
+    """The names that a server answers to, besides 127.0.0.1, localhost and ::1."""
 
     names: frozenset[str]
 
@@ -47,15 +47,15 @@ class Hosts:
         named = _split(host)
         if named is None or not self._knows(named[0], here):
             shown = host or "none"
-            return f"this page does not answer to the host {shown}; start it with --allowed-host"
+            return f"this server does not answer to the host {shown}; start it with --allowed-host"
         origin = headers.get("origin")
         if origin is not None and not self._same(origin, host):
-            return f"another page ({origin}) may not use this one; open this page itself"
+            return f"a page of another server ({origin}) may not use this one; open its own page"
         if headers.get("sec-fetch-site") in ("cross-site", "same-site"):
             if headers.get("sec-fetch-mode") != "navigate":
-                return "another page may not use this one; open this page itself"
+                return "a page of another server may not use this one; open its own page"
             if headers.get("sec-fetch-dest") != "document":
-                return "another page may not show this one; open this page itself"
+                return "a page of another server may not show this one; open its own page"
         return None
 
     def forwarded(self, host: str) -> bool:

@@ -1,0 +1,256 @@
+"""`omnigen-fast serve`: OpenAI's image API."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+
+import click
+
+from ..errors import OmniGenError, RequestError
+from .failure import failure
+from .files import PATH_OR_NAME
+
+_PACKAGES = {"fastapi", "uvicorn", "pydantic", "python_multipart", "prometheus_client"}
+_KEY_VARIABLE = "OMNIGEN_API_KEY"
+
+
+@click.command()
+@click.option(
+    "--model",
+    default="Shitao/OmniGen-v1",
+    show_default=True,
+    type=PATH_OR_NAME,
+    help="Folder or hub id.",
+)
+@click.option("--model-name", help="By which clients ask for it; by default as --model.")
+@click.option(
+    "--vae-path",
+    type=PATH_OR_NAME,
+    help="Folder, file or hub id of the VAE; default: the model's own.",
+)
+@click.option("--revision", help="Branch, tag or commit on the hub.")
+@click.option("--cache-dir", type=PATH_OR_NAME, help="Folder for files from the hub.")
+@click.option("--local-files-only", is_flag=True, help="Do not download from the hub.")
+@click.option("--device", help="cuda, cuda:1, cpu, ...; the current GPU if there is one.")
+@click.option("--dtype", default="bfloat16", show_default=True, help="bfloat16 or float32.")
+@click.option(
+    "--memory", default="auto", show_default=True, help="Device memory to use: auto, 8GiB, ..."
+)
+@click.option(
+    "--condition-cache",
+    default="2GiB",
+    show_default=True,
+    help="Memory for the conditions of requests under way and earlier ones.",
+)
+@click.option("--lora", multiple=True, help="A LoRA's FILE, FOLDER or hub id. May be repeated.")
+@click.option(
+    "--host", default="127.0.0.1", show_default=True, help="Address of this machine to listen at."
+)
+@click.option(
+    "--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0: a free one."
+)
+@click.option(
+    "--allowed-host",
+    "allowed_hosts",
+    multiple=True,
+    help="A name that the server answers to, besides --host and localhost. May be repeated.",
+)
+@click.option(
+    "--api-key-env",
+    default=_KEY_VARIABLE,
+    show_default=True,
+    help="Variable of the environment that holds the key which clients must send.",
+)
+@click.option("--no-key", is_flag=True, help="Serve without a key, also beyond this machine.")
+@click.option(
+    "--max-queue",
+    default=64,
+    show_default=True,
+    type=click.IntRange(1, 100_000),
+    help="Requests that may run and wait.",
+)
+@click.option(
+    "--max-pixels",
+    default=1024 * 1024,
+    show_default=True,
+    type=click.IntRange(256),
+    help="Of a picture, and of an input image after it is shrunk.",
+)
+@click.option(
+    "--max-images",
+    default=4,
+    show_default=True,
+    type=click.IntRange(1, 10),
+    help="Pictures of a request.",
+)
+@click.option(
+    "--max-steps",
+    default=100,
+    show_default=True,
+    type=click.IntRange(1, 1000),
+    help="Steps of a request.",
+)
+@click.option(
+    "--steps",
+    default=50,
+    show_default=True,
+    type=click.IntRange(1, 1000),
+    help="Steps of a request that does not say how many.",
+)
+@click.option(
+    "--timeout-seconds",
+    default=600.0,
+    show_default=True,
+    type=click.FloatRange(0, min_open=True),
+    help="After which a request ends.",
+)
+@click.option(
+    "--drain-seconds",
+    default=60.0,
+    show_default=True,
+    type=click.FloatRange(0),
+    help="For accepted requests, once SIGTERM has come.",
+)
+@click.option(
+    "--policy",
+    default="shortest",
+    show_default=True,
+    type=click.Choice(["shortest", "fcfs"]),
+    help="Which request goes first: the one soonest finished, or the one that came first.",
+)
+@click.option(
+    "--ageing",
+    default=0.25,
+    show_default=True,
+    type=click.FloatRange(0),
+    help="Seconds of remaining time that a second of waiting outweighs.",
+)
+@click.option(
+    "--packing/--no-packing",
+    default=True,
+    show_default=True,
+    help="Run steps of like requests together where that is faster.",
+)
+@click.option("--log-prompts", is_flag=True, help="Write prompts to the log.")
+def serve(
+    model: str,
+    model_name: str | None,
+    vae_path: str | None,
+    revision: str | None,
+    cache_dir: str | None,
+    local_files_only: bool,
+    device: str | None,
+    dtype: str,
+    memory: str,
+    condition_cache: str,
+    lora: tuple[str, ...],
+    host: str,
+    port: int,
+    allowed_hosts: tuple[str, ...],
+    api_key_env: str,
+    no_key: bool,
+    max_queue: int,
+    max_pixels: int,
+    max_images: int,
+    max_steps: int,
+    steps: int,
+    timeout_seconds: float,
+    drain_seconds: float,
+    policy: str,
+    ageing: float,
+    packing: bool,
+    log_prompts: bool,
+) -> None:
+    """Serves OpenAI's image API, on 127.0.0.1 only unless --host is given."""
+    key = _api_key(api_key_env, no_key, host)
+    try:
+        from ..server.app import create_app
+        from ..server.gate import allowed_hosts as hosts_of
+        from ..server.options import Options
+        from ..server.run import Server, log_to_stderr
+        from ..serving.metrics import Metrics
+        from ..serving.scheduler import Scheduler, Settings
+        from ..web.connections import listen
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] not in _PACKAGES:
+            raise
+        needed = f"the server needs {error.name}"
+        message = f"{needed}; install it with: pip install 'omnigen_fast[serve]'"
+        raise failure(OmniGenError(message)) from error
+    from ..pipeline import OmniGenPipeline
+
+    def load() -> OmniGenPipeline:
+        pipe = OmniGenPipeline.from_pretrained(
+            model,
+            vae_path,
+            device=device,
+            dtype=dtype,
+            revision=revision,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            condition_cache_bytes=condition_cache,
+            memory=memory,
+        )
+        for one in lora:
+            pipe.load_lora_weights(one)
+        return pipe
+
+    try:
+        settings = Settings(
+            policy=policy,
+            packing=packing,
+            ageing=ageing,
+            max_queue=max_queue,
+            timeout_seconds=timeout_seconds,
+            memory=memory,
+        )
+        options = Options(
+            model_name=model_name or model,
+            api_key=key,
+            hosts=hosts_of(list(allowed_hosts), host),
+            max_pixels=max_pixels,
+            max_images=max_images,
+            max_steps=max(max_steps, steps),
+            steps=steps,
+            log_prompts=log_prompts,
+        )
+        opened = listen(host, [port], f"port {port} is in use; give another --port")
+    except (OmniGenError, OSError) as error:
+        raise failure(error) from error
+    with opened:
+        log_to_stderr()
+        metrics = Metrics()
+        scheduler = Scheduler(load, settings, metrics)
+        app = create_app(scheduler, options, metrics)
+        shown = f"[{host}]" if ":" in host else host
+        click.echo(f"The server is at http://{shown}:{opened.getsockname()[1]}/")
+        Server(app, scheduler, drain_seconds).serve_until_told(opened)
+    if problem := scheduler.state().failure:
+        raise failure(OmniGenError(problem))
+
+
+def _api_key(variable: str, no_key: bool, host: str) -> str | None:
+    """The key that clients must send.
+
+    Raises a failure where other machines could use the server without one.
+    """
+    key = os.environ.get(variable)
+    if no_key:
+        return None
+    if key is None and not _is_local(host):
+        text = (
+            f"--host {host} lets other machines in: set an API key in {variable}, or give "
+            "--no-key if a proxy checks who may"
+        )
+        raise failure(RequestError(text))
+    if key == "":
+        raise failure(RequestError(f"{variable} is set but empty; set a key, or give --no-key"))
+    return key
+
+
+def _is_local(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
