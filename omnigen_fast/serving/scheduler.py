@@ -164,7 +164,7 @@ class Scheduler:
         self.pace = Pace()
         self.preview: Preview | None = None
         self._pipe: OmniGenPipeline | None = None
-        self._profile: Profile | None = None
+        self._profile: Profile  # of the device, and what plans may use of it: once it is loaded
         self._budget = 0
         self._jobs: list[Job] = []  # in order of arrival
         self._busy: list[Job] = []  # those that the engine thread is working on now
