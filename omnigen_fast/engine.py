@@ -82,7 +82,7 @@ class Running:
     def like(self) -> Hashable | None:
         """Equal for calls whose next steps `Engine.step_together` can take; None for none."""
         loop, call = self.loop, self.call
-        if loop is None or call.finished or not isinstance(self.cache, ConditionCache):
+        if loop is None or call.finished or self.plan.cache != "device":
             return None
         kind = call.schedule.kinds[call.steps_done]
         if loop.values.solver is not None or loop.values.mask is not None or not kind.computed:

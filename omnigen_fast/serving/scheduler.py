@@ -495,6 +495,9 @@ class Scheduler:
 
     def _start(self, engine: Engine, job: Job) -> None:
         work, start = job.start, time.monotonic()
+        held = any(one.running is not None for one in self._jobs)
+        if not held and engine.cache.nbytes < job.plan.kept_bytes // 2:
+            engine.cache.clear()  # a smaller plan has left room for one request alone
         entries = job.call.entries(job.plan)
         found = sum(entry in engine.cache for entry in entries)
         job.running = engine.start(job.call, job.plan, own_rows=True)
@@ -555,7 +558,8 @@ class Scheduler:
         if not pack[0].call.finished:  # else decoding is tried again
             self._take_step(engine, pack)
         for job in pack:
-            if job.call.finished and job.ending is None:
+            # a failure of an earlier one sets all aside: their turn comes again
+            if job.call.finished and job.ending is None and job.running is not None:
                 try:
                     self._finish(engine, job)
                 except Exception as error:
