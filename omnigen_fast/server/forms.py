@@ -18,7 +18,7 @@ MAX_IMAGES = 16
 MAX_FILE_BYTES = 50 << 20
 MAX_FIELD_BYTES = 4 << 20  # of all texts together
 _MAX_FIELDS = 64
-_MAX_HEADER = 4 << 10  # bytes of the header of a part
+_MAX_HEADER = 2 << 10  # bytes of the header of a part
 _IN_MEMORY = 1 << 20  # bytes of a file that stay in memory
 _LISTS = {"timesteps", "guidance_interval", "image_guidance_interval"}
 
