@@ -3,10 +3,10 @@
     python -m bench.docs            # rewrites what is out of date
     python -m bench.docs --check    # names it instead, and fails if there is any
 
-Four kinds of text are generated: the output below a command in a line of its own (`    $ ...`),
+Five kinds of text are generated: the output below a command in a line of its own (`    $ ...`),
 the tables in docs/benchmarks.md, and the summary of them in README.md, both of the result file that
 docs/benchmarks.md links to; and the tables in docs/reliability.md, of tests/fuzz/results.json and
-tests/soak/results.json.
+tests/soak/results.json; and the server's errors in docs/serving.md.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ RELIABILITY, FUZZED = ROOT / "docs" / "reliability.md", ROOT / "tests" / "fuzz" 
 FUZZ = "<!-- fuzz: begin -->", "<!-- fuzz: end -->"
 SOAKED = ROOT / "tests" / "soak" / "results.json"
 SOAK = "<!-- soak: begin -->", "<!-- soak: end -->"
+SERVING, ERRORS = ROOT / "docs" / "serving.md", ("<!-- errors: begin -->", "<!-- errors: end -->")
 RATIOS = "<!-- ratios: begin -->", "<!-- ratios: end -->"
 _SHOWN, _COMMAND = " " * 4, "    $ "  # how output is indented, and a command
 _RESULT = re.compile(r"\(\.\./(bench/results/bench-[\w.-]+\.json)\)")
@@ -46,7 +47,17 @@ def refreshed(path: Path) -> str:
     if path == RELIABILITY:
         text = _between(text, FUZZ, fuzzed(json.loads(FUZZED.read_text(encoding="utf-8"))))
         text = _between(text, SOAK, soaked(json.loads(SOAKED.read_text(encoding="utf-8"))))
+    if path == SERVING:
+        text = _between(text, ERRORS, errors())
     return text
+
+
+def errors() -> str:
+    """The errors of the server: a Markdown table."""
+    from omnigen_fast.server.errors import KINDS
+
+    rows = [f"| {kind.status} | `{kind.code}` | {kind.when} |" for kind in KINDS]
+    return "\n".join(["| status | code | when |", "|---|---|---|", *rows])
 
 
 def result() -> dict[str, Any]:

@@ -17,7 +17,7 @@ from ..serving.metrics import Metrics
 from ..serving.scheduler import Scheduler
 from ..serving.work import Ticket
 from ..web.bodies import Gone, Refusal, receive_body, receive_parts
-from .errors import KINDS, ApiError, as_api_error, error
+from .errors import KINDS, UNKNOWN, ApiError, as_api_error, error
 from .forms import MAX_FIELD_BYTES, Form, read_form
 from .gate import TRACE, Gate, Trace
 from .options import Options
@@ -261,7 +261,7 @@ class _Service:
             )
         except Exception as failure:
             refusal = as_api_error(failure)
-            raise (failure if refusal.code == "internal_error" else refusal) from None
+            raise (failure if refusal.code == UNKNOWN else refusal) from None
 
 
 def _cancelled(submit: asyncio.Future[Ticket]) -> None:
@@ -282,7 +282,7 @@ async def _finished(ticket: Ticket, request: Request) -> Any:
             return future.result()
         except Exception as failure:
             refusal = as_api_error(failure)
-            raise (failure if refusal.code == "internal_error" else refusal) from None
+            raise (failure if refusal.code == UNKNOWN else refusal) from None
     finally:
         gone.cancel()
         future.cancel()

@@ -27,6 +27,7 @@ from ..web.bodies import Refusal
 
 BAD, KEY, SERVER = "invalid_request_error", "authentication_error", "server_error"
 RATE = "rate_limit_error"
+UNKNOWN = "internal_error"  # the code of what nobody expected, which the log explains
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -102,7 +103,7 @@ KINDS = (
     Kind(408, "too_slow", "the body came too slowly"),
     Kind(413, "too_large", "the body, or a part of it, has too many bytes"),
     Kind(429, "queue_full", "as many requests as allowed run or wait; see Retry-After"),
-    Kind(500, "internal_error", "a fault of the server; its log has the details"),
+    Kind(500, UNKNOWN, "a fault of the server; its log has the details"),
     Kind(500, "failed", "the picture could not be made", final=True),
     Kind(503, "not_ready", "the model is still being loaded"),
     Kind(503, "shutting_down", "the server is ending"),
@@ -148,7 +149,7 @@ def as_api_error(failure: BaseException) -> ApiError:
         return error("disk_full", "the server has no room for the upload; try again later")
     if isinstance(failure, OmniGenError):
         return error("failed", str(failure))
-    return error("internal_error", "the server failed; its log has the details")
+    return error(UNKNOWN, "the server failed; its log has the details")
 
 
 def _named(sentence: str) -> str | None:

@@ -15,7 +15,7 @@ from typing import Any
 from ..serving.work import CANCELLED, DONE, Ticket
 from ..web.bodies import Body, Gone, Message, Receive
 from ..web.hosts import Hosts
-from .errors import ApiError, as_api_error, error
+from .errors import UNKNOWN, ApiError, as_api_error, error
 from .options import Options
 
 Send = Callable[[Message], Awaitable[None]]
@@ -106,13 +106,13 @@ class Gate:
             await self._app(scope, body, answer)
         except Gone:
             trace.gone = True
-        except ApiError as refusal:
-            await answer.refuse(refusal)
         except Exception as failure:
             # what a client that has hung up causes is of no interest
             if not answer.begun:
-                _log.error("%s failed", trace.id, exc_info=failure)
-                await answer.refuse(as_api_error(failure))
+                refusal = as_api_error(failure)
+                if refusal.code == UNKNOWN:
+                    _log.error("%s failed", trace.id, exc_info=failure)
+                await answer.refuse(refusal)
         finally:
             if trace.ticket is not None:
                 trace.ticket.cancel()  # nobody waits for it any more, if it is not over
