@@ -183,13 +183,13 @@ class _Client:
 
     def finish(self, kind: dict[str, Any], picture: np.ndarray) -> None:
         """Asks until there is room, and compares what comes."""
-        while True:
+        status, end = 429, time.monotonic() + _WAIT
+        while status == 429 and time.monotonic() < end:
             status, headers, body = self._ask(json.dumps(kind).encode())
-            if status != 429:
-                break
-            self._outcome.counts["queue full"] += 1
-            assert int(headers["retry-after"]) >= 1
-            time.sleep(self._chance.random())
+            if status == 429:
+                self._outcome.counts["queue full"] += 1
+                assert int(headers["retry-after"]) >= 1
+                time.sleep(self._chance.random())
         assert status == 200, (status, body[:300])
         (data,) = json.loads(body)["data"]
         found = np.asarray(Image.open(io.BytesIO(base64.b64decode(data["b64_json"]))), np.int16)

@@ -211,8 +211,8 @@ def serve(
             hosts=hosts_of(list(allowed_hosts), host),
             max_pixels=max_pixels,
             max_images=max_images,
-            max_steps=max(max_steps, steps),
-            steps=steps,
+            max_steps=max_steps,
+            steps=min(steps, max_steps),
             log_prompts=log_prompts,
         )
         opened = listen(host, [port], f"port {port} is in use; give another --port")

@@ -103,6 +103,8 @@ def log_to_stderr() -> None:
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False
+    # a parser's own words about each byte that it does not expect: the client gets a sentence
+    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
 
 
 def _note(event: str, **more: Any) -> None:

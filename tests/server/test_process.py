@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import signal
 import socket
 import subprocess
@@ -69,24 +68,28 @@ def started(*options: str, port: int = 0, log=subprocess.DEVNULL, small_disk: bo
     command = [sys.executable, "-m", "omnigen_fast", "serve", "--model", str(TINY)]
     command += ["--device", "cpu", "--dtype", "float32", "--model-name", "tiny"]
 
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_BYTES, FILE_BYTES))
-
+    command += [f"--port={port}", *options]
+    if small_disk:
+        limit = f'ulimit -f {FILE_BYTES >> 10} && exec "$@"'
+        command = ["bash", "-c", limit, "serve", *command]
     process = subprocess.Popen(
-        [*command, f"--port={port}", *options],
+        command,
         stdout=subprocess.PIPE,
         stderr=log,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        preexec_fn=limit if small_disk else None,
     )
+    late = threading.Timer(WAIT, process.kill)
+    late.start()
     try:
         line = process.stdout.readline()
         live = Process(int(line.rsplit(":", 1)[1].strip("/\n")))
         object.__setattr__(live, "process", process)
         live.ready()
+        late.cancel()
         yield live
     finally:
+        late.cancel()
         process.kill()
         process.wait(WAIT)
         process.stdout.close()
