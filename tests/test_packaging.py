@@ -189,7 +189,7 @@ def test_metadata(metadata, in_wheel):
     assert not any(one.startswith("License ::") for one in classifiers)
     assert "OmniGen" in metadata["Keywords"]
     assert metadata.get_all("Project-URL") == ["Paper, https://arxiv.org/abs/2409.11340"]
-    assert set(metadata.get_all("Provides-Extra")) == {"app", "bench", "browser", "dev"}
+    assert set(metadata.get_all("Provides-Extra")) == {"app", "bench", "browser", "dev", "serve"}
     assert metadata["Description-Content-Type"] == "text/markdown"
     assert metadata.get_payload().strip() == (ROOT / "README.md").read_text().strip()
 

@@ -410,14 +410,19 @@ class Scheduler:
             return
         pack = jobs[:1]
         try:
-            if self._started(engine, jobs[0], jobs):
-                pack = self._pack(engine, jobs)
-                self._step(engine, pack)
+            self._begin(engine, jobs[0], jobs)
+            pack = self._pack(engine, jobs)
+            self._step(engine, pack)
         except Exception as error:
             self._failed(engine, pack, error)
         finally:
             with self._changed:
                 self._busy = []
+
+    def _under_way(self) -> list[Job]:
+        """Requests that hold memory."""
+        with self._changed:
+            return [job for job in self._jobs if job.running is not None]
 
     def _end_early(self, engine: Engine) -> None:
         """Drops requests that were cancelled or whose time is over."""
@@ -446,7 +451,7 @@ class Scheduler:
         # what had to move weights goes on to its end: to move them back and forth costs more
         return alone or sorted(self._jobs, key=key)
 
-    def _started(self, engine: Engine, job: Job, jobs: Sequence[Job]) -> bool:
+    def _begin(self, engine: Engine, job: Job, jobs: Sequence[Job]) -> None:
         """Starts a request unless it is under way; sets others aside as far as it needs.
 
         Args:
@@ -455,26 +460,23 @@ class Scheduler:
             jobs: all, those first that are to be kept under way.
         """
         if job.running is not None:
-            return True
+            return
         others = [one for one in jobs if one.running is not None and one is not job]
         while True:
             self._choose_plan(engine, job, alone=not others)
-            if job.apart or moves_weights(job.plan, engine.arrangement):
-                fits = not others
-            else:
-                every = [one.footprint for one in (*others, job)]
-                fits = not others or needed_bytes(every) <= self._budget
-            if fits:
+            alone = job.apart or moves_weights(job.plan, engine.arrangement)
+            every = [one.footprint for one in (*others, job)]
+            if not others or (not alone and needed_bytes(every) <= self._budget):
                 try:
                     self._start(engine, job)
-                    return True
+                    return
                 except BusyError:
                     if not others:
                         raise
             self._set_aside(engine, others.pop())
 
     def _choose_plan(self, engine: Engine, job: Job, alone: bool) -> None:
-        """What a pipeline's own call would run by if nothing else is under way."""
+        """Alone what the pipeline's own call would run by, else what moves no weights."""
         if alone:
             self._budget = self._usable(engine)
             memory: Memory = self.settings.memory
@@ -495,8 +497,7 @@ class Scheduler:
 
     def _start(self, engine: Engine, job: Job) -> None:
         work, start = job.start, time.monotonic()
-        held = any(one.running is not None for one in self._jobs)
-        if not held and engine.cache.nbytes < job.plan.kept_bytes // 2:
+        if not self._under_way() and engine.cache.nbytes < job.plan.kept_bytes // 2:
             engine.cache.clear()  # a smaller plan has left room for one request alone
         entries = job.call.entries(job.plan)
         found = sum(entry in engine.cache for entry in entries)
@@ -536,8 +537,7 @@ class Scheduler:
             if job.ending is not None or job not in self._jobs:
                 return False
             self._busy.append(job)
-        under_way = [one for one in self._jobs if one.running is not None and one is not job]
-        every = [one.footprint for one in (*under_way, job)]
+        every = [one.footprint for one in {*self._under_way(), job}]
         if needed_bytes(every, [one.footprint for one in (*pack, job)]) > self._budget:
             return False
         if job.running is None:
@@ -622,9 +622,7 @@ class Scheduler:
         elif not isinstance(error, OmniGenError):
             ids = ", ".join(job.ticket.id for job in pack)
             _log.error("requests %s failed: %s", ids, reason, exc_info=error)
-        beside_others = len(pack) > 1 or any(
-            job.running is not None for job in self._jobs if job not in pack
-        )
+        beside_others = len(pack) > 1 or any(job not in pack for job in self._under_way())
         for job in list(self._jobs):
             self._set_aside(engine, job)
             engine.end(job.call)

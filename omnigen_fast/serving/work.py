@@ -80,7 +80,6 @@ class Facts:
     queued_seconds: float = 0.0  # of these, before its first step
     steps: int = 0
     packed_steps: int = 0  # of these, taken together with other requests' steps
-    predicted_seconds: float = 0.0  # alone, by the planner
 
 
 @dataclass
