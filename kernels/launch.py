@@ -136,7 +136,7 @@ TABLE: dict[int, dict[str, Launch]] = {
         "guidance_step_": Launch(num_warps=2, block=64),
         "attention_step/64/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=64),
         "attention_step/96/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=64),
-        "attention_step/128/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=64),
+        "attention_step/128/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=32),
         "attention_prefill/64/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=64),
         "attention_prefill/96/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=64),
         "attention_prefill/128/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=64),

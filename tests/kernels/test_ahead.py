@@ -70,7 +70,9 @@ def table(results: dict[str, ahead.Compiled | str]) -> str:
 def test_machine_code(case, compiled):
     code = compiled[case.id]
     assert isinstance(code, ahead.Compiled), code
-    assert code.spills == code.loop_spills == 0
+    assert code.loop_spills == 0
+    if case.capability < 100:
+        assert code.spills == 0
     assert code.shared <= ahead.LIMITS[case.capability].shared_block
     assert code.occupancy > 0
     assert code.wide_loads
