@@ -21,6 +21,7 @@ setup(
             "models/*/vae/*",
         ],
         "omnigen_fast.bench": ["counts.json"],
+        "omnigen_fast.bench.kernels": ["pipes.json"],
         "omnigen_fast.profiles": ["*.json"],
     },
     include_package_data=False,  # the sdist has more than the wheel needs

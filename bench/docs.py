@@ -3,10 +3,8 @@
     python -m bench.docs            # rewrites what is out of date
     python -m bench.docs --check    # names it instead, and fails if there is any
 
-Five kinds of text are generated: the output below a command in a line of its own (`    $ ...`),
-the tables in docs/benchmarks.md, and the summary of them in README.md, both of the result file that
-docs/benchmarks.md links to; and the tables in docs/reliability.md, of tests/fuzz/results.json and
-tests/soak/results.json; and the server's errors in docs/serving.md.
+Two kinds of text are generated: the output below a command in a line of its own (`    $ ...`), and
+tables between markers, of result files and of what the code knows; `refreshed` names them all.
 """
 
 from __future__ import annotations
@@ -20,6 +18,7 @@ from typing import Any
 
 from . import report
 from .common import ROOT
+from .kernels import bounds
 
 README, BENCHMARKS = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
 RELIABILITY, FUZZED = ROOT / "docs" / "reliability.md", ROOT / "tests" / "fuzz" / "results.json"
@@ -42,6 +41,7 @@ def refreshed(path: Path) -> str:
     text = _with_output(path.read_text(encoding="utf-8"))
     if path == BENCHMARKS:
         text = _between(text, (report.BEGIN, report.END), report.markdown(result()))
+        text = _between(text, (bounds.BEGIN, bounds.END), bounds.markdown())
     if path == README:
         text = _between(text, RATIOS, ratios(result()))
     if path == RELIABILITY:

@@ -39,11 +39,18 @@ def _scores(q_a, q_b, k_a, k_b, HEAD_B: tl.constexpr):
 
 @triton.jit
 def _fold(b_s, v_a, v_b, acc_a, acc_b, b_max, b_sum, scale, HEAD_B: tl.constexpr):
-    """Takes a block of scores and its values into the running softmax.
+    """Takes a block of scores and its values into the running softmax."""
+    b_top = tl.max(b_s, 1)
+    return _fold_below(b_s, b_top, v_a, v_b, acc_a, acc_b, b_max, b_sum, scale, HEAD_B)
+
+
+@triton.jit
+def _fold_below(b_s, b_top, v_a, v_b, acc_a, acc_b, b_max, b_sum, scale, HEAD_B: tl.constexpr):
+    """As `_fold`, where the largest score of each row is known.
 
     The maximum is kept scaled, the scores are not: scaling and subtracting are then one FMA.
     """
-    b_new_max = tl.maximum(b_max, tl.max(b_s, 1) * scale)
+    b_new_max = tl.maximum(b_max, b_top * scale)
     b_shrink = tl.exp2(b_max - b_new_max)
     b_p = tl.exp2(b_s * scale - b_new_max[:, None])
     b_sum = b_sum * b_shrink + tl.sum(b_p, 1)
@@ -189,27 +196,40 @@ def attention_step_kernel(
     b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
 
-    # One loop over the whole blocks of both segments: where a block lies is chosen per block, so
-    # the pipeline of loads fills once, and neither segment is copied beside the other.
-    cached_blocks = cached // BLOCK_N
-    for i_block in range(cached_blocks + rows // BLOCK_N):
-        in_cache = i_block < cached_blocks
-        o_row = tl.where(in_cache, i_block, i_block - cached_blocks) * BLOCK_N + o_n
+    # One loop over the blocks of both segments, cut ones last: where a block lies is chosen per
+    # block, so the pipeline of loads fills once, and neither segment is copied beside the other.
+    # In a cut block the segment's last row is repeated past its end, without a score. A segment
+    # without a remainder adds no block, so every block has a visible key and the maximum stays
+    # finite.
+    cached_blocks, own_blocks = cached // BLOCK_N, rows // BLOCK_N
+    whole_blocks = cached_blocks + own_blocks
+    cut_from_cache = (cached % BLOCK_N > 0).to(tl.int32)
+    cut_from_own = (rows % BLOCK_N > 0).to(tl.int32)
+    for i_block in range(whole_blocks + cut_from_cache + cut_from_own):
+        is_cut = i_block >= whole_blocks
+        in_cache = i_block < tl.where(is_cut, whole_blocks + cut_from_cache, cached_blocks)
+        end = tl.where(in_cache, cached, rows)
+        i_whole = tl.where(in_cache, i_block, i_block - cached_blocks)
+        i_cut = tl.where(in_cache, cached_blocks, own_blocks)
+        o_row = tl.where(is_cut, i_cut, i_whole) * BLOCK_N + o_n
+        if is_cut:
+            o_row = tl.minimum(o_row, end - 1)
         p_k = tl.where(in_cache, k_cache_ptr, k_ptr)
         p_v = tl.where(in_cache, v_cache_ptr, v_ptr)
         stride_k = tl.where(in_cache, stride_k_cache_row, stride_k_row)
         stride_v = tl.where(in_cache, stride_v_cache_row, stride_v_row)
         k_a, k_b = _load(p_k, o_row, stride_k, HEAD_A, HEAD_B)
         b_s = _scores(q_a, q_b, k_a, k_b, HEAD_B)
+        # Before the mask, since repeated rows don't raise it: past a branch alone, Triton would not
+        # see that the scores lead to another product, and lay them out for neither.
+        b_top = tl.max(b_s, 1)
+        if is_cut:
+            b_s = tl.where((o_n < end % BLOCK_N)[None, :], b_s, float("-inf"))
         v_a, v_b = _load(p_v, o_row, stride_v, HEAD_A, HEAD_B)
-        acc_a, acc_b, b_max, b_sum = _fold(b_s, v_a, v_b, acc_a, acc_b, b_max, b_sum, scale, HEAD_B)
+        acc_a, acc_b, b_max, b_sum = _fold_below(
+            b_s, b_top, v_a, v_b, acc_a, acc_b, b_max, b_sum, scale, HEAD_B
+        )
 
-    acc_a, acc_b, b_max, b_sum = _tails(
-        q_a, q_b, acc_a, acc_b, b_max, b_sum, scale,
-        k_ptr, v_ptr, stride_k_row, stride_v_row, rows,
-        k_cache_ptr, v_cache_ptr, stride_k_cache_row, stride_v_cache_row, cached,
-        HEAD_A, HEAD_B, BLOCK_N,
-    )  # fmt: skip
     b_scale = 1.0 / b_sum[:, None]
     acc_a = (acc_a * b_scale).to(out_ptr.dtype.element_ty)
     acc_b = (acc_b * b_scale).to(out_ptr.dtype.element_ty)

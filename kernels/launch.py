@@ -1,8 +1,9 @@
 """How each kernel is launched, as data: block sizes, warps and stages per GPU generation.
 
 `bench/kernels/tune.py` measures candidates on a GPU and rewrites the table between the two marks.
-Every entry is compiled ahead of time by `tests/kernels/test_ahead.py`, which holds it to the shared
-memory and the registers of its generation.
+Until then the attention's are those of which `bench/kernels/bounds.py` counts the most. Every entry
+is compiled ahead of time by `tests/kernels/test_ahead.py`, which holds it to the shared memory and
+the registers of its generation.
 """
 
 from __future__ import annotations
@@ -49,11 +50,11 @@ TABLE: dict[int, dict[str, Launch]] = {
         "rope_": Launch(num_warps=4, block=1024),
         "rope_cache_": Launch(num_warps=4, block=1024),
         "guidance_step_": Launch(num_warps=2, block=64),
-        "attention_step/64/16": Launch(num_warps=8, num_stages=3, block_m=128, block_n=64),
-        "attention_step/96/16": Launch(num_warps=8, num_stages=3, block_m=128, block_n=64),
+        "attention_step/64/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=64),
+        "attention_step/96/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=64),
         "attention_step/128/16": Launch(num_warps=8, num_stages=2, block_m=128, block_n=64),
-        "attention_prefill/64/16": Launch(num_warps=8, num_stages=3, block_m=128, block_n=64),
-        "attention_prefill/96/16": Launch(num_warps=8, num_stages=3, block_m=128, block_n=64),
+        "attention_prefill/64/16": Launch(num_warps=4, num_stages=3, block_m=128, block_n=32),
+        "attention_prefill/96/16": Launch(num_warps=4, num_stages=3, block_m=128, block_n=32),
         "attention_prefill/128/16": Launch(num_warps=8, num_stages=2, block_m=128, block_n=32),
         "attention_step/64/32": Launch(num_warps=8, block_m=32, block_n=16),
         "attention_step/96/32": Launch(num_warps=8, block_m=32, block_n=16),
@@ -70,12 +71,12 @@ TABLE: dict[int, dict[str, Launch]] = {
         "rope_": Launch(num_warps=4, block=1024),
         "rope_cache_": Launch(num_warps=4, block=1024),
         "guidance_step_": Launch(num_warps=2, block=64),
-        "attention_step/64/16": Launch(num_warps=8, num_stages=3, block_m=128, block_n=64),
-        "attention_step/96/16": Launch(num_warps=8, num_stages=2, block_m=128, block_n=64),
-        "attention_step/128/16": Launch(num_warps=8, num_stages=2, block_m=128, block_n=64),
-        "attention_prefill/64/16": Launch(num_warps=8, num_stages=3, block_m=128, block_n=64),
-        "attention_prefill/96/16": Launch(num_warps=8, num_stages=2, block_m=128, block_n=64),
-        "attention_prefill/128/16": Launch(num_warps=8, num_stages=2, block_m=128, block_n=32),
+        "attention_step/64/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=64),
+        "attention_step/96/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=32),
+        "attention_step/128/16": Launch(num_warps=4, num_stages=2, block_m=64, block_n=32),
+        "attention_prefill/64/16": Launch(num_warps=4, num_stages=3, block_m=128, block_n=32),
+        "attention_prefill/96/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=32),
+        "attention_prefill/128/16": Launch(num_warps=4, num_stages=2, block_m=64, block_n=32),
         "attention_step/64/32": Launch(num_warps=8, block_m=32, block_n=16),
         "attention_step/96/32": Launch(num_warps=8, block_m=32, block_n=16),
         "attention_step/128/32": Launch(num_warps=8, block_m=32, block_n=16),
@@ -91,12 +92,12 @@ TABLE: dict[int, dict[str, Launch]] = {
         "rope_": Launch(num_warps=4, block=1024),
         "rope_cache_": Launch(num_warps=4, block=1024),
         "guidance_step_": Launch(num_warps=2, block=64),
-        "attention_step/64/16": Launch(num_warps=8, num_stages=3, block_m=128, block_n=64),
-        "attention_step/96/16": Launch(num_warps=8, num_stages=2, block_m=128, block_n=64),
-        "attention_step/128/16": Launch(num_warps=8, num_stages=2, block_m=128, block_n=64),
-        "attention_prefill/64/16": Launch(num_warps=8, num_stages=3, block_m=128, block_n=64),
-        "attention_prefill/96/16": Launch(num_warps=8, num_stages=2, block_m=128, block_n=64),
-        "attention_prefill/128/16": Launch(num_warps=8, num_stages=2, block_m=128, block_n=32),
+        "attention_step/64/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=64),
+        "attention_step/96/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=32),
+        "attention_step/128/16": Launch(num_warps=4, num_stages=2, block_m=64, block_n=32),
+        "attention_prefill/64/16": Launch(num_warps=4, num_stages=3, block_m=128, block_n=32),
+        "attention_prefill/96/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=32),
+        "attention_prefill/128/16": Launch(num_warps=4, num_stages=2, block_m=64, block_n=32),
         "attention_step/64/32": Launch(num_warps=8, block_m=32, block_n=16),
         "attention_step/96/32": Launch(num_warps=8, block_m=32, block_n=16),
         "attention_step/128/32": Launch(num_warps=8, block_m=32, block_n=16),
@@ -112,12 +113,54 @@ TABLE: dict[int, dict[str, Launch]] = {
         "rope_": Launch(num_warps=4, block=1024),
         "rope_cache_": Launch(num_warps=4, block=1024),
         "guidance_step_": Launch(num_warps=2, block=64),
-        "attention_step/64/16": Launch(num_warps=8, num_stages=3, block_m=128, block_n=128),
-        "attention_step/96/16": Launch(num_warps=8, num_stages=2, block_m=128, block_n=128),
+        "attention_step/64/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=64),
+        "attention_step/96/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=64),
         "attention_step/128/16": Launch(num_warps=8, num_stages=2, block_m=128, block_n=128),
-        "attention_prefill/64/16": Launch(num_warps=8, num_stages=3, block_m=128, block_n=128),
-        "attention_prefill/96/16": Launch(num_warps=8, num_stages=3, block_m=128, block_n=64),
+        "attention_prefill/64/16": Launch(num_warps=4, num_stages=3, block_m=128, block_n=64),
+        "attention_prefill/96/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=32),
         "attention_prefill/128/16": Launch(num_warps=8, num_stages=3, block_m=128, block_n=64),
+        "attention_step/64/32": Launch(num_warps=8, block_m=32, block_n=16),
+        "attention_step/96/32": Launch(num_warps=8, block_m=32, block_n=16),
+        "attention_step/128/32": Launch(num_warps=8, block_m=32, block_n=16),
+        "attention_prefill/64/32": Launch(num_warps=8, block_m=16, block_n=16),
+        "attention_prefill/96/32": Launch(num_warps=8, block_m=16, block_n=16),
+        "attention_prefill/128/32": Launch(num_warps=8, block_m=16, block_n=16),
+    },
+    100: {
+        "rms_norm": Launch(num_warps=8),
+        "add_rms_norm": Launch(num_warps=8),
+        "modulate": Launch(num_warps=8),
+        "swiglu": Launch(num_warps=4, block=2048),
+        "rope_": Launch(num_warps=4, block=1024),
+        "rope_cache_": Launch(num_warps=4, block=1024),
+        "guidance_step_": Launch(num_warps=2, block=64),
+        "attention_step/64/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=64),
+        "attention_step/96/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=64),
+        "attention_step/128/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=32),
+        "attention_prefill/64/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=64),
+        "attention_prefill/96/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=64),
+        "attention_prefill/128/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=64),
+        "attention_step/64/32": Launch(num_warps=8, block_m=32, block_n=16),
+        "attention_step/96/32": Launch(num_warps=8, block_m=32, block_n=16),
+        "attention_step/128/32": Launch(num_warps=8, block_m=32, block_n=16),
+        "attention_prefill/64/32": Launch(num_warps=8, block_m=16, block_n=16),
+        "attention_prefill/96/32": Launch(num_warps=8, block_m=16, block_n=16),
+        "attention_prefill/128/32": Launch(num_warps=8, block_m=16, block_n=16),
+    },
+    120: {
+        "rms_norm": Launch(num_warps=8),
+        "add_rms_norm": Launch(num_warps=8),
+        "modulate": Launch(num_warps=8),
+        "swiglu": Launch(num_warps=4, block=2048),
+        "rope_": Launch(num_warps=4, block=1024),
+        "rope_cache_": Launch(num_warps=4, block=1024),
+        "guidance_step_": Launch(num_warps=2, block=64),
+        "attention_step/64/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=32),
+        "attention_step/96/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=32),
+        "attention_step/128/16": Launch(num_warps=4, num_stages=2, block_m=64, block_n=32),
+        "attention_prefill/64/16": Launch(num_warps=4, num_stages=3, block_m=128, block_n=32),
+        "attention_prefill/96/16": Launch(num_warps=4, num_stages=2, block_m=64, block_n=64),
+        "attention_prefill/128/16": Launch(num_warps=4, num_stages=2, block_m=64, block_n=32),
         "attention_step/64/32": Launch(num_warps=8, block_m=32, block_n=16),
         "attention_step/96/32": Launch(num_warps=8, block_m=32, block_n=16),
         "attention_step/128/32": Launch(num_warps=8, block_m=32, block_n=16),
@@ -128,17 +171,13 @@ TABLE: dict[int, dict[str, Launch]] = {
 }
 # table: end
 
-# The generation whose limits and instructions come nearest, where the table has no own. 12.x has
-# Ada's shared memory, so not Hopper's tiles.
-_NEAREST = {87: 86, 88: 86, 100: 90, 101: 90, 103: 90, 110: 90, 120: 89, 121: 89}
-
 # What the interpreter takes for tensors on the CPU.
 _INTERPRETED = 80
 
 
 @lru_cache(maxsize=256)
 def lookup(kernel: str, capability: int, head_dim: int = 0, bits: int = 16) -> Launch:
-    """The configuration of a kernel on a generation.
+    """The configuration of a kernel on a generation, or else on the latest one before it.
 
     Args:
         kernel: name of the operation.
@@ -146,7 +185,6 @@ def lookup(kernel: str, capability: int, head_dim: int = 0, bits: int = 16) -> L
         head_dim: of the attention, 0 for other kernels.
         bits: of the dtype; only the attention differs.
     """
-    capability = _NEAREST.get(capability, capability)
     own = max((known for known in TABLE if known <= capability), default=min(TABLE))
     return TABLE[own][f"{kernel}/{head_dim}/{bits}" if head_dim else kernel]
 

@@ -1,7 +1,7 @@
 """Where the kernels run in these tests: on the GPU if there is one, else in Triton's interpreter.
 
 The interpreter must be asked for before triton is first imported, and then holds for the whole
-process; what compiles kernels does so in processes of its own (`ahead.py`).
+process; what compiles kernels does so in processes of its own (`bench/kernels/ahead.py`).
 """
 
 from __future__ import annotations

@@ -86,6 +86,18 @@ def check_prefill(*args):
     check(attention.attention_prefill, reference.attention_prefill, args)
 
 
+def tiles(kernel):
+    """(head_dim, block_m, block_n) of every configuration in 16 bits that ships."""
+    keys = {f"{kernel}/{head_dim}/16": head_dim for head_dim in (64, 96, 128)}
+    return sorted(
+        {
+            (head_dim, entries[key].block_m, entries[key].block_n)
+            for entries in launch.TABLE.values()
+            for key, head_dim in keys.items()
+        }
+    )
+
+
 STEPS = {
     "one row": ([1], [(0, 1)]),
     "no cache": ([65], [(0, 0)]),
@@ -103,11 +115,11 @@ def test_step(case, head_dim, dtype):
     check_step(*step_arguments(*STEPS[case], 2, 2, head_dim, dtype))
 
 
-@pytest.mark.parametrize("capability", launch.TABLE)
+@pytest.mark.parametrize(("head_dim", "block_m", "block_n"), tiles("attention_step"))
 @pytest.mark.parametrize(("heads", "kv_heads"), ((4, 1), (4, 2), (3, 3)))
-def test_step_grouped_heads_and_every_tile(heads, kv_heads, capability):
-    args = step_arguments([130, 64], [(0, 129), (7, 64)], heads, kv_heads, 96, torch.bfloat16)
-    chosen = launch.lookup("attention_step", capability, 96)
+def test_step_grouped_heads_and_every_tile(heads, kv_heads, head_dim, block_m, block_n):
+    args = step_arguments([130, 64], [(0, 129), (7, 64)], heads, kv_heads, head_dim, torch.bfloat16)
+    chosen = launch.Launch(num_warps=4, block_m=block_m, block_n=block_n)
     with mock.patch.object(launch, "choose", return_value=chosen):
         check_step(*args)
 
@@ -192,11 +204,11 @@ def test_prefill(case, head_dim, dtype):
     check_prefill(*prefill_arguments(PREFILLS[case], 2, 2, head_dim, dtype))
 
 
-@pytest.mark.parametrize("capability", launch.TABLE)
+@pytest.mark.parametrize(("head_dim", "block_m", "block_n"), tiles("attention_prefill"))
 @pytest.mark.parametrize(("heads", "kv_heads"), ((4, 1), (4, 2), (3, 3)))
-def test_prefill_grouped_heads_and_every_tile(heads, kv_heads, capability):
-    args = prefill_arguments(PREFILLS["image"], heads, kv_heads, 96, torch.bfloat16)
-    chosen = launch.lookup("attention_prefill", capability, 96)
+def test_prefill_grouped_heads_and_every_tile(heads, kv_heads, head_dim, block_m, block_n):
+    args = prefill_arguments(PREFILLS["image"], heads, kv_heads, head_dim, torch.bfloat16)
+    chosen = launch.Launch(num_warps=4, block_m=block_m, block_n=block_n)
     with mock.patch.object(launch, "choose", return_value=chosen):
         check_prefill(*args)
 

@@ -4,7 +4,7 @@ Each launcher is called as the runtime calls it, with the kernel replaced by a r
 passes (dtypes, alignment, constants, warps) is what is compiled. Runs as a program of its own,
 since a process that interprets Triton can't compile it:
 
-    python ahead.py PART PARTS      # every PARTS-th case from PART on, a JSON line for each
+    python -m bench.kernels.ahead PART PARTS  # every PARTS-th case from PART on, a JSON line each
 """
 
 from __future__ import annotations
@@ -18,10 +18,13 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
 from omnigen_fast.kernels import launch
+
+from . import pipes
 
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, INNER = 32, 32, 96, 3072, 8192
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -48,8 +51,10 @@ LIMITS = {
     86: Limits(99 * 1024, 100 * 1024, 48, 16),
     89: Limits(99 * 1024, 100 * 1024, 48, 24),
     90: Limits(227 * 1024, 228 * 1024, 64, 32),
+    100: Limits(227 * 1024, 228 * 1024, 64, 32),
+    120: Limits(99 * 1024, 100 * 1024, 48, 24),
 }
-_REGISTERS = 65536
+_REGISTERS, _COLUMNS = 65536, 512
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,11 @@ class Case:
     def is_attention(self) -> bool:
         return self.kernel.startswith("attention")
 
+    @property
+    def uses_matrix_units(self) -> bool:
+        """In 32 bits products are exact, which the matrix units' are not."""
+        return self.is_attention and self.dtype == "bf16"
+
 
 @dataclass(frozen=True)
 class Compiled:
@@ -79,16 +89,28 @@ class Compiled:
 
     registers: int
     spills: int  # bytes of local memory
+    loop_spills: int  # accesses to it inside loops
     shared: int  # bytes
     warps: int
+    ctas: int  # that share a multiprocessor
     occupancy: float  # resident warps over the most that fit
     hmma: int
     hgmma: int
+    tcgen05: int
     wide_loads: int  # of 16 bytes a thread
     narrow_loads: int  # of less than 4 bytes a thread
     async_copies: int
     map_copies: int  # of them by tensor maps
     config: str
+    block_m: int  # 0 where the kernel has none
+    block_n: int
+    turn: pipes.Turn | None  # of the main loop, where it multiplies on matrix units
+
+    @classmethod
+    def read(cls, values: dict[str, Any]) -> Compiled:
+        """From what `asdict` gives."""
+        turn = values["turn"]
+        return cls(**values | {"turn": pipes.Turn(**turn) if turn else None})
 
 
 def cases() -> Iterator[Case]:
@@ -186,7 +208,8 @@ def _record(case: Case):
     )
     if case.tensor_maps:
         name = "attention_step_maps_kernel"
-        chosen = launch.Launch(8, 3, 128, 64, tensor_maps=True)
+        warps = 8 if case.head_dim == 128 else 4  # with 4 the accumulator of 128 spills
+        chosen = launch.Launch(warps, 3, 128, 64, tensor_maps=True)
     kernel, recorder = getattr(module, name), _Recorder()
     with (
         mock.patch.object(module, name, recorder),
@@ -261,32 +284,45 @@ def _read(compiled, case: Case, options: dict, constants: dict) -> Compiled:
         if name in constants
     ]
     warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
+    limits = LIMITS[case.capability]
+    columns = getattr(compiled.metadata, "tmem_size", None) or 0
+    ctas = _ctas(limits, registers, warps, shared, columns)
     return Compiled(
         registers=registers,
         spills=max(stack, local, count(r"\b(?:LDL|STL)\b")),
+        loop_spills=pipes.loop_spills(code),
         shared=shared,
         warps=warps,
-        occupancy=_occupancy(LIMITS[case.capability], registers, warps, shared),
+        ctas=ctas,
+        occupancy=ctas * warps / limits.warps,
         hmma=count(r"\bHMMA\b"),
         hgmma=count(r"\bHGMMA\b"),
+        tcgen05=count(r"\bUTCHMMA\b"),
         wide_loads=count(r"\bLDG\.E[.\w]*\.128\b|\bLDGSTS\.E[.\w]*\.128\b"),
         narrow_loads=count(r"\bLDG\.E[.\w]*\.[US](?:8|16)\b"),
         async_copies=count(r"\bLDGSTS\b|\bUTMALDG\b"),
         map_copies=count(r"\bUTMALDG\b"),
         config=" ".join([*blocks, *(f"{name}={value}" for name, value in options.items())]),
+        block_m=constants.get("BLOCK_M", 0),
+        block_n=constants.get("BLOCK_N", 0),
+        turn=pipes.main_turn(code) if case.uses_matrix_units else None,
     )
 
 
-def _occupancy(limits: Limits, registers: int, warps: int, shared: int) -> float:
-    """Registers are given to warps in units of 256, shared memory has 1 KB of the system's."""
+def _ctas(limits: Limits, registers: int, warps: int, shared: int, columns: int) -> int:
+    """Registers are given to warps in units of 256, shared memory has 1 KB of the system's.
+
+    Args:
+        columns: of tensor memory, which 10.x has 512 of.
+    """
     per_warp = -(-registers * 32 // 256) * 256
-    blocks = min(
+    return min(
         _REGISTERS // (per_warp * warps),
         limits.shared // (shared + 1024),
         limits.warps // warps,
         limits.blocks,
+        _COLUMNS // max(1, columns),
     )
-    return blocks * warps / limits.warps
 
 
 def main() -> None:
