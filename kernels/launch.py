@@ -23,8 +23,8 @@ class Launch:
         num_stages: depth of the loads' pipeline in a loop.
         block_m: query rows of a program (attention).
         block_n: keys of a block (attention).
-        block: columns (swiglu), pairs (rope_) or tokens (guidance_step_) of a block. The norms
-            take a whole row.
+        block: columns (swiglu, dequantise_*_), pairs (rope_) or tokens (guidance_step_) of a block.
+            The norms take a whole row.
         tensor_maps: whether whole blocks of keys come through Hopper's copy engine
             (attention_step on 9.0 and later); other rows use plain loads.
     """
@@ -49,6 +49,9 @@ TABLE: dict[int, dict[str, Launch]] = {
         "rope_": Launch(num_warps=4, block=1024),
         "rope_cache_": Launch(num_warps=4, block=1024),
         "guidance_step_": Launch(num_warps=2, block=64),
+        "dequantise_int8_": Launch(num_warps=4, block=2048),
+        "dequantise_fp8_": Launch(num_warps=4, block=2048),
+        "dequantise_nf4_": Launch(num_warps=4, block=2048),
         "attention_step/64/16": Launch(num_warps=8, num_stages=3, block_m=128, block_n=64),
         "attention_step/96/16": Launch(num_warps=8, num_stages=3, block_m=128, block_n=64),
         "attention_step/128/16": Launch(num_warps=8, num_stages=2, block_m=128, block_n=64),
@@ -70,6 +73,9 @@ TABLE: dict[int, dict[str, Launch]] = {
         "rope_": Launch(num_warps=4, block=1024),
         "rope_cache_": Launch(num_warps=4, block=1024),
         "guidance_step_": Launch(num_warps=2, block=64),
+        "dequantise_int8_": Launch(num_warps=4, block=2048),
+        "dequantise_fp8_": Launch(num_warps=4, block=2048),
+        "dequantise_nf4_": Launch(num_warps=4, block=2048),
         "attention_step/64/16": Launch(num_warps=8, num_stages=3, block_m=128, block_n=64),
         "attention_step/96/16": Launch(num_warps=8, num_stages=2, block_m=128, block_n=64),
         "attention_step/128/16": Launch(num_warps=8, num_stages=2, block_m=128, block_n=64),
@@ -91,6 +97,9 @@ TABLE: dict[int, dict[str, Launch]] = {
         "rope_": Launch(num_warps=4, block=1024),
         "rope_cache_": Launch(num_warps=4, block=1024),
         "guidance_step_": Launch(num_warps=2, block=64),
+        "dequantise_int8_": Launch(num_warps=4, block=2048),
+        "dequantise_fp8_": Launch(num_warps=4, block=2048),
+        "dequantise_nf4_": Launch(num_warps=4, block=2048),
         "attention_step/64/16": Launch(num_warps=8, num_stages=3, block_m=128, block_n=64),
         "attention_step/96/16": Launch(num_warps=8, num_stages=2, block_m=128, block_n=64),
         "attention_step/128/16": Launch(num_warps=8, num_stages=2, block_m=128, block_n=64),
@@ -112,6 +121,9 @@ TABLE: dict[int, dict[str, Launch]] = {
         "rope_": Launch(num_warps=4, block=1024),
         "rope_cache_": Launch(num_warps=4, block=1024),
         "guidance_step_": Launch(num_warps=2, block=64),
+        "dequantise_int8_": Launch(num_warps=4, block=2048),
+        "dequantise_fp8_": Launch(num_warps=4, block=2048),
+        "dequantise_nf4_": Launch(num_warps=4, block=2048),
         "attention_step/64/16": Launch(num_warps=8, num_stages=3, block_m=128, block_n=128),
         "attention_step/96/16": Launch(num_warps=8, num_stages=2, block_m=128, block_n=128),
         "attention_step/128/16": Launch(num_warps=8, num_stages=2, block_m=128, block_n=128),

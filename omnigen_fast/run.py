@@ -13,6 +13,7 @@ from torch import Tensor
 from .call import Call, Memory
 from .engine import Engine
 from .errors import MemoryBudgetError, OmniGenError, OutOfMemoryError, first_line
+from .forms import FORMS
 from .memory.cost import Cost, Estimate
 from .memory.device import free_bytes, on_host, parse_memory, profile_of
 from .memory.overview import Report
@@ -215,3 +216,22 @@ def first_plan(
     except MemoryBudgetError:  # a smaller picture may fit
         estimate = Estimate(config, vae.shape, precision, workload, profile)
         return front(estimate, capture=False)[-1].plan
+
+
+def least_change(
+    checkpoint: Checkpoint, vae: Vae, dtype: torch.dtype, device: torch.device, memory: Memory
+) -> Precision:
+    """The storage that changes weights least of those whose layers all fit on the device.
+
+    Where none does, the weights stay as the checkpoint has them, and layers are streamed.
+    """
+    own = Precision.of(dtype, checkpoint.form)
+    forms = [None, *FORMS] if checkpoint.form is None else list(FORMS)
+    for form in forms[forms.index(checkpoint.form) :]:
+        precision = Precision.of(dtype, form)
+        plan = first_plan(checkpoint, vae, precision, device, memory)
+        if plan.resident_layers == checkpoint.config.num_layers:
+            if precision != own:
+                _log.warning("weights are stored as %s, so that all layers fit on the device", form)
+            return precision
+    return own

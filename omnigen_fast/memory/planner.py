@@ -228,6 +228,8 @@ def _candidates(
                 continue  # a CUDA graph can't record copies that run ahead on another stream
             weights = resident * estimate.bytes.layer_bytes
             ring = min(RING, estimate.config.num_layers - resident) * estimate.bytes.slot_bytes
+            # with all resident it is there in the decode too, and counted in `parts`
+            freed = estimate.bytes.expanded_bytes if ring else 0
             seconds = estimate.seconds.of_transformer(
                 replace(transformer, resident_layers=resident), current
             )
@@ -237,7 +239,7 @@ def _candidates(
                     parts.prefill + vae.resident,
                     parts.denoise + vae.resident,
                 )
-                peak = weights + max(before + ring, parts.decode + vae.decode)
+                peak = weights + max(before + ring, parts.decode + vae.decode - freed)
                 yield peak, seconds + vae.seconds, transformer, resident, vae.plan
 
 
