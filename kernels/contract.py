@@ -17,7 +17,7 @@ from torch import Tensor
 _FUSED = (torch.bfloat16, torch.float16, torch.float32)
 _FLOATS = (*_FUSED, torch.float64)
 _WIDE = (torch.float32, torch.float64)
-_GROUP = 64  # columns of a weight that share a scale
+GROUP = 64  # columns of a weight that share a scale, in forms that have groups
 HEAD_DIMS = (64, 96, 128)
 # A row is held in the registers of one program.
 MAX_HIDDEN = 65536
@@ -402,7 +402,7 @@ def _expanded(weight: Tensor, fused: bool) -> tuple[int, int, int]:
     _rows("weight", weight, 2, fused)
     _written("weight", weight)
     rows, columns = weight.shape
-    return rows, columns, -(-columns // _GROUP)
+    return rows, columns, -(-columns // GROUP)
 
 
 def dequantise_int8_(weight: Tensor, values: Tensor, scales: Tensor, fused: bool = False) -> None:
@@ -414,19 +414,19 @@ def dequantise_int8_(weight: Tensor, values: Tensor, scales: Tensor, fused: bool
         ValueError: wrong shape, device or strides.
     """
     rows, _, groups = _expanded(weight, fused)
-    _stored("values", values, torch.int8, (rows, groups * _GROUP), weight)
+    _stored("values", values, torch.int8, (rows, groups * GROUP), weight)
     _stored("scales", scales, torch.bfloat16, (rows, groups), weight)
 
 
 def dequantise_fp8_(weight: Tensor, values: Tensor, scales: Tensor, fused: bool = False) -> None:
-    """weight [rows, columns]; values [rows, columns] float8_e4m3fn, scales [rows, 1] float32.
+    """weight [rows, columns]; values [rows, columns] uint8, scales [rows, 1] float32.
 
     Raises:
         TypeError: wrong dtype.
         ValueError: wrong shape, device or strides.
     """
     rows, columns, _ = _expanded(weight, fused)
-    _stored("values", values, torch.float8_e4m3fn, (rows, columns), weight)
+    _stored("values", values, torch.uint8, (rows, columns), weight)
     _stored("scales", scales, torch.float32, (rows, 1), weight)
 
 
@@ -441,6 +441,6 @@ def dequantise_nf4_(
         ValueError: wrong shape, device or strides.
     """
     rows, _, groups = _expanded(weight, fused)
-    _stored("values", values, torch.uint8, (rows, groups * _GROUP // 2), weight)
+    _stored("values", values, torch.uint8, (rows, groups * GROUP // 2), weight)
     _stored("scales", scales, torch.uint8, (rows, groups), weight)
     _stored("ranges", ranges, torch.float32, (rows, 2), weight)

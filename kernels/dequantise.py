@@ -10,18 +10,17 @@ nf4's table is a tree of selections. `reference.dequantise_int8_`, `reference.de
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import contract, launch
-from .reference import GROUP, NF4
+from .reference import NF4
 
 # Constants of the table, as Triton wants globals.
 _V0, _V1, _V2, _V3, _V4, _V5, _V6, _V7 = (tl.constexpr(value) for value in NF4[:8])
 _V8, _V9, _V10, _V11, _V12, _V13, _V14, _V15 = (tl.constexpr(value) for value in NF4[8:])
-_GROUP = tl.constexpr(GROUP)
+_GROUP = tl.constexpr(contract.GROUP)
 
 
 @triton.jit
@@ -135,7 +134,7 @@ def dequantise_int8_(
 
 def dequantise_fp8_(
     weight: Tensor,  # [rows, columns], written
-    values: Tensor,  # [rows, columns], float8_e4m3fn
+    values: Tensor,  # [rows, columns], uint8: bits of float8_e4m3fn
     scales: Tensor,  # [rows, 1], float32
 ) -> None:
     """Launches the expansion; see `reference.dequantise_fp8_`.
@@ -148,7 +147,7 @@ def dequantise_fp8_(
         grid, options = _launch("dequantise_fp8_", weight)
         dequantise_fp8_kernel[grid](
             weight,
-            values.view(torch.uint8),
+            values,
             scales,
             weight.stride(0),
             values.stride(0),

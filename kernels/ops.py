@@ -471,7 +471,7 @@ def dequantise_int8_(
 @_operation("dequantise", writes=("weight",))
 def dequantise_fp8_(
     weight: Tensor,  # [rows, columns], written
-    values: Tensor,  # [rows, columns], float8_e4m3fn
+    values: Tensor,  # [rows, columns], uint8: bits of float8_e4m3fn
     scales: Tensor,  # [rows, 1], float32
 ) -> None:
     """See `reference.dequantise_fp8_` and `contract.dequantise_fp8_`."""

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .contract import GROUP
+
 # Rows of queries that share one mask in `attention_prefill`: bounds the mask at this many rows.
 _PREFILL_BLOCK = 256
 # Largest score matrix of the plain softmax, in elements.
@@ -24,7 +26,6 @@ _PLAIN_SCORES = 1 << 26
 # On a CPU, rows are processed in blocks whose float32 copies stay in the cache.
 _CPU_BLOCK_VALUES = 1 << 18
 
-GROUP = 64  # columns that share a scale in the forms of weights that have groups
 # Quantiles of the normal distribution, scaled to end at 1, with an exact zero (Dettmers et al.,
 # 2023). In float32.
 NF4 = (
@@ -350,7 +351,7 @@ def dequantise_int8_(
 
 def dequantise_fp8_(
     weight: Tensor,  # [rows, columns], written
-    values: Tensor,  # [rows, columns], float8_e4m3fn
+    values: Tensor,  # [rows, columns], uint8: bits of float8_e4m3fn
     scales: Tensor,  # [rows, 1], float32
 ) -> None:
     """`values * scales`, a scale for each row.

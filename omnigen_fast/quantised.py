@@ -48,6 +48,12 @@ class QuantisedWeight(nn.Module):
         return {name: part.data for name, part in self.named_parameters(recurse=False)}
 
     @property
+    def arguments(self) -> list[Tensor]:
+        """Its tensors as the operations take them: e4m3 as bits."""
+        tensors = self.parts.values()
+        return [x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x for x in tensors]
+
+    @property
     def device(self) -> torch.device:
         return self.values.device
 
@@ -61,13 +67,7 @@ class QuantisedWeight(nn.Module):
 
     def dequantise(self, out: Tensor) -> Tensor:
         """Writes the weight to `out` [rows, columns], bfloat16 or float32, and returns it."""
-        if self.form == "int8":
-            ops.dequantise_int8_(out, self.values, self.scales)
-        elif self.form == "fp8":
-            ops.dequantise_fp8_(out, self.values, self.scales)
-        else:
-            assert self.ranges is not None
-            ops.dequantise_nf4_(out, self.values, self.scales, self.ranges)
+        getattr(ops, f"dequantise_{self.form}_")(out, *self.arguments)
         return out
 
     def exact(self) -> Tensor:

@@ -21,6 +21,7 @@ ORDER = [
     "regular_files",
     "config_settings",
     "config",
+    "forms",
     "precision",
     "solvers",
     "schedule",
@@ -46,6 +47,7 @@ ORDER = [
     "sequence",
     "tokenizer_file",
     "processor",
+    "quantised",
     "linear",
     "model",
     "weights.files",
@@ -105,7 +107,7 @@ ORDER = [
     "cli.main",
     "app",
 ]
-USE_KERNELS = {"for_diffusers.enable", "call", "model", "denoise", "graph"}
+USE_KERNELS = {"for_diffusers.enable", "call", "quantised", "model", "denoise", "graph"}
 USE_PROFILES = {
     "memory.estimate",
     "memory.seconds",
