@@ -77,7 +77,7 @@ def convert(
     """Writes a model in the original's layout, under a temporary name until it is complete.
 
     Args:
-        model: a folder, a .safetensors file or a file of `torch.save`, with the weights of OmniGen
+        model: a folder, or a .safetensors, .gguf or `torch.save` file, with the weights of OmniGen
             in either layout; float8 is multiplied by its scales.
         out: the folder to make.
         dtype: of the written weights: bfloat16, float16 or float32.
@@ -106,14 +106,14 @@ def convert(
     vae = Vae.from_folder(parts.vae, torch.device("cpu")).autoencoder.state_dict()
     # in the original's layout each of our parameters is one tensor
     written = layout_sources(config, ORIGINAL)
-    parts = file_parts(written, weights, _name(dtype))
+    tensors = file_parts(written, weights, _name(dtype))
     vae_parts = {name: Part(tuple(value.shape), "float32") for name, value in vae.items()}
-    nbytes = sum(part.nbytes for part in (*parts.values(), *vae_parts.values()))
+    nbytes = sum(part.nbytes for part in (*tensors.values(), *vae_parts.values()))
     _check_room(out, nbytes)
     with _new_folder(out) as folder:
         with foreign.opened() as read:
 
-            def tensors() -> Iterator[Tensor]:
+            def values_of_tensors() -> Iterator[Tensor]:
                 for name, rows in sources.items():
                     if weights is not None and is_quantised(name):
                         yield from _quantised(foreign, read, rows, weights).parts.values()
@@ -122,7 +122,7 @@ def convert(
                         yield _converted(value, written[name][0].name, dtype)
 
             path = os.path.join(folder, "model.safetensors")
-            write_safetensors(path, parts, tensors(), form_metadata(weights))
+            write_safetensors(path, tensors, values_of_tensors(), form_metadata(weights))
         _write_json(os.path.join(folder, "config.json"), _config_values(values, config, dtype))
         shutil.copyfile(parts.tokenizer, os.path.join(folder, "tokenizer.json"))
         os.mkdir(os.path.join(folder, "vae"))

@@ -126,14 +126,16 @@ class Engine:
         checkpoint: Checkpoint,
         vae: Vae,
         condition_cache_bytes: int,
+        precision: Precision | None = None,
     ) -> Engine:
         """An engine over a model that is on its device already; captures steps where it can.
 
         Args:
             model: whose weights `checkpoint` reads again where they move or adapters come.
             checkpoint: see the class; so are the others.
+            precision: None for the dtype of the model.
         """
-        precision = Precision.of(model.dtype)
+        precision = precision or Precision.of(model.dtype)
         engine = cls(checkpoint, vae, precision, model.device, condition_cache_bytes, True)
         engine._model = model
         engine._store = LayerStore(model, precision, engine._read, engine.host)

@@ -54,6 +54,7 @@ ORDER = [
     "weights.names",
     "weights.checkpoint",
     "weights.pickles",
+    "weights.gguf_files",
     "weights.foreign",
     "weights.lora",
     "weights.lora_scale",
