@@ -274,6 +274,12 @@ class Transformer(nn.Module):
         """Frees them."""
         self._pos_embed_crops.clear()
 
+    def expand(self) -> None:
+        """Has quantised layers, all of which are on the device, expanded when they are taken."""
+        if any(isinstance(module, QuantisedWeight) for module in self.modules()):
+            resident = {layer: self.block(layer) for layer in range(len(self.layers))}
+            self.stream = Streamed(None, (), resident, Expander(self.config, self.norm))
+
     def block(self, layer: int) -> Block:
         """A layer, wherever its weights are."""
         block = self.layers[layer]

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from .errors import CheckpointError
 from .forms import FORMS, GROUP, Part, parts_of
 from .kernels import ops
-from .kernels.reference import NF4
 from .parameters import PLAIN
 
 _BLOCK_VALUES = 1 << 22  # of the weight, quantised at once: bounds the float32 copies
@@ -169,7 +168,7 @@ def _nf4(weight: Tensor, out: Mapping[str, Tensor]) -> None:
     out["ranges"].copy_(torch.cat([low, step], 1))
     codes = _over(most - low, step).round_().clamp_(0, _CODE_MOST)
     out["scales"].copy_(codes)
-    table = torch.tensor(NF4, device=weight.device)
+    table = torch.tensor(ops.reference.NF4, device=weight.device)
     middles = (table[1:] + table[:-1]) / 2
     scaled = _over(by_group, (low + codes * step).unsqueeze(2))
     places = torch.bucketize(scaled.flatten(1), middles).to(torch.uint8)
