@@ -3,10 +3,10 @@
     python -m bench.docs            # rewrites what is out of date
     python -m bench.docs --check    # names it instead, and fails if there is any
 
-Four kinds of text are generated: the output below a command in a line of its own (`    $ ...`),
+Five kinds of text are generated: the output below a command in a line of its own (`    $ ...`),
 the tables in docs/benchmarks.md, and the summary of them in README.md, both of the result file that
-docs/benchmarks.md links to; and the tables in docs/reliability.md, of tests/fuzz/results.json and
-tests/soak/results.json.
+docs/benchmarks.md links to; the tables in docs/reliability.md, of tests/fuzz/results.json and
+tests/soak/results.json; and the table of cards in docs/precision.md, which the planner makes.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from omnigen_fast import profiles
+from omnigen_fast.memory.overview import cards
+
 from . import report
 from .common import ROOT
 
@@ -27,6 +30,9 @@ FUZZ = "<!-- fuzz: begin -->", "<!-- fuzz: end -->"
 SOAKED = ROOT / "tests" / "soak" / "results.json"
 SOAK = "<!-- soak: begin -->", "<!-- soak: end -->"
 RATIOS = "<!-- ratios: begin -->", "<!-- ratios: end -->"
+PRECISION = ROOT / "docs" / "precision.md"
+CARDS = "<!-- cards: begin -->", "<!-- cards: end -->"
+_CARDS = (4, 6, 8, 12)  # GB
 _SHOWN, _COMMAND = " " * 4, "    $ "  # how output is indented, and a command
 _RESULT = re.compile(r"\(\.\./(bench/results/bench-[\w.-]+\.json)\)")
 
@@ -43,6 +49,8 @@ def refreshed(path: Path) -> str:
         text = _between(text, (report.BEGIN, report.END), report.markdown(result()))
     if path == README:
         text = _between(text, RATIOS, ratios(result()))
+    if path == PRECISION:
+        text = _between(text, CARDS, cards(profiles.load("rtx4060"), _CARDS))
     if path == RELIABILITY:
         text = _between(text, FUZZ, fuzzed(json.loads(FUZZED.read_text(encoding="utf-8"))))
         text = _between(text, SOAK, soaked(json.loads(SOAKED.read_text(encoding="utf-8"))))

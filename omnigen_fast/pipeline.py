@@ -33,10 +33,10 @@ from .run import (
     LESS_RESIDENT,
     SMALLER,
     AfterStep,
+    auto_precision,
     decide,
     first_plan,
     generate,
-    least_change,
     naming_memory,
 )
 from .surroundings import isolated
@@ -173,7 +173,7 @@ class OmniGenPipeline(LoraMethods, DiffusersMethods):
             vae_place = checkpoint.vae_folder or resolve(SDXL_VAE, patterns=VAE_FILES, **hub)
         vae = Vae.from_folder(vae_place, torch.device("cpu"), variant)
         if precision is None:
-            precision = least_change(checkpoint, vae, kind, target, memory)
+            precision = auto_precision(checkpoint, vae, kind, target, memory)
         plan = first_plan(checkpoint, vae, precision, target, memory)
         vae.place(plan.vae_resident)
         vae.to(target)
