@@ -154,7 +154,8 @@ def _fp8(weight: Tensor, out: Mapping[str, Tensor]) -> None:
     mantissa, exponent = torch.frexp(most * (1 / _FP8_MOST))
     exponent = torch.where(mantissa > 0.5, exponent, exponent - 1)
     scale = torch.ldexp(torch.ones_like(most), exponent.clamp(-126, 127))
-    out["scales"].copy_(torch.where(most > 0, scale, torch.where(most == 0, 0.0, most)))
+    scale = torch.where(most.isfinite(), scale, most)  # what is not is found out by that
+    out["scales"].copy_(torch.where(most == 0, 0.0, scale))
     scaled = _over(weight, out["scales"]).clamp_(-_FP8_MOST, _FP8_MOST)
     out["values"].copy_(scaled.to(torch.float8_e4m3fn))
 

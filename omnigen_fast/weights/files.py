@@ -357,13 +357,14 @@ def stored_form(files: WeightFiles) -> str | None:
 
 
 def check_dtypes(files: WeightFiles, expected: Mapping[str, str]) -> None:
-    """Raises CheckpointError for tensors of other dtypes than PyTorch calls so; "" is any."""
+    """Raises CheckpointError for tensors of other dtypes than PyTorch calls so; "" is any float."""
     listed = list_tensors(files)
-    odd = [
-        f"{name} holds {listed[name].dtype} instead of {SAFETENSORS_NAMES[dtype]}"
-        for name, dtype in expected.items()
-        if dtype and listed[name].dtype != SAFETENSORS_NAMES[dtype]
-    ]
+    odd = []
+    for name, dtype in expected.items():
+        allowed = (SAFETENSORS_NAMES[dtype],) if dtype else FLOATS
+        if listed[name].dtype not in allowed:
+            instead = allowed[0] if dtype else "floats"
+            odd.append(f"{name} holds {listed[name].dtype} instead of {instead}")
     if odd:
         raise CheckpointError(f"{files.paths[0]}: {_some(odd, 2)}")
 
