@@ -35,12 +35,14 @@ def dequantise_int8_kernel(
     BLOCK: tl.constexpr,
 ):
     i_row = tl.program_id(0).to(tl.int64)
-    o_d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    m_d = o_d < COLUMNS
+    o_g = tl.program_id(1) * (BLOCK // _GROUP) + tl.arange(0, BLOCK // _GROUP)
+    o_d = o_g[:, None] * _GROUP + tl.arange(0, _GROUP)[None, :]
+    m_g, m_d = o_g * _GROUP < COLUMNS, o_d < COLUMNS
     b_values = tl.load(values_ptr + i_row * stride_values_row + o_d, mask=m_d, other=0)
-    p_scales = scales_ptr + i_row * stride_scales_row + o_d // _GROUP
-    b_scales = tl.load(p_scales, mask=m_d, other=0.0).to(tl.float32)
-    b_weight = (b_values.to(tl.float32) * b_scales).to(weight_ptr.dtype.element_ty)
+    # one for each group: a thread's values share it
+    p_scales = scales_ptr + i_row * stride_scales_row + o_g
+    b_scales = tl.load(p_scales, mask=m_g, other=0.0).to(tl.float32)
+    b_weight = (b_values.to(tl.float32) * b_scales[:, None]).to(weight_ptr.dtype.element_ty)
     tl.store(weight_ptr + i_row * stride_weight_row + o_d, b_weight, mask=m_d)
 
 
@@ -93,18 +95,18 @@ def dequantise_nf4_kernel(
     BLOCK: tl.constexpr,
 ):
     i_row = tl.program_id(0).to(tl.int64)
-    o_d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    m_d = o_d < COLUMNS
-    HALF: tl.constexpr = BLOCK // 2
-    o_pair = tl.program_id(1) * HALF + tl.arange(0, HALF)
+    o_g = tl.program_id(1) * (BLOCK // _GROUP) + tl.arange(0, BLOCK // _GROUP)
+    o_d = o_g[:, None] * _GROUP + tl.arange(0, _GROUP)[None, :]
+    m_g, m_d = o_g * _GROUP < COLUMNS, o_d < COLUMNS
+    o_pair = o_g[:, None] * (_GROUP // 2) + tl.arange(0, _GROUP // 2)[None, :]
     p_pairs = values_ptr + i_row * stride_values_row + o_pair
-    b_pairs = tl.load(p_pairs, mask=o_pair * 2 < COLUMNS, other=0).to(tl.int32)
+    b_pairs = tl.load(p_pairs, mask=m_g[:, None], other=0).to(tl.int32)
     b_values = tl.interleave(_nf4(b_pairs & 15), _nf4(b_pairs >> 4))
-    p_scales = scales_ptr + i_row * stride_scales_row + o_d // _GROUP
-    b_codes = tl.load(p_scales, mask=m_d, other=0).to(tl.float32)
+    b_codes = tl.load(scales_ptr + i_row * stride_scales_row + o_g, mask=m_g, other=0)
     low = tl.load(ranges_ptr + i_row * stride_ranges_row)
     step = tl.load(ranges_ptr + i_row * stride_ranges_row + 1)
-    b_weight = (b_values * (low + b_codes * step)).to(weight_ptr.dtype.element_ty)
+    b_scales = low + b_codes.to(tl.float32) * step
+    b_weight = (b_values * b_scales[:, None]).to(weight_ptr.dtype.element_ty)
     tl.store(weight_ptr + i_row * stride_weight_row + o_d, b_weight, mask=m_d)
 
 
@@ -187,6 +189,6 @@ def _launch(name: str, weight: Tensor) -> tuple[tuple[int, int], dict[str, int]]
     """Grid and constants of a kernel: a program for each block of a row."""
     rows, columns = weight.shape
     chosen = launch.choose(name, weight)
-    block = max(2, min(chosen.block, triton.next_power_of_2(columns)))
+    block = max(contract.GROUP, min(chosen.block, triton.next_power_of_2(columns)))
     grid = rows, triton.cdiv(columns, block)
     return grid, {"COLUMNS": columns, "BLOCK": block, "num_warps": chosen.num_warps}

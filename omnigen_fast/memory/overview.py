@@ -118,8 +118,9 @@ def report(
         )
     lines += ["", "by how weights are stored, within the same memory", ""]
     lines.append("      GB        s  weights")
-    for storage, one in by_storage(profile, workload, decision.budget_bytes, precision, config):
-        lines.append(f"  {_cost(one)}  {storage}: {_resident(one, config)}")
+    stored = by_storage(profile, workload, decision.budget_bytes, precision, config)
+    for storage, found in stored:
+        lines.append(f"  {_cost(found)}  {storage}: {_resident(found, config)}")
     lines += [
         "",
         "under the original's settings, within the memory that it documents (ours predicted)",
