@@ -15,6 +15,7 @@ import statistics
 import tempfile
 import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -69,7 +70,7 @@ def step_seconds(pipe: OmniGenPipeline, folder: Path, size: int, steps: int) -> 
         output_type="latent",
         callback_on_step_end=after_step,
     )
-    return [stop - start for start, stop in zip(ends, ends[1:])]
+    return [stop - start for start, stop in pairwise(ends)]
 
 
 def main() -> None:
