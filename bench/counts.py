@@ -53,6 +53,9 @@ OURS = {
     "rope_": ELEMENTWISE,
     "rope_cache_": ELEMENTWISE,
     "swiglu": ELEMENTWISE,
+    "dequantise_int8_": ELEMENTWISE,
+    "dequantise_fp8_": ELEMENTWISE,
+    "dequantise_nf4_": ELEMENTWISE,
     "guidance_step_": ELEMENTWISE,
 }
 _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "convolution"}
@@ -319,6 +322,9 @@ def _ours(name: str, given: dict[str, Any], result: Any) -> Operation:
         if name == "rope_cache_":  # v in, k and v into the cache
             read += head * kv_heads + touched(given["cache_rows"])
             written += 2 * head * kv_heads
+    elif name.startswith("dequantise_"):
+        written = touched(given["weight"])
+        read -= written
     elif name == "guidance_step_":
         written = touched(given["latents"])
     elif name == "attention_step":

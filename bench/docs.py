@@ -16,6 +16,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from omnigen_fast import profiles
+from omnigen_fast.memory.overview import cards
+
 from . import report
 from .common import ROOT
 from .kernels import bounds
@@ -27,6 +30,9 @@ SOAKED = ROOT / "tests" / "soak" / "results.json"
 SOAK = "<!-- soak: begin -->", "<!-- soak: end -->"
 SERVING, ERRORS = ROOT / "docs" / "serving.md", ("<!-- errors: begin -->", "<!-- errors: end -->")
 RATIOS = "<!-- ratios: begin -->", "<!-- ratios: end -->"
+PRECISION = ROOT / "docs" / "precision.md"
+CARDS = "<!-- cards: begin -->", "<!-- cards: end -->"
+_CARDS = (4, 6, 8, 12)  # GB
 _SHOWN, _COMMAND = " " * 4, "    $ "  # how output is indented, and a command
 _RESULT = re.compile(r"\(\.\./(bench/results/bench-[\w.-]+\.json)\)")
 
@@ -44,6 +50,8 @@ def refreshed(path: Path) -> str:
         text = _between(text, (bounds.BEGIN, bounds.END), bounds.markdown())
     if path == README:
         text = _between(text, RATIOS, ratios(result()))
+    if path == PRECISION:
+        text = _between(text, CARDS, cards(profiles.load("rtx4060"), _CARDS))
     if path == RELIABILITY:
         text = _between(text, FUZZ, fuzzed(json.loads(FUZZED.read_text(encoding="utf-8"))))
         text = _between(text, SOAK, soaked(json.loads(SOAKED.read_text(encoding="utf-8"))))

@@ -39,11 +39,11 @@ class Model:
     ours: Ours
     folder: Path | None  # of a checkpoint
 
-    def widened(self) -> Model:
-        """The same values in float32."""
+    def widened(self, storage: str | None = None) -> Model:
+        """The same values in float32, stored so."""
         weights = {name: value.float() for name, value in self.weights.items()}
         device = self.ours.pipe.device
-        return replace(self, weights=weights, ours=_ours(self.config, weights, device))
+        return replace(self, weights=weights, ours=_ours(self.config, weights, device, storage))
 
     @property
     def parameters(self) -> int:
@@ -67,8 +67,14 @@ def is_random(name: str) -> bool:
     return name in _RANDOM
 
 
-def load(name: str, dtype: torch.dtype, device: torch.device) -> Model:
+def load(name: str, dtype: torch.dtype, device: torch.device, storage: str | None = None) -> Model:
     """Loads a model or draws its weights. Its pipeline keeps nothing between pictures.
+
+    Args:
+        name: see `is_random`.
+        dtype: of the weights.
+        device: where to run.
+        storage: in which the pipeline keeps them, as `weights` of `from_pretrained`.
 
     Raises:
         RequestError, CheckpointError: there is no such model.
@@ -76,9 +82,9 @@ def load(name: str, dtype: torch.dtype, device: torch.device) -> Model:
     if is_random(name):
         config = _RANDOM[name]()
         weights = random_weights(config, dtype, device=device)
-        return Model(name, config, weights, _ours(config, weights, device), None)
+        return Model(name, config, weights, _ours(config, weights, device, storage), None)
     pipe = OmniGenPipeline.from_pretrained(
-        name, device=device, dtype=dtype, condition_cache_bytes=0
+        name, device=device, dtype=dtype, condition_cache_bytes=0, weights=storage
     )
     engine = pipe.engine
     engine.vae = KeptVae(device, engine.vae)
@@ -102,5 +108,10 @@ def check_model(
     return config, weights, _ours(config, weights, device)
 
 
-def _ours(config: ModelConfig, weights: dict[str, Tensor], device: torch.device) -> Ours:
-    return Ours(make_pipeline(config, weights, device, condition_cache_bytes=0))
+def _ours(
+    config: ModelConfig,
+    weights: dict[str, Tensor],
+    device: torch.device,
+    storage: str | None = None,
+) -> Ours:
+    return Ours(make_pipeline(config, weights, device, condition_cache_bytes=0, storage=storage))

@@ -54,6 +54,7 @@ _KERNELS = (
     ("modulate", NORMS),
     ("rope", ELEMENTWISE),
     ("swiglu", ELEMENTWISE),
+    ("dequantise", ELEMENTWISE),
     ("guidance", ELEMENTWISE),
     ("gemm", PRODUCTS),
     ("nvjet", PRODUCTS),

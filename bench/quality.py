@@ -19,6 +19,7 @@ from omnigen_fast.kernels import ops
 from torch import Tensor
 
 from omnigen_fast.errors import RequestError
+from omnigen_fast.forms import FORMS
 
 from .cases import SWITCHES, Size, Task
 from .common import machine
@@ -37,6 +38,7 @@ class Configuration:
 
     name: str
     dtype: torch.dtype
+    storage: str | None  # of the weights, if it is not the dtype
     kernels: str | None
     arguments: dict[str, bool]  # memory switches
 
@@ -54,11 +56,11 @@ def parse_configuration(text: str) -> Configuration:
         RequestError: an unknown word, or two that contradict one another.
     """
     words = text.split("+")
-    known = (*_DTYPES, *_KERNELS, *SWITCHES, _NO_KV, _JOINT)
+    known = (*_DTYPES, *FORMS, *_KERNELS, *SWITCHES, _NO_KV, _JOINT)
     unknown = [word for word in words if word not in known]
     if unknown:
         raise RequestError(f"{text!r}: {unknown[0]!r} is not known; there are {', '.join(known)}")
-    for some in (_DTYPES, _KERNELS, ("kv", _NO_KV), ("separate", _JOINT)):
+    for some in (_DTYPES, FORMS, _KERNELS, ("kv", _NO_KV), ("separate", _JOINT)):
         both = [word for word in words if word in some]
         if len(both) > 1:
             raise RequestError(f"{text!r}: {' and '.join(both)} contradict one another")
@@ -69,7 +71,8 @@ def parse_configuration(text: str) -> Configuration:
         arguments["separate_cfg_infer"] = False
     dtype = next((word for word in words if word in _DTYPES), "bfloat16")
     kernels = next((word for word in words if word in _KERNELS), None)
-    return Configuration(text, _DTYPES[dtype], kernels, arguments)
+    storage = next((word for word in words if word in FORMS), None)
+    return Configuration(text, _DTYPES[dtype], storage, kernels, arguments)
 
 
 def psnr(found: Tensor, expected: Tensor) -> float:
@@ -136,7 +139,7 @@ def compare(
     taken = []
     starts: list[Start] = []
     for one in pair:
-        loaded = _load(model, one.dtype, device)
+        loaded = _load(model, one, device)
         if not starts:
             starts = [make_start(loaded.ours.pipe, task) for task in tasks]
         taken.append([_picture(loaded, one, start) for start in starts])
@@ -178,12 +181,11 @@ def _has_vae(model: str) -> bool:
     return not model.startswith("random:")
 
 
-def _load(name: str, dtype: torch.dtype, device: torch.device) -> Model:
+def _load(name: str, one: Configuration, device: torch.device) -> Model:
     """Random weights in float32 have bfloat16 values, so that both run the same model."""
-    if _has_vae(name):
-        return load(name, dtype, device)
-    model = load(name, torch.bfloat16, device)
-    return model.widened() if dtype == torch.float32 else model
+    if _has_vae(name) or one.dtype == torch.bfloat16:
+        return load(name, one.dtype, device, one.storage)
+    return load(name, torch.bfloat16, device).widened(one.storage)
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from torch import Tensor
 _FUSED = (torch.bfloat16, torch.float16, torch.float32)
 _FLOATS = (*_FUSED, torch.float64)
 _WIDE = (torch.float32, torch.float64)
+GROUP = 64  # columns of a weight that share a scale, in forms that have groups
 HEAD_DIMS = (64, 96, 128)
 # A row is held in the registers of one program.
 MAX_HIDDEN = 65536
@@ -386,3 +387,60 @@ def guidance_step_(
     _numbers("lengths", lengths, torch.float32, "latents", latents)
     _numbers("step", step, torch.int64, "latents", latents)
     _shape("step", step, (images,))
+
+
+def _stored(name: str, x: Tensor, dtype: torch.dtype, shape: tuple[int, ...], like: Tensor) -> None:
+    """A part of a stored weight."""
+    _tensor(name, x, 2, (dtype,))
+    _beside(name, x, "weight", like)
+    _shape(name, x, shape)
+    _inside_contiguous(name, x)
+
+
+def _expanded(weight: Tensor, fused: bool) -> tuple[int, int, int]:
+    """Rows, columns and groups of the weight that is written."""
+    _rows("weight", weight, 2, fused)
+    _written("weight", weight)
+    rows, columns = weight.shape
+    return rows, columns, -(-columns // GROUP)
+
+
+def dequantise_int8_(weight: Tensor, values: Tensor, scales: Tensor, fused: bool = False) -> None:
+    """weight [rows, columns]; values [rows, groups * 64] int8 and scales [rows, groups] bfloat16,
+    with a group for each 64 columns.
+
+    Raises:
+        TypeError: wrong dtype.
+        ValueError: wrong shape, device or strides.
+    """
+    rows, _, groups = _expanded(weight, fused)
+    _stored("values", values, torch.int8, (rows, groups * GROUP), weight)
+    _stored("scales", scales, torch.bfloat16, (rows, groups), weight)
+
+
+def dequantise_fp8_(weight: Tensor, values: Tensor, scales: Tensor, fused: bool = False) -> None:
+    """weight [rows, columns]; values [rows, columns] uint8, scales [rows, 1] float32.
+
+    Raises:
+        TypeError: wrong dtype.
+        ValueError: wrong shape, device or strides.
+    """
+    rows, columns, _ = _expanded(weight, fused)
+    _stored("values", values, torch.uint8, (rows, columns), weight)
+    _stored("scales", scales, torch.float32, (rows, 1), weight)
+
+
+def dequantise_nf4_(
+    weight: Tensor, values: Tensor, scales: Tensor, ranges: Tensor, fused: bool = False
+) -> None:
+    """weight [rows, columns]; values [rows, groups * 32] and scales [rows, groups] uint8, ranges
+    [rows, 2] float32, with a group for each 64 columns.
+
+    Raises:
+        TypeError: wrong dtype.
+        ValueError: wrong shape, device or strides.
+    """
+    rows, _, groups = _expanded(weight, fused)
+    _stored("values", values, torch.uint8, (rows, groups * GROUP // 2), weight)
+    _stored("scales", scales, torch.uint8, (rows, groups), weight)
+    _stored("ranges", ranges, torch.float32, (rows, 2), weight)

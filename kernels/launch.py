@@ -24,8 +24,8 @@ class Launch:
         num_stages: depth of the loads' pipeline in a loop.
         block_m: query rows of a program (attention).
         block_n: keys of a block (attention).
-        block: columns (swiglu), pairs (rope_) or tokens (guidance_step_) of a block. The norms
-            take a whole row.
+        block: columns (swiglu, dequantise_*_), pairs (rope_) or tokens (guidance_step_) of a block.
+            The norms take a whole row.
         tensor_maps: whether whole blocks of keys come through Hopper's copy engine
             (attention_step on 9.0 and later); other rows use plain loads.
     """
@@ -50,6 +50,9 @@ TABLE: dict[int, dict[str, Launch]] = {
         "rope_": Launch(num_warps=4, block=1024),
         "rope_cache_": Launch(num_warps=4, block=1024),
         "guidance_step_": Launch(num_warps=2, block=64),
+        "dequantise_int8_": Launch(num_warps=4, block=2048),
+        "dequantise_fp8_": Launch(num_warps=4, block=2048),
+        "dequantise_nf4_": Launch(num_warps=4, block=4096),
         "attention_step/64/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=64),
         "attention_step/96/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=64),
         "attention_step/128/16": Launch(num_warps=8, num_stages=2, block_m=128, block_n=64),
@@ -71,6 +74,9 @@ TABLE: dict[int, dict[str, Launch]] = {
         "rope_": Launch(num_warps=4, block=1024),
         "rope_cache_": Launch(num_warps=4, block=1024),
         "guidance_step_": Launch(num_warps=2, block=64),
+        "dequantise_int8_": Launch(num_warps=4, block=2048),
+        "dequantise_fp8_": Launch(num_warps=4, block=2048),
+        "dequantise_nf4_": Launch(num_warps=4, block=4096),
         "attention_step/64/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=64),
         "attention_step/96/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=32),
         "attention_step/128/16": Launch(num_warps=4, num_stages=2, block_m=64, block_n=32),
@@ -92,6 +98,9 @@ TABLE: dict[int, dict[str, Launch]] = {
         "rope_": Launch(num_warps=4, block=1024),
         "rope_cache_": Launch(num_warps=4, block=1024),
         "guidance_step_": Launch(num_warps=2, block=64),
+        "dequantise_int8_": Launch(num_warps=4, block=2048),
+        "dequantise_fp8_": Launch(num_warps=4, block=2048),
+        "dequantise_nf4_": Launch(num_warps=4, block=4096),
         "attention_step/64/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=64),
         "attention_step/96/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=32),
         "attention_step/128/16": Launch(num_warps=4, num_stages=2, block_m=64, block_n=32),
@@ -113,6 +122,9 @@ TABLE: dict[int, dict[str, Launch]] = {
         "rope_": Launch(num_warps=4, block=1024),
         "rope_cache_": Launch(num_warps=4, block=1024),
         "guidance_step_": Launch(num_warps=2, block=64),
+        "dequantise_int8_": Launch(num_warps=4, block=2048),
+        "dequantise_fp8_": Launch(num_warps=4, block=2048),
+        "dequantise_nf4_": Launch(num_warps=4, block=4096),
         "attention_step/64/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=64),
         "attention_step/96/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=64),
         "attention_step/128/16": Launch(num_warps=8, num_stages=2, block_m=128, block_n=128),
@@ -134,6 +146,9 @@ TABLE: dict[int, dict[str, Launch]] = {
         "rope_": Launch(num_warps=4, block=1024),
         "rope_cache_": Launch(num_warps=4, block=1024),
         "guidance_step_": Launch(num_warps=2, block=64),
+        "dequantise_int8_": Launch(num_warps=4, block=2048),
+        "dequantise_fp8_": Launch(num_warps=4, block=2048),
+        "dequantise_nf4_": Launch(num_warps=4, block=4096),
         "attention_step/64/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=64),
         "attention_step/96/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=64),
         "attention_step/128/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=32),
@@ -155,6 +170,9 @@ TABLE: dict[int, dict[str, Launch]] = {
         "rope_": Launch(num_warps=4, block=1024),
         "rope_cache_": Launch(num_warps=4, block=1024),
         "guidance_step_": Launch(num_warps=2, block=64),
+        "dequantise_int8_": Launch(num_warps=4, block=2048),
+        "dequantise_fp8_": Launch(num_warps=4, block=2048),
+        "dequantise_nf4_": Launch(num_warps=4, block=4096),
         "attention_step/64/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=32),
         "attention_step/96/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=32),
         "attention_step/128/16": Launch(num_warps=4, num_stages=2, block_m=64, block_n=32),

@@ -455,3 +455,37 @@ def guidance_step_(
     """See `reference.guidance_step_` and `contract.guidance_step_`."""
     run = _trace if torch.compiler.is_compiling() else _call
     run("guidance_step_", latents, prediction, coefficient, cu_groups, lengths, step, patch)
+
+
+@_operation("dequantise", writes=("weight",))
+def dequantise_int8_(
+    weight: Tensor,  # [rows, columns], written
+    values: Tensor,  # [rows, groups * 64], int8
+    scales: Tensor,  # [rows, groups], bfloat16
+) -> None:
+    """See `reference.dequantise_int8_` and `contract.dequantise_int8_`."""
+    run = _trace if torch.compiler.is_compiling() else _call
+    run("dequantise_int8_", weight, values, scales)
+
+
+@_operation("dequantise", writes=("weight",))
+def dequantise_fp8_(
+    weight: Tensor,  # [rows, columns], written
+    values: Tensor,  # [rows, columns], uint8: bits of float8_e4m3fn
+    scales: Tensor,  # [rows, 1], float32
+) -> None:
+    """See `reference.dequantise_fp8_` and `contract.dequantise_fp8_`."""
+    run = _trace if torch.compiler.is_compiling() else _call
+    run("dequantise_fp8_", weight, values, scales)
+
+
+@_operation("dequantise", writes=("weight",))
+def dequantise_nf4_(
+    weight: Tensor,  # [rows, columns], written
+    values: Tensor,  # [rows, groups * 32], uint8: two places in `reference.NF4`
+    scales: Tensor,  # [rows, groups], uint8
+    ranges: Tensor,  # [rows, 2], float32: lowest scale and step of the scales
+) -> None:
+    """See `reference.dequantise_nf4_` and `contract.dequantise_nf4_`."""
+    run = _trace if torch.compiler.is_compiling() else _call
+    run("dequantise_nf4_", weight, values, scales, ranges)

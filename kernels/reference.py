@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .contract import GROUP
+
 # Rows of queries that share one mask in `attention_prefill`: bounds the mask at this many rows.
 _PREFILL_BLOCK = 256
 # Largest score matrix of the plain softmax, in elements.
@@ -23,6 +25,27 @@ _PLAIN_SCORES = 1 << 26
 
 # On a CPU, rows are processed in blocks whose float32 copies stay in the cache.
 _CPU_BLOCK_VALUES = 1 << 18
+
+# Quantiles of the normal distribution, scaled to end at 1, with an exact zero (Dettmers et al.,
+# 2023). In float32.
+NF4 = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
 
 
 def _block_rows(x: Tensor) -> int:
@@ -307,3 +330,57 @@ def guidance_step_(
         velocity = velocity.view(height // patch, width // patch, patch, patch, channels)
         velocity = velocity.permute(4, 0, 2, 1, 3).reshape(channels, height, width)
         latents[image] += taken[image] * velocity
+
+
+def dequantise_int8_(
+    weight: Tensor,  # [rows, columns], written
+    values: Tensor,  # [rows, groups * 64], int8
+    scales: Tensor,  # [rows, groups], bfloat16
+) -> None:
+    """`values * scales`, each scale for 64 columns; values beyond the weight's columns fill up.
+
+    The integers are exact in every dtype that a weight may have, so the product rounds once.
+    """
+    columns, groups = weight.shape[1], scales.shape[1]
+    whole = columns // GROUP * GROUP
+    weight.copy_(values[:, :columns])
+    weight[:, :whole].unflatten(1, (whole // GROUP, GROUP)).mul_(scales[:, : whole // GROUP, None])
+    if whole < columns:
+        weight[:, whole:].mul_(scales[:, groups - 1 :])
+
+
+def dequantise_fp8_(
+    weight: Tensor,  # [rows, columns], written
+    values: Tensor,  # [rows, columns], uint8: bits of float8_e4m3fn
+    scales: Tensor,  # [rows, 1], float32
+) -> None:
+    """`values * scales`, a scale for each row.
+
+    Decoded through float16, which has the same sign and mantissa in other places: a plain
+    conversion takes a CPU ten times as long. Float16's exponents lie 8 higher.
+    """
+    wide = _wide(weight.dtype)
+    for rows, _ in _blocks(weight):
+        bits = values[rows].view(torch.int8).to(torch.int16)  # the sign twice
+        halves = bits.mul_(1 << 7).bitwise_and_(~(1 << 14)).view(torch.float16)
+        weight[rows] = halves.to(wide).mul_((1 << 8) * scales[rows].to(wide))
+
+
+def dequantise_nf4_(
+    weight: Tensor,  # [rows, columns], written
+    values: Tensor,  # [rows, groups * 32], uint8: two places in `NF4`, the first in the low half
+    scales: Tensor,  # [rows, groups], uint8
+    ranges: Tensor,  # [rows, 2], float32: lowest scale and step of the scales
+) -> None:
+    """`NF4[values] * (lowest + scales * step)`, each scale for 64 columns."""
+    columns, wide = weight.shape[1], _wide(weight.dtype)
+    table = torch.tensor(NF4, dtype=torch.float32, device=weight.device).to(wide)
+    # both values of each byte, as one complex number
+    pairs = torch.complex(table.repeat(16), table.repeat_interleave(16))
+    for rows, _ in _blocks(weight):
+        low, step = ranges[rows].to(wide).split(1, 1)
+        scale = low + scales[rows].to(wide) * step
+        stored = values[rows].long()
+        found = torch.view_as_real(pairs.expand(len(stored), -1).gather(1, stored))
+        by_group = found.flatten(1).unflatten(1, (-1, GROUP)).mul_(scale.unsqueeze(2))
+        weight[rows] = by_group.flatten(1)[:, :columns]

@@ -16,12 +16,24 @@ from torch import Tensor
 
 from .config import ModelConfig
 from .errors import CheckpointError, OmniGenError, RequestError
+from .forms import Part
+from .parameters import parameter_shapes
 from .processor import Processor
+from .quantised import QuantisedWeight, quantised
 from .regular_files import read_json
 from .vae.vae import Vae, find_vae
-from .weights.checkpoint import Checkpoint, find_folders, find_tokenizer, layout_of, read_config
+from .weights.checkpoint import (
+    Checkpoint,
+    file_parts,
+    find_folders,
+    find_tokenizer,
+    form_metadata,
+    is_quantised,
+    layout_of,
+    read_config,
+)
 from .weights.files import VAE_FILES, check_shapes, locate, resolve
-from .weights.foreign import all_finite, open_foreign
+from .weights.foreign import ForeignWeights, Read, all_finite, open_foreign
 from .weights.names import ORIGINAL, TensorRows, layout_sources
 from .weights.writing import write_safetensors
 from .whole_files import temporary_folder
@@ -58,16 +70,20 @@ def convert(
     out: str,
     dtype: torch.dtype = torch.bfloat16,
     *,
+    weights: str | None = None,
     base: str | None = None,
     vae_path: str | None = None,
 ) -> Converted:
     """Writes a model in the original's layout, under a temporary name until it is complete.
 
     Args:
-        model: a folder, a .safetensors file or a file of `torch.save`, with the weights of OmniGen
+        model: a folder, or a .safetensors, .gguf or `torch.save` file, with the weights of OmniGen
             in either layout; float8 is multiplied by its scales.
         out: the folder to make.
         dtype: of the written weights: bfloat16, float16 or float32.
+        weights: one of `forms.FORMS`, in which the matrices of the layers are written instead. They
+            load without being quantised again, and are what quantising at load gives, bit for bit.
+            Float8 weights with one scale each or one for each row stay as they are in "fp8".
         base: folder or hub id of a model; what is missing beside the weights is taken from it.
         vae_path: folder, file or hub id of the VAE.
 
@@ -89,32 +105,53 @@ def convert(
     Processor.from_file(parts.tokenizer, config)
     vae = Vae.from_folder(parts.vae, torch.device("cpu")).autoencoder.state_dict()
     # in the original's layout each of our parameters is one tensor
-    written = {
-        some[0].name: sources[name] for name, some in layout_sources(config, ORIGINAL).items()
-    }
-    shapes = {name: _stacked_shape(some) for name, some in written.items()}
-    vae_shapes = {name: tuple(value.shape) for name, value in vae.items()}
-    nbytes = _nbytes(shapes, dtype) + _nbytes(vae_shapes, torch.float32)
+    written = layout_sources(config, ORIGINAL)
+    tensors = file_parts(written, weights, _name(dtype))
+    vae_parts = {name: Part(tuple(value.shape), "float32") for name, value in vae.items()}
+    nbytes = sum(part.nbytes for part in (*tensors.values(), *vae_parts.values()))
     _check_room(out, nbytes)
     with _new_folder(out) as folder:
         with foreign.opened() as read:
 
-            def stacked(name: str) -> Tensor:
-                values = [read(part.name) for part in written[name]]
-                return values[0] if len(values) == 1 else torch.cat(values)
+            def values_of_tensors() -> Iterator[Tensor]:
+                for name, rows in sources.items():
+                    if weights is not None and is_quantised(name):
+                        yield from _quantised(foreign, read, rows, weights).parts.values()
+                    else:
+                        value = _stacked([read(one.name) for one in rows])
+                        yield _converted(value, written[name][0].name, dtype)
 
-            tensors = (_converted(stacked(name), name, dtype) for name in shapes)
-            write_safetensors(os.path.join(folder, "model.safetensors"), shapes, dtype, tensors)
+            path = os.path.join(folder, "model.safetensors")
+            write_safetensors(path, tensors, values_of_tensors(), form_metadata(weights))
         _write_json(os.path.join(folder, "config.json"), _config_values(values, config, dtype))
         shutil.copyfile(parts.tokenizer, os.path.join(folder, "tokenizer.json"))
         os.mkdir(os.path.join(folder, "vae"))
-        weights = os.path.join(folder, "vae", "diffusion_pytorch_model.safetensors")
-        tensors = (_converted(value, name, torch.float32) for name, value in vae.items())
-        write_safetensors(weights, vae_shapes, torch.float32, tensors)
+        path = os.path.join(folder, "vae", "diffusion_pytorch_model.safetensors")
+        values_of_vae = (_converted(value, name, torch.float32) for name, value in vae.items())
+        write_safetensors(path, vae_parts, values_of_vae)
         vae_config = read_json(os.path.join(find_vae(parts.vae)[0], "config.json"))
         _write_json(os.path.join(folder, "vae", "config.json"), vae_config)
         Checkpoint.open(folder)
-    return Converted(sum(map(prod, shapes.values())), nbytes)
+    parameters = sum(prod(shape) for shape in parameter_shapes(config).values())
+    return Converted(parameters, nbytes)
+
+
+def _stacked(values: Sequence[Tensor]) -> Tensor:
+    return values[0] if len(values) == 1 else torch.cat(list(values))
+
+
+def _quantised(
+    foreign: ForeignWeights, read: Read, rows: Sequence[TensorRows], form: str
+) -> QuantisedWeight:
+    """A parameter's weight in a form; float8 that fits it as it is stored."""
+    if form == "fp8":
+        kept = [foreign.float8(one.name) for one in rows]
+        if all(one is not None for one in kept):
+            parts = [one for one in kept if one is not None]
+            joined = {part: _stacked([one[part] for one in parts]) for part in parts[0]}
+            return QuantisedWeight(form, rows[0].shape[1], joined)
+    value = _stacked([read(one.name) for one in rows])
+    return quantised(rows[0].name, value, form)
 
 
 def _converted(value: Tensor, name: str, dtype: torch.dtype) -> Tensor:
@@ -149,21 +186,16 @@ def _find_parts(model: str, base: str | None, vae_path: str | None) -> _Parts:
     )
 
 
-def _stacked_shape(parts: Sequence[TensorRows]) -> tuple[int, ...]:
-    last = parts[-1]
-    return (last.start + last.shape[0], *last.shape[1:])
-
-
 def _config_values(
     values: Mapping[str, Any], config: ModelConfig, dtype: torch.dtype
 ) -> dict[str, Any]:
     """The config to write: the one that was read if it is the original's."""
     written = dict(values) if "num_hidden_layers" in values else config.to_phi3()
-    return written | {"torch_dtype": str(dtype).removeprefix("torch.")}
+    return written | {"torch_dtype": _name(dtype)}
 
 
-def _nbytes(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> int:
-    return sum(map(prod, shapes.values())) * dtype.itemsize
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _write_json(path: str, values: Mapping[str, Any]) -> None:

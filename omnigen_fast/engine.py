@@ -29,11 +29,11 @@ from .denoise import (
 from .errors import BusyError, OmniGenError
 from .graph import Runner, StepGraphs
 from .images import InputImage
+from .linear import Weight
 from .memory.device import held_bytes
 from .memory.plan import MemoryPlan
 from .model import Transformer
 from .packing import Member, Pack
-from .parameters import parameter_shapes
 from .precision import Precision
 from .sequence import EncodedBranch, lay_out_all
 from .solvers import MULTISTEP
@@ -43,7 +43,7 @@ from .surroundings import isolated
 from .vae.vae import Vae
 from .weights.checkpoint import Checkpoint
 from .weights.lora import Loras, merged
-from .weights.store import LayerStore
+from .weights.store import LayerStore, without_storage
 
 _KEPT_IMAGES = 256  # latents of input images; one of 1024 px takes 262 KB
 
@@ -140,17 +140,19 @@ class Engine:
         checkpoint: Checkpoint,
         vae: Vae,
         condition_cache_bytes: int,
+        precision: Precision | None = None,
     ) -> Engine:
         """An engine over a model that is on its device already; captures steps where it can.
 
         Args:
             model: whose weights `checkpoint` reads again where they move or adapters come.
             checkpoint: see the class; so are the others.
+            precision: None for the dtype of the model.
         """
-        precision = Precision.of(model.dtype)
+        precision = precision or Precision.of(model.dtype)
         engine = cls(checkpoint, vae, precision, model.device, condition_cache_bytes, True)
         engine._model = model
-        engine._store = LayerStore(model, engine._read, engine.host)
+        engine._store = LayerStore(model, precision, engine._read, engine.host)
         return engine
 
     # What is there
@@ -194,7 +196,7 @@ class Engine:
 
     def _kept(self) -> Iterator[Tensor]:
         if self._store is not None:
-            yield from self._store.slots
+            yield from self._store.tensors()
         yield from (self.cache.keys, self.cache.values)
         if self.streamed is not None:
             yield from self.streamed.tensors()
@@ -383,7 +385,8 @@ class Engine:
         if precision != self.precision:
             self.precision = precision
             self.cache = self._new_cache()
-        self._model, self._store = model, LayerStore(model, self._read, self.host)
+        self._model = model
+        self._store = LayerStore(model, precision, self._read, self.host)
         self.refresh(Loras().changed(self.loras))
 
     @isolated
@@ -425,10 +428,9 @@ class Engine:
         self.vae = vae
         self.forget()
 
-    def _read(self, names: Iterable[str], device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    def _read(self, names: Iterable[str], device: torch.device) -> Iterator[tuple[str, Weight]]:
         """Parameters with the adapters that are loaded now."""
-        dtype = self.precision.storage_dtype
-        return merged(self.checkpoint, self.loras.applied(), dtype, device, names)
+        return merged(self.checkpoint, self.loras.applied(), self.precision, device, names)
 
     def _notice_changes(self) -> None:
         """Drops what depends on weights that somebody else has written to since the last call."""
@@ -674,12 +676,13 @@ def _load(
     checkpoint: Checkpoint, precision: Precision, device: torch.device, resident: int
 ) -> Transformer:
     """The model with `resident` layers on the device; the others have no storage."""
-    dtype, layers = precision.storage_dtype, checkpoint.config.num_layers
-    here = spread(resident, layers)
+    config = checkpoint.config
+    here = spread(resident, config.num_layers)
     weights = {
-        name: torch.empty(shape, dtype=dtype, device="meta")
-        for name, shape in parameter_shapes(checkpoint.config).items()
-        if name.startswith("layers.") and int(name.split(".")[1]) not in here
+        f"layers.{layer}.{name}": value
+        for layer in range(config.num_layers)
+        if layer not in here
+        for name, value in without_storage(config, precision).items()
     }
     names = [name for name in checkpoint.sources if name not in weights]
-    return Transformer(checkpoint.config, weights | checkpoint.read(dtype, device, names))
+    return Transformer(config, weights | checkpoint.read_stored(precision, device, names))

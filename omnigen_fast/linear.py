@@ -7,7 +7,11 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-Weight: TypeAlias = Tensor  # [out features, in features], dense, in the dtype of the activations
+from .quantised import QuantisedWeight
+
+# [out features, in features]. Products take dense ones, in the dtype of the activations; quantised
+# ones are expanded ahead of them, see `model.Expander`.
+Weight: TypeAlias = Tensor | QuantisedWeight
 
 
 def linear(
@@ -17,6 +21,7 @@ def linear(
     bias: Tensor | None = None,  # [out features]
 ) -> Tensor:  # [rows, out features]
     """`x @ weight.T + bias`, written to `out` where it is given."""
+    assert isinstance(weight, Tensor)
     if bias is None:
         return torch.mm(x, weight.t(), out=out)
     return torch.addmm(bias, x, weight.t(), out=out)

@@ -22,7 +22,8 @@ from .errors import RequestError
 from .kernels import ops
 from .linear import Weight, linear
 from .memory.plan import MLP_ROWS
-from .parameters import PATCH_VALUES
+from .parameters import PATCH_VALUES, layer_shapes
+from .quantised import QuantisedWeight
 from .sequence import ConditionSequence
 from .streaming import Streamed
 
@@ -97,11 +98,17 @@ class Block(nn.Module):
     gate_up_proj: Weight
     down_proj: Weight
 
-    def __init__(self, weights: Mapping[str, Tensor], config: ModelConfig) -> None:
+    def __init__(self, weights: Mapping[str, Weight], config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         for name, value in weights.items():
-            setattr(self, name, nn.Parameter(value, requires_grad=False))
+            self.set(name, value)
+
+    def set(self, name: str, value: Weight) -> None:
+        """Replaces a weight."""
+        if isinstance(value, Tensor):
+            value = nn.Parameter(value, requires_grad=False)
+        setattr(self, name, value)
 
     def project(
         self, residual: Tensor, delta: Tensor | None, space: Workspace, first: int = 0
@@ -138,13 +145,35 @@ class Block(nn.Module):
             linear(inner, self.down_proj, out=result)
 
 
+class Expander:
+    """Expands layers with quantised weights, one after the other, into one dense layer.
+
+    On the computation's own stream, so that a layer is expanded after the products of the one
+    before; that is recorded with a step that is captured.
+    """
+
+    def __init__(self, config: ModelConfig, like: Tensor) -> None:
+        shapes = layer_shapes(config)
+        self.layer = Block({name: like.new_empty(shapes[name]) for name in shapes}, config)
+
+    def __call__(self, stored: Block) -> Block:
+        """The dense layer, valid until the next call."""
+        for name, out in self.layer.named_parameters():
+            weight = getattr(stored, name)
+            if isinstance(weight, QuantisedWeight):
+                weight.dequantise(out.data)
+            else:
+                out.data.copy_(weight.data)  # a ring may soon write over it
+        return self.layer
+
+
 class Transformer(nn.Module):
     """OmniGen's transformer over given weights; see `parameter_shapes` for their names.
 
     Args:
         config: sizes.
-        weights: all of one floating dtype and on one device, but for `pos_embed`, which may stay
-            on the host: only the part that a picture's size needs is read.
+        weights: all on one device, and the plain ones of one floating dtype; but `pos_embed` may
+            stay on the host: only the part that a picture's size needs is read.
     """
 
     embed_tokens: Tensor  # [vocabulary, hidden]
@@ -158,21 +187,23 @@ class Transformer(nn.Module):
     output_weight: Weight
     output_bias: Tensor
 
-    def __init__(self, config: ModelConfig, weights: Mapping[str, Tensor]) -> None:
+    def __init__(self, config: ModelConfig, weights: Mapping[str, Weight]) -> None:
         super().__init__()
         self.config = config
-        self.pos_embed = weights["pos_embed"].view(
+        table = weights["pos_embed"]
+        assert isinstance(table, Tensor)
+        self.pos_embed = table.view(
             config.pos_embed_size, config.pos_embed_size, config.hidden_size
         )
         self._pos_embed_crops: dict[tuple[int, int], Tensor] = {}
-        per_layer: list[dict[str, Tensor]] = [{} for _ in range(config.num_layers)]
+        per_layer: list[dict[str, Weight]] = [{} for _ in range(config.num_layers)]
         for name, value in weights.items():
             head, _, tail = name.partition(".")
             if head == "layers":
                 layer, _, tail = tail.partition(".")
                 per_layer[int(layer)][tail] = value
             elif name != "pos_embed":
-                self._set(name, value)
+                self.set_parameter(name, value)
         self.layers = nn.ModuleList(Block(values, config) for values in per_layer)
         self.stream: Streamed[Block] | None = None  # where layers come from that have no storage
         factors = torch.tensor([config.short_factor, config.long_factor], dtype=torch.float32)
@@ -180,11 +211,18 @@ class Transformer(nn.Module):
         # [2, head_dim / 2]: short, long
         self._inverse_frequencies = 1 / (factors * config.rope_theta**exponents)
 
-    def _set(self, name: str, value: Tensor) -> None:
-        self.register_parameter(name.replace(".", "_"), nn.Parameter(value, requires_grad=False))
+    def set_parameter(self, name: str, value: Weight) -> None:
+        """Replaces the weight called `name` in `parameter_shapes`, other than `pos_embed`."""
+        if name.startswith("layers."):
+            _, layer, tail = name.split(".")
+            self.block(int(layer)).set(tail, value)
+        else:
+            assert isinstance(value, Tensor)
+            plain = nn.Parameter(value, requires_grad=False)
+            self.register_parameter(name.replace(".", "_"), plain)
 
-    def parameter(self, name: str) -> nn.Parameter:
-        """The weight called `name` in `parameter_shapes`, other than `pos_embed`."""
+    def parameter(self, name: str) -> Any:
+        """That weight: a parameter, or a `QuantisedWeight`."""
         if name.startswith("layers."):
             _, layer, tail = name.split(".")
             return getattr(self.layers[int(layer)], tail)
@@ -212,7 +250,11 @@ class Transformer(nn.Module):
         """
         held = [one for one in self.parameters() if not one.is_meta]
         samples = [one.view(-1)[:: max(1, one.numel() // _SAMPLES)] for one in held]
-        bits = torch.cat([self.norm.new_empty(0), *samples]).view(torch.uint8)
+        # dtypes together: quantised weights have several
+        by_dtype: dict[torch.dtype, list[Tensor]] = {self.dtype: [self.norm.new_empty(0)]}
+        for one in samples:
+            by_dtype.setdefault(one.dtype, []).append(one)
+        bits = torch.cat([torch.cat(some).view(torch.uint8) for some in by_dtype.values()])
         return tuple((one.data_ptr(), one._version) for one in held), bits
 
     def move(self, device: torch.device | str) -> None:
@@ -231,6 +273,12 @@ class Transformer(nn.Module):
     def forget_crops(self) -> None:
         """Frees them."""
         self._pos_embed_crops.clear()
+
+    def expand(self) -> None:
+        """Has quantised layers, all of which are on the device, expanded when they are taken."""
+        if any(isinstance(module, QuantisedWeight) for module in self.modules()):
+            resident = {layer: self.block(layer) for layer in range(len(self.layers))}
+            self.stream = Streamed(None, (), resident, Expander(self.config, self.norm))
 
     def block(self, layer: int) -> Block:
         """A layer, wherever its weights are."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 
 from .config import LATENT_CHANNELS, PATCH, ModelConfig
+from .forms import QUANTISED, Part, parts_of
+from .precision import Precision
 
 PATCH_VALUES = LATENT_CHANNELS * PATCH * PATCH  # latent values of a token
 
@@ -57,7 +59,33 @@ def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     }
 
 
-def layer_elements(config: ModelConfig, element_bytes: int) -> int:
-    """Elements of a buffer that holds one layer."""
-    unit = ALIGNED_BYTES // element_bytes
-    return sum(-(-math.prod(shape) // unit) * unit for shape in layer_shapes(config).values())
+# Name of the one part of a plain parameter.
+PLAIN = ""
+
+
+def layer_parts(config: ModelConfig, precision: Precision) -> dict[str, Mapping[str, Part]]:
+    """The tensors that each of a layer's parameters is stored as, by their names.
+
+    Those of a form as `forms.parts_of` names them; of a plain parameter there is one, `PLAIN`.
+    """
+    return {
+        name: parts_of(precision.storage, shape)
+        if precision.quantised and name in QUANTISED
+        else {PLAIN: Part(shape, precision.arithmetic)}
+        for name, shape in layer_shapes(config).items()
+    }
+
+
+def stored_bytes(parts: Mapping[str, Mapping[str, Part]]) -> int:
+    """Of a layer's tensors, each alone."""
+    return sum(part.nbytes for some in parts.values() for part in some.values())
+
+
+def buffer_bytes(parts: Mapping[str, Mapping[str, Part]]) -> int:
+    """Of a buffer that holds one layer, each tensor aligned."""
+    return sum(aligned(part.nbytes) for some in parts.values() for part in some.values())
+
+
+def aligned(size: int) -> int:
+    """A size in whole units of `ALIGNED_BYTES`."""
+    return -(-size // ALIGNED_BYTES) * ALIGNED_BYTES

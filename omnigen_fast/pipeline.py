@@ -18,18 +18,27 @@ from .config import ModelConfig
 from .diffusers_methods import DiffusersMethods
 from .engine import Engine
 from .equivalents import named_arguments, own_names
-from .errors import OmniGenError, OutOfMemoryError, RequestError, printable
+from .errors import OmniGenError, OutOfMemoryError, RequestError, brief, printable
 from .loras import LoraMethods
 from .memory.device import parse_memory
 from .memory.overview import Report
 from .memory.plan import MemoryPlan
 from .memory.planner import Decision
 from .model import Transformer
-from .precision import Precision
+from .precision import AUTO, Precision
 from .processor import Processor
 from .request import Request, check_switch, checked_integer, make_request
 from .results import as_result
-from .run import LESS_RESIDENT, SMALLER, AfterStep, decide, first_plan, generate, naming_memory
+from .run import (
+    LESS_RESIDENT,
+    SMALLER,
+    AfterStep,
+    auto_precision,
+    decide,
+    first_plan,
+    generate,
+    naming_memory,
+)
 from .surroundings import isolated
 from .vae.vae import Vae
 from .weights.checkpoint import Checkpoint
@@ -101,6 +110,7 @@ class OmniGenPipeline(LoraMethods, DiffusersMethods):
         condition_cache_bytes: int | str = _CACHE_BYTES,
         capture_steps: bool = True,
         memory: Memory = "auto",
+        weights: str | None = None,
     ) -> OmniGenPipeline:
         """Loads a model from a folder or from the hub, in the original's or diffusers' layout.
 
@@ -128,13 +138,19 @@ class OmniGenPipeline(LoraMethods, DiffusersMethods):
                 an amount, as "8GiB" or as a number of bytes; or a `MemoryPlan` (of
                 `omnigen_fast`), which is used as given except where a call's own switches override
                 it.
+            weights: how the matrices of the layers are stored: "bfloat16", "int8", "fp8" or "nf4"
+                (see docs/precision.md). Products stay in `dtype`. "auto" is bfloat16 if all layers
+                fit on the device, else the form that changes them least and does. None for the
+                form of the file, which is that of `dtype` unless `omnigen-fast convert` has
+                quantised it.
 
         Raises:
             CheckpointError: files are missing, malformed, or not an OmniGen model.
             RequestError: an argument can't be used; says which, and what can.
         """
         checked_path("model_name", model_name)
-        precision = Precision.of(_one_dtype(dtype, torch_dtype))
+        kind = _one_dtype(dtype, torch_dtype)
+        precision = check_weights(weights, kind)
         if variant is not None:
             check_inside("variant", variant)
         target = check_device(device)
@@ -147,6 +163,8 @@ class OmniGenPipeline(LoraMethods, DiffusersMethods):
         }
         place = locate(model_name, subfolder=subfolder, **hub)
         checkpoint = Checkpoint.open(place, variant)
+        if weights is None:
+            precision = Precision.of(kind, checkpoint.form)
         processor = Processor.from_file(checkpoint.tokenizer_path, checkpoint.config)
         hub["revision"] = None  # names a commit of the model, not of the VAE
         if vae_path is not None:
@@ -154,6 +172,8 @@ class OmniGenPipeline(LoraMethods, DiffusersMethods):
         else:
             vae_place = checkpoint.vae_folder or resolve(SDXL_VAE, patterns=VAE_FILES, **hub)
         vae = Vae.from_folder(vae_place, torch.device("cpu"), variant)
+        if precision is None:
+            precision = auto_precision(checkpoint, vae, kind, target, memory)
         plan = first_plan(checkpoint, vae, precision, target, memory)
         vae.place(plan.vae_resident)
         vae.to(target)
@@ -422,7 +442,8 @@ class OmniGenPipeline(LoraMethods, DiffusersMethods):
             if given is not None:
                 raise RequestError(f"to() takes one device and one dtype, got {one!r} as well")
         target = None if device is None else check_device(device)
-        precision = None if dtype is None else Precision.of(check_dtype(dtype))
+        own = self.engine.precision
+        precision = None if dtype is None else own.with_dtype(check_dtype(dtype))
         if target is None and precision is None:
             raise RequestError("to() needs a device or a dtype")
         with self._exclusive(), naming_memory("while the weights move", LESS_RESIDENT):
@@ -476,7 +497,7 @@ class OmniGenPipeline(LoraMethods, DiffusersMethods):
     def _precision(self, dtype: str | torch.dtype | None, memory: Memory) -> Precision:
         """What a call runs in: its dtype, else its plan's, else what the weights are in."""
         if dtype is not None:
-            return Precision.of(check_dtype(dtype))
+            return self.engine.precision.with_dtype(check_dtype(dtype))
         given = memory.precision if isinstance(memory, MemoryPlan) else None
         return given or self.engine.precision
 
@@ -596,6 +617,18 @@ def check_dtype(dtype: str | torch.dtype) -> torch.dtype:
     if not isinstance(found, torch.dtype) or found not in _DTYPES:
         raise RequestError(f"dtype must be bfloat16 or float32, got {dtype!r}")
     return found
+
+
+def check_weights(weights: str | None, dtype: torch.dtype) -> Precision | None:
+    """What an argument asks for; None for "auto".
+
+    Raises RequestError for anything else than names of forms, and for dtypes that differ.
+    """
+    if weights == AUTO:
+        return None
+    if weights is not None and not isinstance(weights, str):
+        raise RequestError(f"weights must be a name such as int8, got {brief(weights)}")
+    return Precision.of(dtype, weights)
 
 
 def check_device(device: str | torch.device | None) -> torch.device:

@@ -17,7 +17,7 @@ from .memory.cost import Cost, Estimate
 from .memory.device import free_bytes, on_host, parse_memory, profile_of
 from .memory.overview import Report
 from .memory.plan import MemoryPlan, Switches, Workload, first_workload
-from .memory.planner import Candidate, Decision, describe, front
+from .memory.planner import Candidate, Decision, describe, front, least_change
 from .memory.planner import plan as fastest_plan
 from .precision import Precision
 from .streaming import is_out_of_memory
@@ -199,7 +199,11 @@ def decide(
 
 
 def first_plan(
-    checkpoint: Checkpoint, vae: Vae, precision: Precision, device: torch.device, memory: Memory
+    checkpoint: Checkpoint,
+    vae: Vae,
+    precision: Precision,
+    device: torch.device,
+    memory: Memory,
 ) -> MemoryPlan:
     """Where weights are loaded to, before there is a request: as for one picture of 1024 px."""
     config = checkpoint.config
@@ -215,3 +219,24 @@ def first_plan(
     except MemoryBudgetError:  # a smaller picture may fit
         estimate = Estimate(config, vae.shape, precision, workload, profile)
         return front(estimate, capture=False)[-1].plan
+
+
+def auto_precision(
+    checkpoint: Checkpoint, vae: Vae, dtype: torch.dtype, device: torch.device, memory: Memory
+) -> Precision:
+    """What `weights="auto"` means; see `planner.least_change`.
+
+    A plan that the caller gave has as many layers on the device as it says, whatever they take.
+    """
+    own = Precision.of(dtype, checkpoint.form)
+    if isinstance(memory, MemoryPlan):
+        return own
+    config, profile = checkpoint.config, profile_of(device)
+    budget = parse_memory(memory)
+    budget = free_bytes(device, profile) if budget is None else budget
+    found = least_change(config, vae.shape, own, first_workload(config), profile, budget)
+    if found != own:
+        _log.warning(
+            "weights are stored in %s, so that all layers fit on the device", found.storage
+        )
+    return found

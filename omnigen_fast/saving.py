@@ -12,6 +12,9 @@ from torch import Tensor
 
 from .engine import Engine
 from .errors import OmniGenError, RequestError, brief, first_line
+from .linear import Weight
+from .quantised import QuantisedWeight, parts_of_weight
+from .weights.checkpoint import file_parts, form_metadata
 from .weights.lora import merged
 from .weights.writing import write_safetensors
 from .whole_files import temporary_folder
@@ -109,36 +112,41 @@ def _copy(source: str, target: str, names: Iterable[str]) -> None:
 
 def _write_weights(engine: Engine, path: str) -> None:
     """Writes the weights with the checkpoint's names, one parameter at a time."""
-    sources = engine.checkpoint.sources
+    sources, precision = engine.checkpoint.sources, engine.precision
     value_of = _values(engine)
 
     def tensors() -> Iterator[Tensor]:
-        for name, parts in sources.items():
-            value = value_of(name)
-            for part in parts:
-                yield value[part.start : part.start + part.shape[0]]
+        for name, rows in sources.items():
+            parts = parts_of_weight(value_of(name))
+            for one in rows:
+                for part in parts.values():
+                    yield part[one.start : one.start + one.shape[0]]
 
-    shapes = {part.name: part.shape for parts in sources.values() for part in parts}
-    write_safetensors(path, shapes, engine.model.dtype, tensors())
+    form = precision.storage if precision.quantised else None
+    parts = file_parts(sources, form, precision.arithmetic)
+    write_safetensors(path, parts, tensors(), form_metadata(form))
 
 
-def _values(engine: Engine) -> Callable[[str], Tensor]:
+def _values(engine: Engine) -> Callable[[str], Weight]:
     """Reads parameters to the host: those in memory as they are, streamed ones from their files."""
-    host, dtype = torch.device("cpu"), engine.model.dtype
+    host, precision = torch.device("cpu"), engine.precision
     adapters = list(engine.loras.applied())
 
-    def value(name: str) -> Tensor:
+    def value(name: str) -> Weight:
         held = _held(engine, name)
-        if held is not None:
-            return held.to(host, dtype)
-        return dict(merged(engine.checkpoint, adapters, dtype, host, [name]))[name]
+        if held is None:
+            return dict(merged(engine.checkpoint, adapters, precision, host, [name]))[name]
+        if isinstance(held, QuantisedWeight):
+            parts = {part: one.to(host) for part, one in held.parts.items()}
+            return QuantisedWeight(held.form, held.shape[1], parts)
+        return held.data.to(host, precision.arithmetic_dtype)
 
     return value
 
 
-def _held(engine: Engine, name: str) -> Tensor | None:
+def _held(engine: Engine, name: str) -> Weight | None:
     """A parameter of the model in memory; None if it is streamed, or a mapped file."""
     if name == "pos_embed":
         return None
-    found = engine.model.parameter(name).data
+    found: Weight = engine.model.parameter(name)
     return None if found.is_meta else found

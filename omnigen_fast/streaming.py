@@ -189,27 +189,44 @@ class Streamed(Generic[T]):
     """Layers, some on the device and the others streamed through a ring.
 
     Args:
-        ring: of the layers that are not resident.
+        ring: of the layers that are not resident; None if all are.
         slots: the computation's view of each of the ring's buffers.
         resident: the other layers.
+        expand: makes what is computed with of what is stored; None where that is the same.
     """
 
-    def __init__(self, ring: Ring, slots: Sequence[T], resident: Mapping[int, T]) -> None:
+    def __init__(
+        self,
+        ring: Ring | None,
+        slots: Sequence[T],
+        resident: Mapping[int, T],
+        expand: Callable[[T], T] | None = None,
+    ) -> None:
         self._ring = ring
         self._slots = slots
         self._resident = resident
+        self._expand = expand
 
     def take(self, layer: int) -> T:
         found = self._resident.get(layer)
-        return self._slots[self._ring.take(layer)] if found is None else found
+        if found is not None:
+            return found if self._expand is None else self._expand(found)
+        assert self._ring is not None
+        found = self._slots[self._ring.take(layer)]
+        if self._expand is None:
+            return found
+        expanded = self._expand(found)
+        self._ring.release(layer)  # the next copy need not wait for the products
+        return expanded
 
     def release(self, layer: int) -> None:
-        if layer not in self._resident:
+        if self._ring is not None and self._expand is None and layer not in self._resident:
             self._ring.release(layer)
 
     def reset(self) -> None:
         """See `Ring.reset`."""
-        self._ring.reset()
+        if self._ring is not None:
+            self._ring.reset()
 
 
 def spread(resident: int, layers: int) -> frozenset[int]:

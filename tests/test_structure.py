@@ -21,6 +21,7 @@ ORDER = [
     "regular_files",
     "config_settings",
     "config",
+    "forms",
     "precision",
     "solvers",
     "schedule",
@@ -46,12 +47,14 @@ ORDER = [
     "sequence",
     "tokenizer_file",
     "processor",
+    "quantised",
     "linear",
     "model",
     "weights.files",
     "weights.names",
     "weights.checkpoint",
     "weights.pickles",
+    "weights.gguf_files",
     "weights.foreign",
     "weights.lora",
     "weights.lora_scale",
@@ -125,7 +128,7 @@ ORDER = [
     "cli.main",
     "app",
 ]
-USE_KERNELS = {"for_diffusers.enable", "call", "model", "denoise", "graph"}
+USE_KERNELS = {"for_diffusers.enable", "call", "quantised", "model", "denoise", "graph"}
 USE_PROFILES = {
     "memory.estimate",
     "memory.seconds",

@@ -14,8 +14,10 @@ import torch
 from omnigen_fast.kernels import ops, reference
 from torch import Tensor
 
+from omnigen_fast.forms import FORMS
 from omnigen_fast.graph import StepGraphs
 from omnigen_fast.pipeline import OmniGenPipeline
+from omnigen_fast.quantised import quantised
 
 from ..common import ROOT, random_weights
 from ..kernels import workload
@@ -78,6 +80,11 @@ def _row_checks(make: _Maker, tiny: bool) -> Iterator[_Check]:
             caches = [make.rows(rows + 5, kv_heads, head_dim) for _ in range(2)]
             places = torch.randperm(rows + 5, device=make.device)[:rows]
             yield "rope_cache_", (*rotary, *caches, places), (0, 5, 6), None
+    for rows, columns in ((1, 100), (63, 96), (65, hidden)):
+        for form in FORMS:
+            weight = make.rows(rows, columns)
+            parts = quantised("weight", weight, form).arguments
+            yield f"dequantise_{form}_", (weight, *parts), (0,), None
     for images, groups, height, width in ((1, (3,), 64, 48), (2, (3, 2), 6, 34)):
         latents = make.rows(images, 4, height, width, dtype=torch.float32)
         prediction = make.rows(sum(groups), height * width // 4, 16)

@@ -20,12 +20,15 @@ from torch import Tensor
 
 from omnigen_fast.config import PATCH, TOKEN_PIXELS, ModelConfig
 from omnigen_fast.engine import Engine, Running
+from omnigen_fast.linear import Weight
 from omnigen_fast.memory.plan import MemoryPlan
 from omnigen_fast.model import Transformer
 from omnigen_fast.pipeline import OmniGenPipeline
+from omnigen_fast.precision import Precision
 from omnigen_fast.processor import Processor
 from omnigen_fast.sequence import EncodedBranch
 from omnigen_fast.vae.vae import Vae
+from omnigen_fast.weights.checkpoint import stored
 
 from ..cases import COLUMNS, PROMPTS
 from ..common import TOKENIZER, random_weights
@@ -44,12 +47,11 @@ class HeldWeights:
     config: ModelConfig
     sources: Mapping[str, Tensor]  # by our names
 
-    def read(
-        self, dtype: torch.dtype, device: torch.device, names: Iterable[str] | None = None
-    ) -> dict[str, Tensor]:
-        """See `Checkpoint.read`."""
-        wanted = self.sources if names is None else names
-        return {name: self.sources[name].to(device, dtype) for name in wanted}
+    def read_stored(
+        self, precision: Precision, device: torch.device, names: Iterable[str]
+    ) -> dict[str, Weight]:
+        """See `Checkpoint.read_stored`."""
+        return {name: stored(name, self.sources[name].to(device), precision) for name in names}
 
 
 def make_pipeline(
@@ -58,6 +60,7 @@ def make_pipeline(
     device: torch.device,
     condition_cache_bytes: int = 2 << 30,
     vae: Vae | None = None,
+    storage: str | None = None,
 ) -> OmniGenPipeline:
     """A pipeline without a checkpoint, everything on the device; without a VAE latents are drawn.
 
@@ -67,12 +70,16 @@ def make_pipeline(
         device: where to run.
         condition_cache_bytes: how much memory to keep for the conditions of earlier calls.
         vae: on the device.
+        storage: of the layers' matrices, as `weights` of `from_pretrained`.
     """
+    checkpoint = HeldWeights(config, weights)
+    precision = Precision.of(weights["norm"].dtype, storage)
     engine = Engine.of(
-        Transformer(config, weights),
-        HeldWeights(config, weights),
+        Transformer(config, checkpoint.read_stored(precision, device, weights)),
+        checkpoint,
         KeptVae(device) if vae is None else vae,
         condition_cache_bytes,
+        precision,
     )
     processor = Processor.from_file(TOKENIZER, config)
     return OmniGenPipeline(engine, processor, memory=plain_plan(engine, capture=True))

@@ -24,12 +24,16 @@ from unittest import mock
 import torch
 from omnigen_fast.kernels import launch
 
+from omnigen_fast.quantised import quantised
+
 from . import pipes
 
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, INNER = 32, 32, 96, 3072, 8192
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _POINTERS = {
     torch.bfloat16: "*bf16",
+    torch.int8: "*i8",
+    torch.uint8: "*u8",
     torch.float32: "*fp32",
     torch.int32: "*i32",
     torch.int64: "*i64",
@@ -157,6 +161,10 @@ def _arguments(case: Case) -> tuple:
         return x, table, table, torch.zeros(1, dtype=torch.int64), 1e-6
     if case.kernel == "swiglu":
         return (_zeros(rows, 2 * INNER, dtype=dtype),)
+    if case.kernel.startswith("dequantise_"):
+        weight = _zeros(rows, HIDDEN, dtype=dtype)
+        form = case.kernel.removeprefix("dequantise_").removesuffix("_")
+        return weight, *quantised("weight", weight, form).arguments
     if case.kernel == "rope_":
         return qkv, angles, angles, HEADS, KV_HEADS
     if case.kernel == "rope_cache_":
@@ -201,8 +209,7 @@ def _record(case: Case):
     name = {
         "rope_": "rope_kernel",
         "rope_cache_": "rope_kernel",
-        "guidance_step_": "guidance_step_kernel",
-    }.get(case.kernel, f"{case.kernel}_kernel")
+    }.get(case.kernel, f"{case.kernel.removesuffix('_')}_kernel")
     chosen = launch.lookup(
         case.kernel, case.capability, case.head_dim, 8 * _DTYPES[case.dtype].itemsize
     )

@@ -41,7 +41,7 @@ def candidates(kernel: str, capability: int) -> Iterator[Launch]:
     elif kernel == "guidance_step_":
         for num_warps, block in product((1, 2, 4), (32, 64, 128)):
             yield Launch(num_warps, block=block)
-    elif kernel in ("swiglu", "rope_", "rope_cache_"):
+    elif kernel.startswith(("swiglu", "rope_", "dequantise_")):
         for num_warps, block in product((2, 4, 8), (512, 1024, 2048, 4096)):
             yield Launch(num_warps, block=block)
     else:

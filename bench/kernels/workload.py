@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from omnigen_fast.graph import capture_cuda
+from omnigen_fast.quantised import quantised
 
 KERNELS, REFERENCE, COMPILED = "kernels", "reference", "reference, compiled"
 
@@ -282,6 +283,25 @@ def swiglu(size: Size, make: _Maker) -> Case:
     )
 
 
+def _dequantise(form: str) -> Callable[[Size, _Maker], Case]:
+    """Of the largest matrix of a layer."""
+
+    def build(size: Size, make: _Maker) -> Case:
+        weight = make.random(2 * size.inner, size.hidden)
+        parts = quantised("weight", weight, form).arguments
+        name = f"dequantise_{form}_"
+
+        def exact() -> Tensor:
+            expanded = torch.empty_like(weight, dtype=torch.float64)
+            getattr(reference, name)(expanded, *parts)
+            return expanded
+
+        moved = weight.nbytes + sum(part.nbytes for part in parts)
+        return Case(name, _both(name, weight, *parts, result=0), exact, moved)
+
+    return build
+
+
 def _rotary(size: Size, make: _Maker) -> tuple[Tensor, Tensor, Tensor]:
     qkv = make.random(size.rows, 3 * size.hidden)
     angles = make.random(size.rows, size.hidden // size.heads // 2, dtype=torch.float32)
@@ -452,6 +472,9 @@ CASES = {
     "rope_cache_": rope_cache,
     "swiglu": swiglu,
     "modulate": modulate,
+    "dequantise_int8_": _dequantise("int8"),
+    "dequantise_fp8_": _dequantise("fp8"),
+    "dequantise_nf4_": _dequantise("nf4"),
     "guidance_step_": guidance,
     "attention_step": attention_step,
     "attention_prefill": attention_prefill,

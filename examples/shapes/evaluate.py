@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import math
 import platform
 import random
 import sys
@@ -22,6 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from omnigen_fast import OmniGenPipeline
+from omnigen_fast.parameters import parameter_shapes
 
 from . import checker
 from .checker import Score
@@ -182,13 +184,16 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, default=GUIDANCE)
     parser.add_argument("--image-guidance", type=float, default=IMAGE_GUIDANCE)
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--weights", help="how they are stored: int8, nf4, ... (see --dtype)")
     parser.add_argument("--guided-only", action="store_true", help="skip the runs without guidance")
     parser.add_argument("--verbose", action="store_true", help="print every fault")
     parser.add_argument("--md", type=Path)
     parser.add_argument("--sheet", type=Path)
     arguments = parser.parse_args()
 
-    pipe = OmniGenPipeline.from_pretrained(arguments.model, dtype=arguments.dtype)
+    pipe = OmniGenPipeline.from_pretrained(
+        arguments.model, dtype=arguments.dtype, weights=arguments.weights
+    )
     start = time.monotonic()
     guided, plain = {}, {}
     for kind in arguments.kinds:
@@ -225,7 +230,7 @@ def _report(
     import torch
 
     command = " ".join(["python -m examples.shapes.evaluate", *sys.argv[1:]])
-    parameters = sum(weight.numel() for weight in pipe.model.parameters())
+    parameters = sum(math.prod(shape) for shape in parameter_shapes(pipe.config).values())
     return f"""# The bundled model
 
 `OmniGenPipeline.from_pretrained("shapes")` loads a model of OmniGen's architecture with

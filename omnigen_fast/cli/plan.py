@@ -6,6 +6,7 @@ import click
 
 from ..errors import OmniGenError
 from ..memory.plan import PROMPT_TOKENS, Switches, typical_workload
+from ..precision import AUTO, STORAGES, Precision
 from ..request import checked_side
 from .failure import failure
 from .files import PATH_OR_NAME
@@ -61,6 +62,14 @@ from .files import PATH_OR_NAME
     show_default=True,
     type=click.Choice(("bfloat16", "float32")),
 )
+@click.option(
+    "--weights",
+    default="bfloat16",
+    show_default=True,
+    type=click.Choice((*STORAGES, AUTO)),
+    help="How the layers' matrices are stored; bfloat16: plain, in --dtype. auto: the least change "
+    "with all layers on the device.",
+)
 @click.option("--separate-cfg-infer/--joint-cfg-infer", default=None)
 @click.option("--use-kv-cache/--no-kv-cache", default=None)
 @click.option("--offload-kv-cache/--keep-kv-cache", default=None, help="No effect on a CPU.")
@@ -79,6 +88,7 @@ def plan(
     image_first: bool,
     memory: str,
     dtype: str,
+    weights: str,
     separate_cfg_infer: bool | None,
     use_kv_cache: bool | None,
     offload_kv_cache: bool | None,
@@ -96,8 +106,8 @@ def plan(
         profile_of,
     )
     from ..memory.overview import report
+    from ..memory.planner import least_change
     from ..memory.planner import plan as plan_for
-    from ..precision import Precision
     from ..profiles import load
 
     try:
@@ -123,12 +133,19 @@ def plan(
             profile = host_profile() if device == "cpu" else load(device)
             budget = less_margin(profile.memory_bytes) if budget is None else budget
         precision = Precision.of(dtype)
+        if weights not in (STORAGES[0], AUTO):
+            precision = Precision.of(dtype, weights)
         switches = Switches(
             use_kv_cache=use_kv_cache,
             offload_kv_cache=offload_kv_cache,
             offload_model=offload_model,
             separate_cfg_infer=separate_cfg_infer,
         )
+
+        if weights == AUTO:
+            precision = least_change(
+                config, VaeShape(), precision, workload, profile, budget, switches
+            )
         decision = plan_for(
             config, VaeShape(), precision, workload, profile, budget, switches, kept_bytes=0
         )

@@ -12,11 +12,15 @@ from torch import Tensor, nn
 
 from ..config import ModelConfig
 from ..errors import RequestError
+from ..linear import Weight
 from ..model import Transformer
+from ..quantised import QuantisedWeight
+from ..weights.checkpoint import is_quantised
 from ..weights.names import TensorRows, diffusers_sources
 
 DiffusersTransformer = Any  # OmniGenTransformer2DModel, with attributes that nn.Module doesn't type
 _DTYPES = (torch.bfloat16, torch.float32)
+_FLOAT8 = torch.float8_e4m3fn  # the storage that diffusers' layerwise casting has by default
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,9 @@ def bind(transformer: DiffusersTransformer, config: ModelConfig) -> BoundWeights
     """Builds our model on the module's weights.
 
     The weights are shared; q, k and v become views of one tensor. Only weights that an adapter
-    changes are copies, computed in float32 and rounded once.
+    changes are copies, computed in float32 and rounded once. Matrices of the layers that diffusers'
+    layerwise casting keeps in float8_e4m3fn stay so, and are expanded ahead of their products; its
+    other float8 weights become copies.
 
     Raises RequestError for weights that can't be shared; says what to do.
     """
@@ -44,7 +50,7 @@ def bind(transformer: DiffusersTransformer, config: ModelConfig) -> BoundWeights
             "(float16 overflows in this model and gives black images)"
         )
     device = transformer.norm.weight.device
-    weights: dict[str, Tensor] = {}
+    weights: dict[str, Weight] = {}
     own_bytes, adapted = 0, False
     with torch.no_grad():
         for name, sources in diffusers_sources(config).items():
@@ -52,15 +58,21 @@ def bind(transformer: DiffusersTransformer, config: ModelConfig) -> BoundWeights
                 weights[name] = transformer.patch_embedding.pos_embed
                 continue
             parts = [_part(transformer, source, dtype, device) for source in sources]
-            if any(updates for _, updates in parts):
-                weights[name] = torch.cat([_updated(*part) for part in parts])
-                own_bytes += weights[name].nbytes
-                adapted = True
+            updated = any(updates for _, updates in parts)
+            cast = {parameter.dtype for parameter, _ in parts} != {dtype}
+            if updated or (cast and not is_quantised(name)):
+                copied = torch.cat([_updated(*part, dtype) for part in parts])
+                weights[name] = copied
+                own_bytes += copied.nbytes
+                adapted |= updated
+            elif cast:
+                weights[name] = _float8(name, [parameter for parameter, _ in parts])
             elif len(parts) == 1:
                 weights[name] = parts[0][0].data
             else:
                 weights[name] = _joined([parameter for parameter, _ in parts])
     model = Transformer(config, weights)
+    model.expand()
     return BoundWeights(model, weights_signature(transformer), adapted, own_bytes)
 
 
@@ -73,10 +85,11 @@ def _part(
     while hasattr(module, "base_layer"):
         module = module.base_layer
     parameter = getattr(module, kind)
-    if parameter.dtype != dtype or tuple(parameter.shape) != source.shape:
+    if parameter.dtype not in (dtype, _FLOAT8) or tuple(parameter.shape) != source.shape:
         raise RequestError(
             f"{source.name} is {parameter.dtype} {list(parameter.shape)} instead of {dtype} "
-            f"{list(source.shape)}; quantized and mixed-dtype weights are not supported"
+            f"{list(source.shape)}; quantized and mixed-dtype weights are not supported, except "
+            "float8_e4m3fn of enable_layerwise_casting"
         )
     if parameter.is_meta or parameter.device != device:
         raise RequestError(
@@ -108,7 +121,9 @@ def _updates(layer: Any, name: str) -> list[Callable[[], Tensor]]:
     return [partial(layer.get_delta_weight, one) for one in active]
 
 
-def _updated(parameter: nn.Parameter, updates: Sequence[Callable[[], Tensor]]) -> Tensor:
+def _updated(
+    parameter: nn.Parameter, updates: Sequence[Callable[[], Tensor]], dtype: torch.dtype
+) -> Tensor:
     """The parameter with all updates added, rounded once."""
     value = parameter.data
     if updates:
@@ -116,7 +131,16 @@ def _updated(parameter: nn.Parameter, updates: Sequence[Callable[[], Tensor]]) -
         value = value.float()
         for update in updates:
             value = value + update().float()
-    return value.to(parameter.dtype)
+    return value.to(dtype)
+
+
+def _float8(name: str, parameters: Sequence[nn.Parameter]) -> QuantisedWeight:
+    """The rows of all parameters, shared as they are stored; layerwise casting has no scales."""
+    if {parameter.dtype for parameter in parameters} != {_FLOAT8}:
+        raise RequestError(f"the parts of {name} differ in dtype; cast all of them or none")
+    values = parameters[0].data if len(parameters) == 1 else _joined(parameters)
+    scales = torch.ones(len(values), 1, device=values.device)
+    return QuantisedWeight("fp8", values.shape[1], {"values": values, "scales": scales})
 
 
 def _joined(parts: Sequence[nn.Parameter]) -> Tensor:
@@ -130,10 +154,16 @@ def _joined(parts: Sequence[nn.Parameter]) -> Tensor:
         place += part.nbytes
     if together:
         return first.as_strided((rows, first.shape[1]), (first.shape[1], 1))
-    joined = torch.cat([part.data for part in parts])
+    joined = first.new_empty(rows, first.shape[1])
+    torch.cat([_bits(part.data) for part in parts], out=_bits(joined))
     for part, value in zip(parts, joined.split([len(part) for part in parts])):
         part.data = value
     return joined
+
+
+def _bits(x: Tensor) -> Tensor:
+    """A view that can be copied: few operations take float8."""
+    return x.view(torch.uint8) if x.dtype == _FLOAT8 else x
 
 
 def weights_signature(transformer: DiffusersTransformer) -> tuple:

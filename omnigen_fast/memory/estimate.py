@@ -13,7 +13,14 @@ from functools import cached_property, lru_cache
 
 from ..config import LATENT_CHANNELS, VAE_SCALE, ModelConfig
 from ..config import tokens as tokens_of
-from ..parameters import PATCH_VALUES, layer_elements, layer_shapes, parameter_shapes
+from ..parameters import (
+    PATCH_VALUES,
+    buffer_bytes,
+    layer_parts,
+    layer_shapes,
+    parameter_shapes,
+    stored_bytes,
+)
 from ..precision import Precision
 from ..profiles import Profile
 from ..schedule import ALL_BRANCHES, StepKind
@@ -58,14 +65,23 @@ class ByteEstimate:
     @cached_property
     def layer_bytes(self) -> int:
         """Of a resident layer."""
-        elements = sum(map(math.prod, layer_shapes(self.config).values()))
-        return elements * self.precision.storage_bytes
+        return stored_bytes(layer_parts(self.config, self.precision))
 
     @cached_property
     def slot_bytes(self) -> int:
-        """Of a streamed layer's buffer, in which each parameter is aligned."""
-        size = self.precision.storage_bytes
-        return layer_elements(self.config, size) * size
+        """Of a streamed layer's buffer, in which each tensor is aligned."""
+        return buffer_bytes(layer_parts(self.config, self.precision))
+
+    @cached_property
+    def dense_layer_bytes(self) -> int:
+        """Of a layer as products take it."""
+        elements = sum(map(math.prod, layer_shapes(self.config).values()))
+        return elements * self.precision.arithmetic_bytes
+
+    @cached_property
+    def expanded_bytes(self) -> int:
+        """Of the layer that quantised ones are expanded into; 0 where they are not."""
+        return self.dense_layer_bytes if self.precision.quantised else 0
 
     @cached_property
     def other_bytes(self) -> int:
@@ -75,7 +91,7 @@ class ByteEstimate:
             for name, shape in parameter_shapes(self.config).items()
             if not name.startswith("layers.") and (self.on_host or name != "pos_embed")
         )
-        return elements * self.precision.storage_bytes
+        return elements * self.precision.arithmetic_bytes
 
     @cached_property
     def vae_bytes(self) -> int:
@@ -163,7 +179,11 @@ class ByteEstimate:
         work, layers = self.workload, self.config.num_layers
         yield Term("context", self.context_bytes, "driver and libraries")
         resident = f"{plan.resident_layers} of {layers} on the device"
+        if self.precision.quantised:
+            resident += f", in {self.precision.storage}"
         yield Term("layers", plan.resident_layers * self.layer_bytes, resident)
+        if self.expanded_bytes and plan.resident_layers == layers:
+            yield self._expanded()
         yield Term(
             "other weights",
             self.other_bytes,
@@ -189,6 +209,8 @@ class ByteEstimate:
         slots = min(RING, self.config.num_layers - plan.resident_layers)
         if slots:
             yield Term("ring of layers", slots * self.slot_bytes, f"{slots} streamed layers")
+            if self.expanded_bytes:
+                yield self._expanded()
         if plan.cache == "ring":
             rows = self.cache_rows(plan)
             yield Term("ring of caches", RING * rows * self.pair, f"{RING} layers of {rows} rows")
@@ -208,6 +230,10 @@ class ByteEstimate:
     def moved_vae(self, plan: MemoryPlan) -> Iterator[Term]:
         if not plan.vae_resident:
             yield Term("VAE", self.vae_bytes, "in float32, on the device for this phase")
+
+    def _expanded(self) -> Term:
+        why = f"the one that is computed with, in {self.precision.arithmetic}"
+        return Term("expanded layer", self.expanded_bytes, why)
 
     def times(self) -> Term:
         size = 3 * self.workload.evaluations * self.unit

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..config import ModelConfig, released_sizes
 from ..errors import MemoryBudgetError
+from ..forms import FORMS
 from ..precision import Precision
 from ..profiles import DocumentedCell, Profile
 from .autoencoder import VaeShape
 from .cost import Cost
-from .plan import MemoryPlan, Switches, Workload
+from .device import less_margin
+from .plan import MemoryPlan, Switches, Workload, typical_workload
 from .planner import Candidate, Decision, describe, gigabytes, plan
 
 
@@ -112,8 +114,13 @@ def report(
         if one == decision.chosen:
             mark = "*"
         lines.append(
-            f"{mark} {one.peak_bytes / 1e9:6.2f} {one.seconds:8.1f}  {describe(one.plan, config)}"
+            f"{mark} {one.peak_bytes / 1e9:6.2f} {one.seconds:8.1f}  {decision.describe(one.plan)}"
         )
+    lines += ["", "by how weights are stored, within the same memory", ""]
+    lines.append("      GB        s  weights")
+    stored = by_storage(profile, workload, decision.budget_bytes, precision, config)
+    for storage, found in stored:
+        lines.append(f"  {_cost(found)}  {storage}: {_resident(found, config)}")
     lines += [
         "",
         "under the original's settings, within the memory that it documents (ours predicted)",
@@ -121,15 +128,67 @@ def report(
     ]
     lines.append("      GB        s   documented       settings")
     for setting in settings(profile, workload, decision.budget_bytes, precision, config):
-        ours = "  does not fit "
-        if isinstance(setting.decision, Decision):
-            cost = setting.decision.cost
-            ours = f"{cost.peak_bytes / 1e9:6.2f} {cost.seconds:8.1f}"
         cell = setting.documented
-        lines.append(f"  {ours}   {cell.text if cell else '-':<15}  {setting.name}")
+        lines.append(
+            f"  {_cost(setting.decision)}   {cell.text if cell else '-':<15}  {setting.name}"
+        )
     if explain:
         lines += ["", decision.explain()]
     return "\n".join(lines)
+
+
+def by_storage(
+    profile: Profile,
+    workload: Workload,
+    budget_bytes: int,
+    precision: Precision,
+    config: ModelConfig,
+) -> Iterator[tuple[str, Decision | MemoryBudgetError]]:
+    """The fastest plan that fits for each way to store weights, the dtype's own first."""
+    for storage in (precision.arithmetic, *FORMS):
+        stored = replace(precision, storage=storage)
+        decision: Decision | MemoryBudgetError
+        try:
+            decision = plan(
+                config, VaeShape(), stored, workload, profile, budget_bytes, kept_bytes=0
+            )
+        except MemoryBudgetError as error:
+            decision = error
+        yield storage, decision
+
+
+def cards(profile: Profile, sizes: Sequence[int]) -> str:
+    """What fits on cards with these many GB, for pictures of 1024 px: a Markdown table.
+
+    Peak and streamed layers of the fastest plan of each storage.
+    """
+    config, precision = released_sizes(), Precision.of("bfloat16")
+    names = (precision.storage, *FORMS)
+    lines = [f"| card | {' | '.join(names)} |", f"| ---{' | ---' * len(names)} |"]
+    for images, asked in enumerate(("text", "one image")):
+        workload = typical_workload(1024, 1024, images=images)
+        for size in sizes:
+            budget = less_margin(size * 10**9)
+            found = by_storage(profile, workload, budget, precision, config)
+            cells = [f"{_cost(one).split()[0]} GB, {_resident(one, config)}" for _, one in found]
+            lines.append(f"| {size} GB, {asked} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cost(decision: Decision | MemoryBudgetError) -> str:
+    """Gigabytes and seconds."""
+    if isinstance(decision, MemoryBudgetError):
+        return "  does not fit "
+    cost = decision.cost
+    return f"{cost.peak_bytes / 1e9:6.2f} {cost.seconds:8.1f}"
+
+
+def _resident(decision: Decision | MemoryBudgetError, config: ModelConfig) -> str:
+    """Where the layers are, in a few words."""
+    if isinstance(decision, MemoryBudgetError):
+        return f"needs {gigabytes(decision.least_bytes)}"
+    streamed = config.num_layers - decision.plan.resident_layers
+    return f"{streamed} layers streamed" if streamed else "all layers on the device"
 
 
 def _headline(profile: Profile, workload: Workload, budget_bytes: int) -> str:

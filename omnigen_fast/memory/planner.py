@@ -8,12 +8,14 @@ are tried after an out-of-memory error.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 
 from ..config import ModelConfig
 from ..errors import MAX_MESSAGE, MemoryBudgetError
+from ..forms import FORMS
 from ..precision import Precision
 from ..profiles import Profile
 from .autoencoder import VaeShape
@@ -72,11 +74,16 @@ class Decision:
         last = self.candidates[-1]
         return last if last.peak_bytes < limit else None
 
+    def describe(self, plan: MemoryPlan) -> str:
+        """One of its plans in a few words, with how the weights are stored."""
+        stored = replace(plan, precision=self.estimate.precision)
+        return describe(stored, self.estimate.config)
+
     def explain(self) -> str:
         """The choice in words, with the terms of its peak and of its time."""
         cost = self.cost
         lines = [
-            f"{describe(self.plan, self.estimate.config)}: predicted {gigabytes(cost.peak_bytes)} "
+            f"{self.describe(self.plan)}: predicted {gigabytes(cost.peak_bytes)} "
             f"of {gigabytes(self.budget_bytes)}, {cost.seconds:.1f} s"
         ]
         if self.fixed:
@@ -86,7 +93,7 @@ class Decision:
             one = faster[0]
             lines.append(
                 f"with {gigabytes(one.peak_bytes)} it would take {one.seconds:.1f} s "
-                f"({describe(one.plan, self.estimate.config)})"
+                f"({self.describe(one.plan)})"
             )
         for name, terms in cost.phases.items():
             peak = ", the peak" if name == cost.peak_phase else ""
@@ -165,6 +172,36 @@ def front(
     return tuple(best)
 
 
+def least_change(
+    config: ModelConfig,
+    vae: VaeShape,
+    precision: Precision,
+    workload: Workload,
+    profile: Profile,
+    budget_bytes: int,
+    switches: Switches = ANY,
+) -> Precision:
+    """The storage that changes weights least of those whose layers can all be on the device.
+
+    Where none can, weights stay as they are, and layers are streamed.
+
+    Args:
+        precision: with the storage that changes nothing; the others are as for `plan`.
+    """
+    forms = tuple(FORMS)
+    if precision.quantised:
+        forms = forms[forms.index(precision.storage) + 1 :]
+    if switches.offload_model is None:
+        switches = replace(switches, offload_model=False)
+    for storage in (precision.storage, *forms):
+        stored = replace(precision, storage=storage)
+        with suppress(MemoryBudgetError):
+            found = plan(config, vae, stored, workload, profile, budget_bytes, switches)
+            if found.plan.resident_layers == config.num_layers:
+                return stored
+    return precision
+
+
 def describe(plan: MemoryPlan, config: ModelConfig) -> str:
     """A plan in a few words."""
     layers = config.num_layers
@@ -173,6 +210,8 @@ def describe(plan: MemoryPlan, config: ModelConfig) -> str:
     else:
         streamed = layers - plan.resident_layers
         words = ["all layers streamed" if streamed == layers else f"{streamed} layers streamed"]
+    if plan.precision is not None and plan.precision.quantised:
+        words[0] += f" in {plan.precision.storage}"
     words.append(
         {
             "device": "KV cache on device",
@@ -228,6 +267,8 @@ def _candidates(
                 continue  # a CUDA graph can't record copies that run ahead on another stream
             weights = resident * estimate.bytes.layer_bytes
             ring = min(RING, estimate.config.num_layers - resident) * estimate.bytes.slot_bytes
+            # with all resident it is there in the decode too, and counted in `parts`
+            freed = estimate.bytes.expanded_bytes if ring else 0
             seconds = estimate.seconds.of_transformer(
                 replace(transformer, resident_layers=resident), current
             )
@@ -237,7 +278,7 @@ def _candidates(
                     parts.prefill + vae.resident,
                     parts.denoise + vae.resident,
                 )
-                peak = weights + max(before + ring, parts.decode + vae.decode)
+                peak = weights + max(before + ring, parts.decode + vae.decode - freed)
                 yield peak, seconds + vae.seconds, transformer, resident, vae.plan
 
 

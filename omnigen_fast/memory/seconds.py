@@ -92,6 +92,9 @@ class SecondsEstimate:
         yield Duration("products", steps.products, "matrix products of all steps")
         yield Duration("attention", steps.attention, "of all steps")
         yield Duration("elementwise", steps.elementwise, "norms, rotary, SwiGLU, guidance")
+        if self.expanding:
+            why = "quantised layers, in every step"
+            yield Duration("expanding", self._steps() * self.expanding, why)
         why = "gaps in the CUDA graph" if plan.capture else "kernel by kernel"
         yield Duration("launches", steps.launches, why)
         if self.copied_bytes(plan):
@@ -169,7 +172,15 @@ class SecondsEstimate:
         seconds = self.step_work(plan, kind).seconds
         if plan.cache == "none":
             seconds += self.condition_work(plan, kind).seconds
-        return seconds + self.contention(plan)
+        return seconds + self.expanding + self.contention(plan)
+
+    @cached_property
+    def expanding(self) -> float:
+        """Of one pass through all layers: reading them as they are stored, writing them dense."""
+        if not self._sizes.precision.quantised:
+            return 0.0
+        moved = self._sizes.layer_bytes + self._sizes.dense_layer_bytes
+        return self._config.num_layers * moved / self._bandwidth
 
     def copied_bytes(self, plan: MemoryPlan) -> int:
         """Streamed in one step."""
@@ -187,7 +198,7 @@ class SecondsEstimate:
         return self.copied_bytes(plan) / self._bandwidth
 
     def prefill_seconds(self, plan: MemoryPlan) -> float:
-        computing = self.condition_work(plan).seconds + self.contention(plan)
+        computing = self.condition_work(plan).seconds + self.expanding + self.contention(plan)
         return max(computing, self.copy_seconds(plan))
 
     def step_work(self, plan: MemoryPlan, kind: StepKind = ALL_BRANCHES) -> Work:
@@ -261,7 +272,7 @@ class SecondsEstimate:
         weights = hidden * (width + hidden)
         weights += 3 * hidden * inner * math.ceil(rows / mlp_rows)
         activations = rows * (3 * hidden + width + 3 * inner + hidden)
-        moved = weights * precision.storage_bytes + activations * precision.arithmetic_bytes
+        moved = (weights + activations) * precision.arithmetic_bytes
         return max(product_flops(self._config, rows) / self._product_rate, moved / self._bandwidth)
 
     def _kernels(self, rows: int, mlp_rows: int) -> int:

@@ -14,11 +14,26 @@ from torch import Tensor
 
 from ..config import TIME_FREQUENCIES, ModelConfig
 from ..errors import CheckpointError, brief
+from ..forms import QUANTISED, Part, parts_of
+from ..linear import Weight
+from ..precision import Precision
+from ..quantised import QuantisedWeight, parts_finite, quantised
 from ..regular_files import read_json
-from .files import TensorReader, WeightFiles, check_shapes, find_weights, read_headers
+from .files import (
+    FORM_FIELD,
+    PART_SUFFIXES,
+    TensorReader,
+    WeightFiles,
+    check_dtypes,
+    check_shapes,
+    find_weights,
+    read_headers,
+    stored_form,
+)
 from .names import DIFFUSERS, ORIGINAL, Layout, TensorRows, layout_sources
 
 _TRANSFORMER = "transformer"  # diffusers' folder of it
+_ANY = ""  # dtype of what may be in any
 _CLASS = "OmniGenTransformer2DModel"  # diffusers'
 
 
@@ -30,6 +45,7 @@ class Checkpoint:
     config: ModelConfig
     sources: Mapping[str, tuple[TensorRows, ...]]  # by our name
     files: Mapping[str, str]  # tensor name in the checkpoint: path of its file
+    form: str | None  # of the layers' matrices, if `convert` has quantised them; see `forms`
     tokenizer_path: str
     vae_folder: str | None
 
@@ -48,18 +64,23 @@ class Checkpoint:
         path = os.fspath(path)
         folder, inner = find_folders(path)
         default = ORIGINAL if folder == inner else DIFFUSERS
-        shapes, files = read_headers(_find_files(path, folder, inner, variant))
+        found = _find_files(path, folder, inner, variant)
+        form = stored_form(found)
+        shapes, files = read_headers(found, form is not None)
         layout = layout_of(shapes, default)
         config = read_config(read_json(os.path.join(inner, "config.json")), shapes, layout)
         sources = layout_sources(config, layout)
-        expected = {part.name: part.shape for parts in sources.values() for part in parts}
-        check_shapes(inner, shapes, expected)
+        expected = file_parts(sources, form, _ANY)
+        check_shapes(inner, shapes, {name: part.shape for name, part in expected.items()})
+        if form is not None:
+            check_dtypes(found, {name: part.dtype for name, part in expected.items()})
         vae = os.path.join(folder, "vae")
         return cls(
             folder,
             config,
             sources,
             files,
+            form,
             find_tokenizer(folder),
             vae if os.path.isdir(vae) else None,
         )
@@ -67,7 +88,7 @@ class Checkpoint:
     def read(
         self, dtype: torch.dtype, device: torch.device, names: Iterable[str] | None = None
     ) -> dict[str, Tensor]:
-        """Reads parameters by our names; all of them by default.
+        """Reads plain parameters by our names; all of them by default.
 
         On a CPU, tensors stored in `dtype` are views of the mapped file: nothing is copied, and
         untouched pages are never read. The position table always stays on the host.
@@ -92,6 +113,62 @@ class Checkpoint:
                 result[name] = joined
         return result
 
+    def read_stored(
+        self, precision: Precision, device: torch.device, names: Iterable[str]
+    ) -> dict[str, Weight]:
+        """Reads parameters in the form that a precision stores them in.
+
+        On a CPU, weights of a file that has them in that form are views of the mapped file.
+
+        Raises CheckpointError if one that is quantised holds NaN or infinities.
+        """
+        dtype = precision.arithmetic_dtype
+        plain, result = [], dict[str, Weight]()
+        for name in names:
+            if is_quantised(name) and (precision.quantised or self.form is not None):
+                if precision.storage == self.form:
+                    result[name] = self._read_quantised(name, device)
+                else:
+                    result[name] = stored(name, self.exact(name, precision, device), precision)
+            else:
+                plain.append(name)
+        return result | self.read(dtype, device, plain)
+
+    def exact(self, name: str, precision: Precision, device: torch.device) -> Tensor:
+        """A new tensor with a parameter in float32: what an update is added to.
+
+        A plain one that a precision rounds is rounded before.
+        """
+        if is_quantised(name) and self.form is not None:
+            return self._read_quantised(name, device).exact()
+        dtype = precision.arithmetic_dtype
+        if is_quantised(name) and precision.quantised:
+            dtype = torch.float32
+        return self.read(dtype, device, [name])[name].to(torch.float32, copy=True)
+
+    def _read_quantised(self, name: str, device: torch.device) -> QuantisedWeight:
+        """A parameter of a file that has it quantised."""
+        assert self.form is not None
+        sources = self.sources[name]
+        parts: dict[str, Tensor] = {}
+        with TensorReader(self.files, None) as reader:
+            for part in parts_of(self.form, sources[0].shape):
+                read = [reader.read(part_name(one.name, part), device) for one in sources]
+                parts[part] = read[0] if len(read) == 1 else torch.cat(read)
+        if name not in self._checked:
+            if not parts_finite(self.form, parts):
+                raise CheckpointError(
+                    f"{self.files[sources[0].name]}: {sources[0].name} or its scales hold NaN or "
+                    "infinities; the file is damaged"
+                )
+            self._checked.add(name)
+        return QuantisedWeight(self.form, sources[0].shape[1], parts)
+
+    @cached_property
+    def _checked(self) -> set[str]:
+        """Quantised parameters whose values were looked at."""
+        return set()
+
     def find(self, tensor: str) -> tuple[str, TensorRows] | None:
         """The parameter that holds a tensor, and the rows that it fills; None if there is none.
 
@@ -107,6 +184,49 @@ class Checkpoint:
             for parameter, sources in layout_sources(self.config, layout).items()
             for source in sources
         }
+
+
+def is_quantised(name: str) -> bool:
+    """Whether a parameter is stored in a form where weights are quantised."""
+    return name.startswith("layers.") and name.rpartition(".")[2] in QUANTISED
+
+
+def stored(name: str, exact: Tensor, precision: Precision) -> Weight:
+    """A parameter as a precision stores it, from its value in float32."""
+    if precision.quantised and is_quantised(name):
+        return quantised(name, exact, precision.storage)
+    return exact.to(precision.arithmetic_dtype)
+
+
+def part_name(tensor: str, part: str) -> str:
+    """The name in a file of a part of a quantised tensor."""
+    return tensor + PART_SUFFIXES[part]
+
+
+def form_metadata(form: str | None) -> dict[str, str]:
+    """What a header says of a form."""
+    return {} if form is None else {FORM_FIELD: form}
+
+
+def file_parts(
+    sources: Mapping[str, tuple[TensorRows, ...]], form: str | None, dtype: str
+) -> dict[str, Part]:
+    """The tensors of a model's files, in order.
+
+    Args:
+        sources: the tensors of each parameter.
+        form: of the layers' matrices; None for plain ones.
+        dtype: of plain tensors.
+    """
+    expected: dict[str, Part] = {}
+    for name, rows in sources.items():
+        for one in rows:
+            if form is None or not is_quantised(name):
+                expected[one.name] = Part(one.shape, dtype)
+            else:
+                for part, kept in parts_of(form, one.shape).items():
+                    expected[part_name(one.name, part)] = kept
+    return expected
 
 
 def find_folders(path: str) -> tuple[str, str]:

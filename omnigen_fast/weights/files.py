@@ -20,6 +20,7 @@ from ..errors import (
     first_line,
     printable,
 )
+from ..forms import FORMS
 from ..regular_files import check_regular, read_json
 
 SDXL_VAE = "stabilityai/sdxl-vae"  # the original's fallback
@@ -28,6 +29,18 @@ _MODELS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 MODEL_FILES = ("*.json", "*.safetensors", "*/*.json", "*/*.safetensors")
 VAE_FILES = ("config.json", "diffusion_pytorch_model*.safetensors*")
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # safetensors' names
+_INTEGERS = ("I8", "U8")
+FORM_FIELD = "omnigen_fast.weights"  # of a header's metadata: one of `forms.FORMS`
+# Of the tensors that a quantised one is stored as, by their names in `forms`.
+PART_SUFFIXES = {"values": "", "scales": "_scale", "ranges": "_range"}
+SAFETENSORS_NAMES = {  # of PyTorch's dtypes
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float8_e4m3fn": "F8_E4M3",
+    "int8": "I8",
+    "uint8": "U8",
+}
 # of tensors that a module's float8 weight is to be multiplied by, as others name them
 SCALE_SUFFIXES = (".scale_weight", ".weight_scale", ".weight_scale_inv")
 PICKLES = (".pt", ".bin", ".pth", ".ckpt")
@@ -324,19 +337,58 @@ def list_tensors(files: WeightFiles) -> dict[str, Listed]:
     return found
 
 
-def read_headers(files: WeightFiles) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+def stored_form(files: WeightFiles) -> str | None:
+    """The form that the headers of quantised files name; None for plain files.
+
+    Raises CheckpointError if they differ, or name one that is not known.
+    """
+    named: dict[str | None, str] = {}
+    for path in files.paths:
+        with open_file(path, torch.device("cpu")) as file:
+            named.setdefault((file.metadata() or {}).get(FORM_FIELD), path)
+    form, *others = named
+    if others:
+        raise CheckpointError(f"{named[form]} and {named[others[0]]} are of different forms")
+    if form is not None and form not in FORMS:
+        raise CheckpointError(
+            f"{named[form]} says that its weights are {brief(form)}; known are {', '.join(FORMS)}"
+        )
+    return form
+
+
+def check_dtypes(files: WeightFiles, expected: Mapping[str, str]) -> None:
+    """Raises CheckpointError for tensors of other dtypes than PyTorch calls so; "" is any float."""
+    listed = list_tensors(files)
+    odd = []
+    for name, dtype in expected.items():
+        allowed = (SAFETENSORS_NAMES[dtype],) if dtype else FLOATS
+        if listed[name].dtype not in allowed:
+            instead = allowed[0] if dtype else "floats"
+            odd.append(f"{name} holds {listed[name].dtype} instead of {instead}")
+    if odd:
+        raise CheckpointError(f"{files.paths[0]}: {_some(odd, 2)}")
+
+
+def read_headers(
+    files: WeightFiles, quantised: bool = False
+) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
     """Shapes and files of all tensors, by name.
+
+    Args:
+        files: where they are.
+        quantised: whether they may be what `convert` makes of quantised weights.
 
     Raises CheckpointError as `list_tensors` does, and for numbers that are no plain weights.
     """
     found = list_tensors(files)
     scales = [name for name in found if name.endswith(SCALE_SUFFIXES)]
-    if scales:
+    if scales and not quantised:
         raise CheckpointError(
             f"{files.paths[0]} holds float8 weights with scales, such as {scales[0]}; "
             "omnigen-fast convert writes them as bfloat16"
         )
-    odd = [f"{name} holds {one.dtype}" for name, one in found.items() if one.dtype not in FLOATS]
+    dtypes = (*FLOATS, *_INTEGERS) if quantised else FLOATS
+    odd = [f"{name} holds {one.dtype}" for name, one in found.items() if one.dtype not in dtypes]
     if odd:
         raise CheckpointError(f"{files.paths[0]}: {_some(odd)}, not floating-point weights")
     shapes = {name: one.shape for name, one in found.items()}
@@ -391,9 +443,14 @@ def _check_header(path: str) -> None:
 
 
 class TensorReader:
-    """Reads tensors from several files, converted to one dtype; keeps the files open meanwhile."""
+    """Reads tensors from several files; keeps the files open meanwhile.
 
-    def __init__(self, files: Mapping[str, str], dtype: torch.dtype) -> None:
+    Args:
+        files: the path of each tensor's.
+        dtype: that they are converted to; None leaves them as they are.
+    """
+
+    def __init__(self, files: Mapping[str, str], dtype: torch.dtype | None) -> None:
         self._files = files
         self._dtype = dtype
         self._stack = ExitStack()
@@ -417,7 +474,7 @@ class TensorReader:
                 raise
             # PyTorch says so of a mapped file if Ctrl-C comes while it looks at it
             raise KeyboardInterrupt from error
-        if tensor.dtype == self._dtype:
+        if self._dtype is None or tensor.dtype == self._dtype:
             return tensor
         converted = tensor.to(self._dtype)
         self._converted_bytes += tensor.nbytes

@@ -1,4 +1,4 @@
-"""Weights as trainers and converters leave them: pickles, prefixed names, float8 with scales."""
+"""Weights as trainers and converters leave them: pickles, GGUF, prefixed names, scaled float8."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,7 +23,9 @@ from .files import (
     WeightFiles,
     find_weights,
     list_tensors,
+    stored_form,
 )
+from .gguf_files import SUFFIX, GgufTensor, list_gguf, open_gguf
 from .names import DIFFUSERS, ORIGINAL
 from .pickles import read_pickle
 
@@ -58,13 +61,24 @@ class Stored:
 
 
 @dataclass(frozen=True)
+class GgufFile:
+    """A GGUF file and what is in it."""
+
+    path: str
+    tensors: Mapping[str, GgufTensor]
+
+
+Files: TypeAlias = WeightFiles | GgufFile | Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
 class ForeignWeights:
     """A model's weights by their plain names, whatever they are stored as."""
 
     where: str  # for messages
     tensors: Mapping[str, Stored]
     scales: Mapping[str, Stored]  # by weight
-    files: WeightFiles | Mapping[str, Tensor]
+    files: Files
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -93,9 +107,28 @@ class ForeignWeights:
                     f"{self.where}: {name} is {one.dtype} and has a scale, as only float8 weights "
                     "may have"
                 )
-        if not all_finite(value):
+        if value.numel() and not all_finite(value):
             raise CheckpointError(f"{self.where}: {name} holds NaN or infinities; it is damaged")
         return value
+
+    def float8(self, name: str) -> dict[str, Tensor] | None:
+        """A weight as `forms` has it in fp8, if it is stored so: with one scale, or one for a row.
+
+        Raises CheckpointError as reading it does.
+        """
+        one = self.tensors[name]
+        rows = one.shape[0]
+        scale = torch.ones(1)
+        if one.dtype != "F8_E4M3":
+            return None
+        with _opened(self.files, None) as read:
+            self._value(name, lambda stored: read(stored).float())  # for what it refuses
+            if name in self.scales:
+                scale = read(self.scales[name].name).float()
+            if tuple(scale.shape) not in ((), (1,), (1, 1), (rows,), (rows, 1)):
+                return None
+            scales = scale.reshape(-1, 1).expand(rows, 1).contiguous()
+            return {"values": read(one.name), "scales": scales}
 
     def _spread(self, name: str, scale: Tensor) -> Tensor:
         """A scale in a shape that multiplies its weight: of all, of rows, columns or blocks."""
@@ -144,6 +177,10 @@ def open_foreign(path: str) -> ForeignWeights:
         CheckpointError: there are none or several, or a file is malformed or not a model's.
     """
     found = _find(path)
+    if isinstance(found, str) and found.endswith(SUFFIX):
+        file = GgufFile(found, list_gguf(found))
+        stored = [Stored(one.name, one.shape, one.kind_name) for one in file.tensors.values()]
+        return _listed(found, stored, file)
     if isinstance(found, str):
         tensors = read_pickle(found)
         stored = [
@@ -151,13 +188,18 @@ def open_foreign(path: str) -> ForeignWeights:
             for name, one in tensors.items()
         ]
         return _listed(found, stored, tensors)
+    form = stored_form(found)
+    if form is not None:
+        raise CheckpointError(
+            f"{found.paths[0]} has {form} weights already; convert the model that they were made of"
+        )
     listed = list_tensors(found)
     stored = [Stored(name, one.shape, one.dtype) for name, one in listed.items()]
     return _listed(found.paths[0], stored, found)
 
 
 def _find(path: str) -> WeightFiles | str:
-    """The safetensors files of a model, or its pickle."""
+    """The safetensors files of a model, or its GGUF file or pickle."""
     if not os.path.isdir(path):
         if path.endswith(PICKLES):
             if os.path.basename(path).startswith(_NOT_MODELS):
@@ -166,15 +208,20 @@ def _find(path: str) -> WeightFiles | str:
                     "give the trainer's model.pt"
                 )
             return path
+        if path.endswith(SUFFIX) and os.path.exists(path):
+            return path
         if path.endswith(".safetensors"):
             return WeightFiles((path,))
         raise CheckpointError(
             f"{path} {'is no' if os.path.exists(path) else 'does not exist; give a'} folder, "
-            ".safetensors file or file of torch.save (.pt, .pth, .bin, .ckpt)"
+            ".safetensors file or file of torch.save (.pt, .pth, .bin, .ckpt), and no .gguf file"
         )
     folder, inner = find_folders(path)
     names = sorted(os.listdir(inner))
     if not any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names):
+        ggufs = [name for name in names if name.endswith(SUFFIX)]
+        if len(ggufs) == 1:
+            return os.path.join(inner, ggufs[0])
         pickles = [
             name for name in names if name.endswith(PICKLES) and not name.startswith(_NOT_MODELS)
         ]
@@ -189,9 +236,7 @@ def _find(path: str) -> WeightFiles | str:
     return find_weights(inner, stem, any_name=True)
 
 
-def _listed(
-    where: str, stored: Sequence[Stored], files: WeightFiles | Mapping[str, Tensor]
-) -> ForeignWeights:
+def _listed(where: str, stored: Sequence[Stored], files: Files) -> ForeignWeights:
     plain = _without_prefixes(where, stored)
     tensors: dict[str, Stored] = {}
     scales: dict[str, Stored] = {}
@@ -206,7 +251,7 @@ def _listed(
                 raise CheckpointError(f"{where}: {name} is {one.dtype}; a scale must be a float")
             scales[weight] = one
         elif not (name == _MARKER or name.endswith((_QUANT, *_UNUSED))):
-            if one.dtype not in FLOATS:
+            if one.dtype not in FLOATS and not isinstance(files, GgufFile):
                 raise CheckpointError(
                     f"{where}: {name} holds {one.dtype}, not floating-point weights; quantized "
                     "weights are not read, except float8"
@@ -233,9 +278,7 @@ def _without_prefixes(where: str, stored: Sequence[Stored]) -> dict[str, Stored]
     return plain
 
 
-def _check_formats(
-    where: str, formats: Sequence[Stored], files: WeightFiles | Mapping[str, Tensor]
-) -> None:
+def _check_formats(where: str, formats: Sequence[Stored], files: Files) -> None:
     """Raises CheckpointError for a module in another format than float8."""
     if not formats:
         return
@@ -255,10 +298,15 @@ def _check_formats(
 
 
 @contextmanager
-def _opened(files: WeightFiles | Mapping[str, Tensor]) -> Iterator[Read]:
+def _opened(files: Files, dtype: torch.dtype | None = torch.float32) -> Iterator[Read]:
+    """Reads stored tensors by name; with a dtype of None as they are."""
+    if isinstance(files, GgufFile):
+        with open_gguf(files.path, files.tensors) as read:
+            yield read
+        return
     if not isinstance(files, WeightFiles):
-        yield lambda name: files[name].float()
+        yield lambda name: files[name] if dtype is None else files[name].to(dtype)
         return
     places = {name: one.path for name, one in list_tensors(files).items()}
-    with TensorReader(places, torch.float32) as reader:
+    with TensorReader(places, dtype) as reader:
         yield lambda name: reader.read(name, torch.device("cpu"))

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from ..errors import RequestError
-from .checkpoint import Checkpoint
+from ..linear import Weight
+from ..precision import Precision
+from .checkpoint import Checkpoint, stored
 
 MAX_SCALE = 1e9  # of an update; larger ones overflow float32 sums
 _SHOWN_NAMES, _SHOWN_LENGTH = 3, 60  # of adapters, in an error
@@ -181,14 +183,15 @@ class Loras:
 def merged(
     checkpoint: Checkpoint,
     adapters: Iterable[tuple[Adapter, float]],
-    dtype: torch.dtype,
+    precision: Precision,
     device: torch.device,
     parameters: Iterable[str],
-) -> Iterator[tuple[str, Tensor]]:
+) -> Iterator[tuple[str, Weight]]:
     """Names and values of `parameters`: the checkpoint's plus all updates, rounded once.
 
     Each value is computed from the checkpoint, so it does not depend on which adapters were loaded
-    before; without adapters the weights are the checkpoint's, bit for bit.
+    before; without adapters the weights are the checkpoint's, bit for bit. Quantised weights are
+    quantised again from the sum.
 
     Args:
         adapters: each with its strength.
@@ -198,17 +201,18 @@ def merged(
         for update in adapter.updates:
             by_parameter[update.parameter].append((update, strength))
     for name in parameters:
-        weight = checkpoint.read(dtype, device, [name])[name]
-        if updates := by_parameter.get(name):
+        updates = by_parameter.get(name)
+        if not updates:
+            yield from checkpoint.read_stored(precision, device, [name]).items()
+        else:
             # float32: a low-rank update is often below bfloat16's resolution of the weight
-            exact = weight.to(torch.float32, copy=True)
+            exact = checkpoint.exact(name, precision, device)
             matrix = exact.flatten(1)
             for update, strength in updates:
                 rows = matrix[update.start : update.start + len(update.up)]
                 up, down = update.up.to(rows.device), update.down.to(rows.device)
                 rows.addmm_(up, down, alpha=update.scale * strength)
-            weight = exact.to(dtype)
-        yield name, weight
+            yield name, stored(name, exact, precision)
 
 
 def _named(name: object) -> str:

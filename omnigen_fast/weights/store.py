@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from ..config import ModelConfig
+from ..linear import Weight
 from ..memory.device import on_host
 from ..memory.plan import RING
-from ..model import Block, Transformer
-from ..parameters import ALIGNED_BYTES, layer_elements, layer_shapes
+from ..model import Block, Expander, Transformer
+from ..parameters import aligned, buffer_bytes, layer_parts, layer_shapes
+from ..precision import Precision
+from ..quantised import as_weight, empty_parts, parts_of_weight
 from ..streaming import HostMemory, Lane, Ring, Streamed, lane_for, spread
 
 # (names, device) -> (name, value) pairs of parameters
-Read = Callable[[Iterable[str], torch.device], Iterable[tuple[str, Tensor]]]
+Read = Callable[[Iterable[str], torch.device], Iterable[tuple[str, Weight]]]
 
 
 class LayerStore:
@@ -23,27 +26,37 @@ class LayerStore:
 
     With a GPU, each streamed layer has a copy in one host buffer, page-locked if there is room. On
     a CPU, streamed layers are read from the mapped checkpoint every time, so only the ring takes
-    memory.
+    memory. Quantised layers are kept and copied as they are stored, and expanded when the
+    computation takes them.
 
     Args:
         model: its streamed layers have no storage (meta tensors).
+        precision: that its weights are stored and computed in.
         read: reads current values of parameters, adapters included.
         host: allocates the copies on the host.
         lane: runs the ring's copies; by default the device's lane.
     """
 
     def __init__(
-        self, model: Transformer, read: Read, host: HostMemory, lane: Lane | None = None
+        self,
+        model: Transformer,
+        precision: Precision,
+        read: Read,
+        host: HostMemory,
+        lane: Lane | None = None,
     ) -> None:
         self._model = model
+        self._precision = precision
+        self._parts = layer_parts(model.config, precision)
         self._read = read
         self._host = host
         self._lane = lane
-        self._copies: dict[int, Tensor] = {}  # [elements] of a layer, on the host
+        self._copies: dict[int, Tensor] = {}  # [bytes] of a layer, on the host
         self._resident = frozenset(
             layer for layer, block in enumerate(model.layers) if not block.qkv_proj.is_meta
         )
-        self.slots: list[Tensor] = []  # [elements] each, on the device
+        self.slots: list[Tensor] = []  # [bytes] each, on the device
+        self._expander: Expander | None = None
 
     @property
     def resident(self) -> int:
@@ -54,14 +67,15 @@ class LayerStore:
         """Keeps `resident` layers on the device and streams the others."""
         model, layers = self._model, len(self._model.layers)
         wanted = spread(resident, layers)
-        if wanted == self._resident and (model.stream is not None or resident == layers):
+        streams = resident < layers or self._precision.quantised
+        if wanted == self._resident and (model.stream is not None or not streams):
             return
         self.stop()
         for layer in self._resident - wanted:
             self._drop(layer)
         for layer in sorted(wanted - self._resident):
             self._bring(layer)
-        if resident < layers:
+        if streams:
             self._start([layer for layer in range(layers) if layer not in wanted])
 
     def refresh(self, names: Iterable[str]) -> None:
@@ -77,16 +91,23 @@ class LayerStore:
             if layer in self._copies:
                 copied.add(layer)
         for name, value in self._read(here, self._model.device):
-            self._model.parameter(name).data = value
+            self._model.set_parameter(name, value)
         for layer in copied:
             self._fill(layer, self._copies[layer])
 
     def stop(self) -> None:
-        """Frees the ring; the streamed layers can't be used until the next `arrange`."""
+        """Frees ring and expanded layer; until the next `arrange` they can't be used."""
         if self._model.stream is not None:
             self._model.stream.reset()
             self._model.stream = None
         self.slots = []
+        self._expander = None
+
+    def tensors(self) -> Iterator[Tensor]:
+        """What is held beside the model's own weights."""
+        yield from self.slots
+        if self._expander is not None:
+            yield from self._expander.layer.parameters()
 
     def leave_lane(self) -> None:
         """Forgets the ring with whatever copies are under way in it."""
@@ -103,11 +124,7 @@ class LayerStore:
 
     def _drop(self, layer: int) -> None:
         model = self._model
-        empty = {
-            name: torch.empty(shape, dtype=model.dtype, device="meta")
-            for name, shape in layer_shapes(model.config).items()
-        }
-        model.layers[layer] = Block(empty, model.config)
+        model.layers[layer] = Block(without_storage(model.config, self._precision), model.config)
         self._resident -= {layer}
 
     def _bring(self, layer: int) -> None:
@@ -123,20 +140,27 @@ class LayerStore:
     def _start(self, streamed: Sequence[int]) -> None:
         model = self._model
         device, config = model.device, model.config
-        elements = layer_elements(config, model.dtype.itemsize)
+        size = buffer_bytes(self._parts)
         if not on_host(device):
             for layer in streamed:
                 if layer not in self._copies:
-                    copy = self._host.empty((elements,), model.dtype)
+                    copy = self._host.empty((size,), torch.uint8)
                     self._fill(layer, copy)
                     self._copies[layer] = copy
-        self.slots = [model.norm.new_empty(elements) for _ in range(min(RING, len(streamed)))]
+        self.slots = [
+            torch.empty(size, dtype=torch.uint8, device=device)
+            for _ in range(min(RING, len(streamed)))
+        ]
         blocks = [Block(self._views(slot), config) for slot in self.slots]
-        if self._lane is None:
-            self._lane = lane_for(device)
-        ring = Ring(self._lane, len(self.slots), streamed, self._copy_in)
+        if self._precision.quantised:
+            self._expander = Expander(config, model.norm)
+        ring = None
+        if streamed:
+            if self._lane is None:
+                self._lane = lane_for(device)
+            ring = Ring(self._lane, len(self.slots), streamed, self._copy_in)
         resident = {layer: model.block(layer) for layer in self._resident}
-        model.stream = Streamed(ring, blocks, resident)
+        model.stream = Streamed(ring, blocks, resident, self._expander)
 
     def _copy_in(self, slot: int, layer: int) -> None:
         if layer in self._copies:
@@ -149,15 +173,29 @@ class LayerStore:
         views = self._views(buffer)
         names = {f"layers.{layer}.{name}": name for name in views}
         for name, value in self._read(names, torch.device("cpu")):
-            views[names[name]].copy_(value)
+            kept = parts_of_weight(views[names[name]])
+            for part, tensor in parts_of_weight(value).items():
+                kept[part].copy_(tensor)
 
-    def _views(self, buffer: Tensor) -> dict[str, Tensor]:
-        """A layer's parameters in a buffer of `layer_elements`."""
-        unit = ALIGNED_BYTES // buffer.element_size()
-        views: dict[str, Tensor] = {}
+    def _views(self, buffer: Tensor) -> dict[str, Weight]:
+        """A layer's parameters in a buffer of `buffer_bytes`."""
+        shapes = layer_shapes(self._model.config)
+        views: dict[str, Weight] = {}
         start = 0
-        for name, shape in layer_shapes(self._model.config).items():
-            size = math.prod(shape)
-            views[name] = buffer[start : start + size].view(shape)
-            start += -(-size // unit) * unit
+        for name, parts in self._parts.items():
+            tensors = {}
+            for part, one in parts.items():
+                held = buffer[start : start + one.nbytes]
+                tensors[part] = held.view(getattr(torch, one.dtype)).view(one.shape)
+                start += aligned(one.nbytes)
+            views[name] = as_weight(self._precision.storage, shapes[name], tensors)
         return views
+
+
+def without_storage(config: ModelConfig, precision: Precision) -> dict[str, Weight]:
+    """The parameters of a layer that is not on the device, by their names in `model.Block`."""
+    shapes = layer_shapes(config)
+    return {
+        name: as_weight(precision.storage, shapes[name], empty_parts(parts, "meta"))
+        for name, parts in layer_parts(config, precision).items()
+    }

@@ -4,41 +4,44 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
-_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}  # safetensors'
+from ..forms import Part
+from .files import SAFETENSORS_NAMES
+
 _HEADER_UNIT = 8  # bytes; the data after the header is aligned to it
 
 
 def write_safetensors(
     path: str,
-    shapes: Mapping[str, tuple[int, ...]],
-    dtype: torch.dtype,
+    parts: Mapping[str, Part],
     tensors: Iterable[Tensor],
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Writes a file.
 
     Args:
         path: of the file.
-        shapes: of the tensors, by name.
-        dtype: of all: bfloat16, float16 or float32.
-        tensors: on the host, in the order of `shapes`.
+        parts: shapes and dtypes of the tensors, by name.
+        tensors: on the host, in the order of `parts`.
+        metadata: more fields of the header.
 
     Raises OSError if it can't be written.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
-    for name, shape in shapes.items():
-        start, end = end, end + prod(shape) * dtype.itemsize
-        header[name] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": [start, end]}
+    for name, part in parts.items():
+        start, end = end, end + part.nbytes
+        kind = SAFETENSORS_NAMES[part.dtype]
+        header[name] = {"dtype": kind, "shape": part.shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _HEADER_UNIT)
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for (name, shape), tensor in zip(shapes.items(), tensors, strict=True):
-            assert tensor.shape == shape and tensor.dtype == dtype, name
+        for (name, part), tensor in zip(parts.items(), tensors, strict=True):
+            assert tensor.shape == part.shape, name
+            assert tensor.dtype == getattr(torch, part.dtype), name
             file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)

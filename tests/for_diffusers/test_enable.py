@@ -67,6 +67,26 @@ def theirs(name: str) -> dict:
     return request
 
 
+@pytest.mark.parametrize("first", ("enabled", "cast"))
+def test_layerwise_casting_is_float8_storage(build, first):
+    """Weights stay in float8, shared; the picture is that of diffusers' own casting."""
+    pipe = build()
+    if first == "enabled":
+        omnigen_fast.enable(pipe)
+        draw(pipe, **LONG)
+    pipe.transformer.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+    found = draw(omnigen_fast.enable(pipe), **LONG)
+    layer = pipe.transformer.layers[0]
+    for module in (layer.self_attn.to_q, layer.mlp.gate_up_proj):
+        assert module.weight.dtype == torch.float8_e4m3fn
+    model = pipe._omnigen_fast._weights.model
+    shared = layer.mlp.down_proj.weight.untyped_storage().data_ptr()
+    assert model.parameter("layers.0.down_proj").values.untyped_storage().data_ptr() == shared
+    expected = draw(omnigen_fast.disable(pipe), **LONG)
+    exact = draw(build(), **LONG)
+    assert relative_error(found, exact) > 1e-3 > 50 * TOLERANCE > relative_error(found, expected)
+
+
 @pytest.mark.parametrize("name", FLOAT32)
 def test_images_are_the_originals(enabled, name):
     request = golden_request(name)

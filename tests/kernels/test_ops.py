@@ -20,8 +20,22 @@ from numerics import DEVICE, integers, poisoned, random
 from omnigen_fast.kernels import contract, ops, reference
 
 from bench.tracker import MemoryTracker
+from omnigen_fast.forms import FORMS
+from omnigen_fast.quantised import quantised
 
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, ROWS, CACHE_ROWS = 6, 3, 64, 32, 6, 9
+
+
+def stored(dtype: torch.dtype) -> dict[str, dict]:
+    """Good arguments of the operations that expand weights."""
+    weight = random(ROWS, 100, dtype=dtype, seed=12)
+    return {
+        f"dequantise_{form}_": {
+            "weight": weight.clone(),
+            **dict(zip(("values", "scales", "ranges"), quantised("", weight, form).arguments)),
+        }
+        for form in FORMS
+    }
 
 
 def arguments(name: str, dtype: torch.dtype = torch.float32) -> dict:
@@ -70,6 +84,7 @@ def arguments(name: str, dtype: torch.dtype = torch.float32) -> dict:
             "first": 0,
         },
         "swiglu": {"gate_up": random(ROWS, 2 * HIDDEN, dtype=dtype, seed=7)},
+        **stored(dtype),
         "modulate": {**x, "shift": table, "scale": table, "step": steps, "eps": 1e-6},
         "guidance_step_": {
             "latents": random(2, 4, 4, 6),
@@ -384,6 +399,8 @@ REFUSED = [
             ("guidance_step_", "lengths"),
             ("guidance_step_", "step"),
             ("rope_cache_", "cache_rows"),
+            *((f"dequantise_{form}_", part) for form in FORMS for part in ("values", "scales")),
+            ("dequantise_nf4_", "ranges"),
         )
     ),
     *(

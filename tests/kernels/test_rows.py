@@ -17,7 +17,19 @@ from numerics import (
     poisoned,
     random,
 )
-from omnigen_fast.kernels import guidance, modulate, ops, reference, rms_norm, rope, swiglu
+from omnigen_fast.kernels import (
+    dequantise,
+    guidance,
+    modulate,
+    ops,
+    reference,
+    rms_norm,
+    rope,
+    swiglu,
+)
+
+from omnigen_fast.forms import FORMS
+from omnigen_fast.quantised import quantised
 
 pytestmark = pytest.mark.slow
 
@@ -107,6 +119,30 @@ def test_swiglu(rows, inner, dtype):
     swiglu.swiglu(gate_up, out=out)
     assert untouched()
     assert_earned(out, reference.swiglu(gate_up), reference.swiglu(*double(gate_up)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("rows", "columns"), [(0, 96), (1, 1), (5, 64), (65, 96), (2, 3072), (3, 4130)]
+)
+def test_dequantise(rows, columns, form, dtype):
+    """Of values of every size: small ones are subnormal in e4m3, and some rows are 0."""
+    size = torch.logspace(-8, 4, rows, dtype=torch.float64).unsqueeze(1).to(DEVICE)
+    weight = (random(rows, columns) * size).float()
+    weight[1:2] = 0
+    operation = f"dequantise_{form}_"
+    parts = quantised("weight", weight, form).arguments
+    out, untouched = poisoned(rows, columns, dtype=dtype)
+    getattr(dequantise, operation)(out, *parts)
+    assert untouched()
+    plain = torch.empty(rows, columns, dtype=dtype, device=DEVICE)
+    exact = torch.empty_like(plain, dtype=torch.float64)
+    getattr(reference, operation)(plain, *parts)
+    getattr(reference, operation)(exact, *parts)
+    # the same roundings everywhere: what a CPU has expanded is what a GPU expands
+    assert torch.equal(out, plain)
+    assert_earned(out, plain, exact)
 
 
 def rotation(rows: int, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:

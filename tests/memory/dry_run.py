@@ -20,12 +20,15 @@ from bench.tracker import MemoryTracker
 from omnigen_fast import streaming
 from omnigen_fast.call import Call
 from omnigen_fast.engine import Engine
+from omnigen_fast.linear import Weight
 from omnigen_fast.memory.plan import MemoryPlan, Switches
 from omnigen_fast.model import Transformer
-from omnigen_fast.parameters import parameter_shapes
+from omnigen_fast.parameters import layer_parts, parameter_shapes
 from omnigen_fast.precision import Precision
+from omnigen_fast.quantised import as_weight, empty_parts
 from omnigen_fast.schedule import StepSchedule
 from omnigen_fast.sequence import EncodedBranch
+from omnigen_fast.weights.checkpoint import is_quantised
 
 CONFIG = replace(full_config(), num_layers=12)
 META = torch.device("meta")
@@ -54,7 +57,22 @@ def values(name: str, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 SHAPES = parameter_shapes(CONFIG)
-WEIGHTS = {name: values(name, shape) for name, shape in SHAPES.items()}
+
+
+def fresh(name: str, precision: Precision, device: torch.device) -> Weight:
+    """A parameter as a precision stores it."""
+    if not is_quantised(name):
+        return torch.empty(SHAPES[name], dtype=precision.arithmetic_dtype, device=device)
+    parts = layer_parts(CONFIG, precision)[name.split(".")[2]]
+    return as_weight(precision.storage, SHAPES[name], empty_parts(parts, device))
+
+
+def weights_in(precision: Precision) -> dict[str, Weight]:
+    """All on the device; the position table is on the host."""
+    return {
+        name: values(name, SHAPES[name]) if name == "pos_embed" else fresh(name, precision, META)
+        for name in SHAPES
+    }
 
 
 class Checkpoint:
@@ -62,10 +80,10 @@ class Checkpoint:
 
     config = CONFIG
 
-    def read(
-        self, dtype: torch.dtype, device: torch.device, names: Iterable[str]
-    ) -> dict[str, torch.Tensor]:
-        return {name: torch.empty(SHAPES[name], dtype=dtype, device=device) for name in names}
+    def read_stored(
+        self, precision: Precision, device: torch.device, names: Iterable[str]
+    ) -> dict[str, Weight]:
+        return {name: fresh(name, precision, device) for name in names}
 
 
 class Dry(MemoryTracker):
@@ -115,8 +133,8 @@ def random_pictures(rng: random.Random, height: int, width: int) -> list[Any]:
     return pictures
 
 
-def random_case(rng: random.Random) -> tuple[Call, MemoryPlan]:
-    """A request and a plan for it."""
+def random_case(rng: random.Random, storage: str | None = None) -> tuple[Call, MemoryPlan]:
+    """A request and a plan for it, with weights stored so."""
     height, width = (rng.choice((256, 512, 768, 1024, 1280)) for _ in range(2))
     pictures = random_pictures(rng, height, width)
     request = SimpleNamespace(
@@ -131,7 +149,7 @@ def random_case(rng: random.Random) -> tuple[Call, MemoryPlan]:
     )
     latents = torch.empty(request.latent_shape, device=META)
     schedule = StepSchedule.euler(request.steps)
-    call = Call(request, schedule, pictures, Precision.of("bfloat16"), latents)
+    call = Call(request, schedule, pictures, Precision.of("bfloat16", storage), latents)
     layers = CONFIG.num_layers
     plan = MemoryPlan(
         resident_layers=rng.choice((layers, layers, 0, 1, 8, layers - 1)),
@@ -156,8 +174,9 @@ def as_edit(call: Call) -> None:
 
 def peaks(call: Call, plan: MemoryPlan) -> dict[str, int]:
     """Most bytes of prefill and of a step, without context and VAE; those of two of their terms."""
-    model = Transformer(CONFIG, WEIGHTS)
-    engine = Engine.of(model, Checkpoint(), SimpleNamespace(place=bool, resident=False), 0)
+    model = Transformer(CONFIG, weights_in(call.precision))
+    vae = SimpleNamespace(place=bool, resident=False)
+    engine = Engine.of(model, Checkpoint(), vae, 0, call.precision)
     images = [] if call.request.edit is None else [call.request.edit.image]
     for picture in call.pictures:
         images += [one for branch, _ in picture for _, _, one in branch.spans]

@@ -10,6 +10,7 @@ from dry_run import CONFIG, as_edit, peaks, random_case
 
 from omnigen_fast import profiles
 from omnigen_fast.config import released_sizes
+from omnigen_fast.forms import FORMS
 from omnigen_fast.memory.autoencoder import VaeShape, decode_bytes, encode_bytes
 from omnigen_fast.memory.cost import Estimate, cost
 from omnigen_fast.memory.plan import MemoryPlan, typical_workload
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.slow
 A800, RTX3090 = profiles.load("a800"), profiles.load("rtx3090")
 PLAIN = MemoryPlan.plain(layers=32)
 # Bytes that both sides count alike, whatever is done with them.
-FIXED = ("layers", "other weights", "cache", "ring of layers")
+FIXED = ("layers", "other weights", "cache", "ring of layers", "expanded layer")
 
 BFLOAT16 = Precision.of("bfloat16")
 
@@ -38,7 +39,7 @@ def test_bytes_are_those_of_the_pipeline(seed):
     """To 2 % of what there is beside weights and caches, which is far less than 2 % of all."""
     rng = random.Random(seed)
     for place in range(21):
-        call, plan = random_case(rng)
+        call, plan = random_case(rng, rng.choice((None, *FORMS)) if place % 2 else None)
         if place % 3 == 0:
             kinds = (ALL_BRANCHES, StepKind(branches=(0,)))
             kinds = tuple(rng.choice(kinds) for _ in range(len(call.schedule)))
@@ -48,7 +49,7 @@ def test_bytes_are_those_of_the_pipeline(seed):
         found = peaks(call, plan)
         exact = {name: found.pop(name) for name in ("positions", "latents")}
         assert set(found) == ({"denoise"} if plan.cache == "none" else {"prefill", "denoise"})
-        estimate = Estimate(CONFIG, VaeShape(), BFLOAT16, call.workload(), A800)
+        estimate = Estimate(CONFIG, VaeShape(), call.precision, call.workload(), A800)
         for phase, counted in found.items():
             terms = list(getattr(estimate.bytes, phase)(plan))
             assert {one.name: one.bytes for one in terms if one.name in exact} == exact

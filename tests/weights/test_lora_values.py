@@ -11,6 +11,7 @@ from golden_cases import TINY
 from safetensors.torch import save_file
 
 from omnigen_fast import CheckpointError, RequestError
+from omnigen_fast.precision import Precision
 from omnigen_fast.weights import files, lora, lora_files, lora_scale, lora_sources
 from omnigen_fast.weights.checkpoint import Checkpoint
 from omnigen_fast.weights.lora import MAX_SCALE, Adapter, Loras, LowRank, merged
@@ -18,6 +19,7 @@ from omnigen_fast.weights.lora import MAX_SCALE, Adapter, Loras, LowRank, merged
 CHECKPOINT = Checkpoint.open(TINY)
 ROWS = 192  # of o_proj, square
 HOST = torch.device("cpu")
+FLOAT32 = Precision.of("float32")
 
 
 def values(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -89,7 +91,7 @@ class TestStrengths:
         one = Adapter((LowRank("layers.0.qkv_proj", start, down, up, scale),))
         names = ["layers.0.qkv_proj", "layers.0.o_proj"]
         plain = CHECKPOINT.read(torch.float32, HOST, names)
-        found = dict(merged(CHECKPOINT, [(one, strength)], torch.float32, HOST, names))
+        found = dict(merged(CHECKPOINT, [(one, strength)], FLOAT32, HOST, names))
         expected = plain["layers.0.qkv_proj"].clone()
         expected[start : start + 64] += scale * strength * (up @ down)
         torch.testing.assert_close(found["layers.0.qkv_proj"], expected)
