@@ -8,7 +8,6 @@ from unittest import mock
 import pytest
 import torch
 from golden_cases import GOLDEN, golden_request, golden_result, relative_error
-from omnigen_fast.kernels import ops
 from recording import recording_graphs
 from step_cases import PLAN, assert_packed_is_alone
 
@@ -114,26 +113,6 @@ def test_another_dtype_keeps_the_products(load_pipe):
     found = pipe(**REQUEST, dtype="float32")
     assert pipe.engine.precision.compute == "int8" and pipe.dtype == torch.float32
     assert torch.equal(found, load_pipe(dtype="float32", compute="int8")(**REQUEST))
-
-
-@pytest.mark.slow
-@computes
-def test_a_layer_through_the_kernels(pipes, compute):
-    """Interpreted, in bfloat16: to the rounding of what is between its products."""
-    model, rows = pipes[compute].model, 5
-    block, found = model.layers[1], {}
-    for kernels in ("reference", "triton"):
-        generator = torch.Generator().manual_seed(5)
-        residual, delta, attended = (
-            torch.randn(rows, 192, generator=generator).to(torch.bfloat16) for _ in range(3)
-        )
-        space = model.workspace(rows, mlp_rows=3)
-        with ops.use(kernels):
-            qkv = block.project(residual, delta, space).clone()
-            block.finish(residual, attended.unflatten(1, (2, -1)), delta, space)
-        found[kernels] = qkv, delta
-    for mine, theirs in zip(*found.values()):
-        assert relative_error(mine, theirs) < 2**-7
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from golden_cases import relative_error
 from numerics import DEVICE, DTYPES, assert_earned, double, inside, name, poisoned, random
 from omnigen_fast.kernels import (
     contract,
@@ -16,6 +17,8 @@ from omnigen_fast.kernels import (
     swiglu,
 )
 from test_rows import ROWS
+
+from omnigen_fast.forms import PRODUCTS
 
 pytestmark = pytest.mark.slow
 
@@ -195,3 +198,22 @@ def test_a_row_alone_is_that_of_all(form, kernels):
                 assert torch.equal(through(one), together[start : start + len(one)])
             else:
                 torch.testing.assert_close(through(one), together[start : start + len(one)])
+
+
+@pytest.mark.parametrize("compute", PRODUCTS)
+def test_a_layer_through_the_kernels(load_pipe, compute):
+    """Interpreted, in bfloat16: to the rounding of what is between its products."""
+    model, rows = load_pipe(dtype="bfloat16", compute=compute).model, 5
+    block, found = model.layers[1], {}
+    for kernels in ("reference", "triton"):
+        generator = torch.Generator().manual_seed(5)
+        residual, delta, attended = (
+            torch.randn(rows, 192, generator=generator).to(DEVICE, torch.bfloat16) for _ in range(3)
+        )
+        space = model.workspace(rows, mlp_rows=3)
+        with ops.use(kernels):
+            qkv = block.project(residual, delta, space).clone()
+            block.finish(residual, attended.unflatten(1, (2, -1)), delta, space)
+        found[kernels] = qkv, delta
+    for mine, theirs in zip(*found.values()):
+        assert relative_error(mine, theirs) < 2**-7
