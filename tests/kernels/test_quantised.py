@@ -18,8 +18,6 @@ from omnigen_fast.kernels import (
 )
 from test_rows import ROWS
 
-from omnigen_fast.forms import PRODUCTS
-
 pytestmark = pytest.mark.slow
 
 FORMS = (torch.int8, torch.float8_e4m3fn)
@@ -200,7 +198,7 @@ def test_a_row_alone_is_that_of_all(form, kernels):
                 torch.testing.assert_close(through(one), together[start : start + len(one)])
 
 
-@pytest.mark.parametrize("compute", PRODUCTS)
+@pytest.mark.parametrize("compute", ("int8", "fp8"))
 def test_a_layer_through_the_kernels(load_pipe, compute):
     """Interpreted, in bfloat16: to the rounding of what is between its products."""
     model, rows = load_pipe(dtype="bfloat16", compute=compute).model, 5
