@@ -260,8 +260,9 @@ def compare(**options: Any) -> None:
     """Makes the same pictures with two configurations and reports how much they differ.
 
     A configuration consists of words joined by +: a dtype (bfloat16, float32), how weights are
-    stored (int8, fp8, nf4), a choice of kernels (reference, triton, library) and memory switches
-    (kv, no-kv, offload-kv, separate, joint, offload-model), as in bfloat16+no-kv+separate or int8.
+    stored (int8, fp8, nf4), what layers multiply in (compute-int8, compute-fp8), a choice of
+    kernels (reference, triton, library) and memory switches (kv, no-kv, offload-kv, separate,
+    joint, offload-model), as in bfloat16+no-kv+separate or int8.
     """
     from .cases import parse_sizes
     from .models import is_random

@@ -53,6 +53,11 @@ OURS = {
     "rope_": ELEMENTWISE,
     "rope_cache_": ELEMENTWISE,
     "swiglu": ELEMENTWISE,
+    "scaled_mm_": PRODUCTS,
+    "rms_norm_quantise_": NORMS,
+    "add_rms_norm_quantise_": NORMS,
+    "swiglu_quantise_": ELEMENTWISE,
+    "quantise_": ELEMENTWISE,
     "dequantise_int8_": ELEMENTWISE,
     "dequantise_fp8_": ELEMENTWISE,
     "dequantise_nf4_": ELEMENTWISE,
@@ -325,6 +330,14 @@ def _ours(name: str, given: dict[str, Any], result: Any) -> Operation:
     elif name.startswith("dequantise_"):
         written = touched(given["weight"])
         read -= written
+    elif name == "scaled_mm_":
+        written = touched(given["result"])
+        read -= written
+        flops = 2 * written // given["result"].element_size() * given["values"].shape[1]
+    elif name.endswith("quantise_") and "values" in given:
+        written = touched(given["values"]) + touched(given["scales"])
+        read -= written
+        written += touched(given["residual"]) if "residual" in given else 0
     elif name == "guidance_step_":
         written = touched(given["latents"])
     elif name == "attention_step":

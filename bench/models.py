@@ -39,11 +39,12 @@ class Model:
     ours: Ours
     folder: Path | None  # of a checkpoint
 
-    def widened(self, storage: str | None = None) -> Model:
-        """The same values in float32, stored so."""
+    def widened(self, storage: str | None = None, compute: str | None = None) -> Model:
+        """The same values in float32, stored and multiplied so."""
         weights = {name: value.float() for name, value in self.weights.items()}
         device = self.ours.pipe.device
-        return replace(self, weights=weights, ours=_ours(self.config, weights, device, storage))
+        ours = _ours(self.config, weights, device, storage, compute)
+        return replace(self, weights=weights, ours=ours)
 
     @property
     def parameters(self) -> int:
@@ -67,7 +68,13 @@ def is_random(name: str) -> bool:
     return name in _RANDOM
 
 
-def load(name: str, dtype: torch.dtype, device: torch.device, storage: str | None = None) -> Model:
+def load(
+    name: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    storage: str | None = None,
+    compute: str | None = None,
+) -> Model:
     """Loads a model or draws its weights. Its pipeline keeps nothing between pictures.
 
     Args:
@@ -75,6 +82,7 @@ def load(name: str, dtype: torch.dtype, device: torch.device, storage: str | Non
         dtype: of the weights.
         device: where to run.
         storage: in which the pipeline keeps them, as `weights` of `from_pretrained`.
+        compute: as that argument of `from_pretrained`.
 
     Raises:
         RequestError, CheckpointError: there is no such model.
@@ -82,9 +90,14 @@ def load(name: str, dtype: torch.dtype, device: torch.device, storage: str | Non
     if is_random(name):
         config = _RANDOM[name]()
         weights = random_weights(config, dtype, device=device)
-        return Model(name, config, weights, _ours(config, weights, device, storage), None)
+        return Model(name, config, weights, _ours(config, weights, device, storage, compute), None)
     pipe = OmniGenPipeline.from_pretrained(
-        name, device=device, dtype=dtype, condition_cache_bytes=0, weights=storage
+        name,
+        device=device,
+        dtype=dtype,
+        condition_cache_bytes=0,
+        weights=storage,
+        compute=compute,
     )
     engine = pipe.engine
     engine.vae = KeptVae(device, engine.vae)
@@ -113,5 +126,6 @@ def _ours(
     weights: dict[str, Tensor],
     device: torch.device,
     storage: str | None = None,
+    compute: str | None = None,
 ) -> Ours:
-    return Ours(make_pipeline(config, weights, device, condition_cache_bytes=0, storage=storage))
+    return Ours(make_pipeline(config, weights, device, 0, storage=storage, compute=compute))

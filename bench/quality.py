@@ -19,7 +19,7 @@ from omnigen_fast.kernels import ops
 from torch import Tensor
 
 from omnigen_fast.errors import RequestError
-from omnigen_fast.forms import FORMS
+from omnigen_fast.forms import FORMS, PRODUCTS
 
 from .cases import SWITCHES, Size, Task
 from .common import machine
@@ -29,6 +29,7 @@ from .report import aligned
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _KERNELS = ("reference", "triton", "library")
+_COMPUTES = {f"compute-{name}": name for name in PRODUCTS}
 _NO_KV, _JOINT = "no-kv", "joint"
 
 
@@ -39,6 +40,7 @@ class Configuration:
     name: str
     dtype: torch.dtype
     storage: str | None  # of the weights, if it is not the dtype
+    compute: str | None  # of the layers' products, likewise
     kernels: str | None
     arguments: dict[str, bool]  # memory switches
 
@@ -56,11 +58,11 @@ def parse_configuration(text: str) -> Configuration:
         RequestError: an unknown word, or two that contradict one another.
     """
     words = text.split("+")
-    known = (*_DTYPES, *FORMS, *_KERNELS, *SWITCHES, _NO_KV, _JOINT)
+    known = (*_DTYPES, *FORMS, *_COMPUTES, *_KERNELS, *SWITCHES, _NO_KV, _JOINT)
     unknown = [word for word in words if word not in known]
     if unknown:
         raise RequestError(f"{text!r}: {unknown[0]!r} is not known; there are {', '.join(known)}")
-    for some in (_DTYPES, FORMS, _KERNELS, ("kv", _NO_KV), ("separate", _JOINT)):
+    for some in (_DTYPES, FORMS, _COMPUTES, _KERNELS, ("kv", _NO_KV), ("separate", _JOINT)):
         both = [word for word in words if word in some]
         if len(both) > 1:
             raise RequestError(f"{text!r}: {' and '.join(both)} contradict one another")
@@ -72,7 +74,8 @@ def parse_configuration(text: str) -> Configuration:
     dtype = next((word for word in words if word in _DTYPES), "bfloat16")
     kernels = next((word for word in words if word in _KERNELS), None)
     storage = next((word for word in words if word in FORMS), None)
-    return Configuration(text, _DTYPES[dtype], storage, kernels, arguments)
+    compute = next((_COMPUTES[word] for word in words if word in _COMPUTES), None)
+    return Configuration(text, _DTYPES[dtype], storage, compute, kernels, arguments)
 
 
 def psnr(found: Tensor, expected: Tensor) -> float:
@@ -184,8 +187,8 @@ def _has_vae(model: str) -> bool:
 def _load(name: str, one: Configuration, device: torch.device) -> Model:
     """Random weights in float32 have bfloat16 values, so that both run the same model."""
     if _has_vae(name) or one.dtype == torch.bfloat16:
-        return load(name, one.dtype, device, one.storage)
-    return load(name, torch.bfloat16, device).widened(one.storage)
+        return load(name, one.dtype, device, one.storage, one.compute)
+    return load(name, torch.bfloat16, device).widened(one.storage, one.compute)
 
 
 @torch.no_grad()

@@ -19,8 +19,13 @@ _FLOATS = (*_FUSED, torch.float64)
 _WIDE = (torch.float32, torch.float64)
 GROUP = 64  # columns of a weight that share a scale, in forms that have groups
 HEAD_DIMS = (64, 96, 128)
+# What values in 8 bits go up to.
+LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+_QUANTISED = tuple(LARGEST)
 # A row is held in the registers of one program.
 MAX_HIDDEN = 65536
+# so many products of int8 fit an int32
+MAX_DEPTH = 131072
 
 
 def _tensor(name: str, x: Tensor, dims: int, dtypes: tuple[torch.dtype, ...]) -> None:
@@ -136,6 +141,120 @@ def add_rms_norm(
     _like("x", x, "residual", residual)
     _shape("x", x, residual.shape)
     _vector("weight", weight, residual.shape[1], "residual", residual)
+
+
+def quantise_(x: Tensor, values: Tensor, scales: Tensor, fused: bool = False) -> None:
+    """x [rows, width]; values [rows, width] int8 or float8_e4m3fn, scales [rows] float32.
+
+    Raises:
+        TypeError: wrong dtype.
+        ValueError: wrong shape, device or strides.
+    """
+    _hidden("x", x, fused)
+    _quantised("values", values, "scales", scales, tuple(x.shape), "x", x)
+
+
+def _quantised(
+    name: str,
+    values: Tensor,
+    name_of_scales: str,
+    scales: Tensor,
+    shape: tuple[int, ...],
+    other: str,
+    y: Tensor,
+) -> None:
+    """Rows in 8 bits and their scales, beside `y`."""
+    _tensor(name, values, 2, _QUANTISED)
+    _beside(name, values, other, y)
+    _shape(name, values, shape)
+    _inside_contiguous(name, values)
+    _written(name, values)
+    _numbers(name_of_scales, scales, torch.float32, other, y)
+    _shape(name_of_scales, scales, shape[:1])
+
+
+def rms_norm_quantise_(
+    x: Tensor, weight: Tensor, eps: float, values: Tensor, scales: Tensor, fused: bool = False
+) -> None:
+    """x [rows, hidden], weight [hidden], of one dtype; values [rows, hidden] int8 or float8_e4m3fn,
+    scales [rows] float32.
+
+    Raises:
+        TypeError: wrong dtype.
+        ValueError: wrong shape, device or strides.
+    """
+    rms_norm(x, weight, eps, fused)
+    _quantised("values", values, "scales", scales, tuple(x.shape), "x", x)
+
+
+def add_rms_norm_quantise_(
+    residual: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    values: Tensor,
+    scales: Tensor,
+    fused: bool = False,
+) -> None:
+    """residual and x [rows, hidden], weight [hidden], of one dtype; values [rows, hidden] int8 or
+    float8_e4m3fn, scales [rows] float32.
+
+    Raises:
+        TypeError: wrong dtype.
+        ValueError: wrong shape, device or strides.
+    """
+    add_rms_norm(residual, x, weight, eps, fused)
+    _quantised("values", values, "scales", scales, tuple(x.shape), "x", x)
+
+
+def swiglu_quantise_(gate_up: Tensor, values: Tensor, scales: Tensor, fused: bool = False) -> None:
+    """gate_up [rows, 2 * intermediate]; values [rows, intermediate] int8 or float8_e4m3fn, scales
+    [rows] float32.
+
+    Raises:
+        TypeError: wrong dtype.
+        ValueError: wrong shape, device or strides.
+    """
+    swiglu(gate_up, fused)
+    rows, inner = gate_up.shape[0], gate_up.shape[1] // 2
+    if not 1 <= inner <= MAX_HIDDEN:
+        raise ValueError(f"gate_up must have 2 to {2 * MAX_HIDDEN} columns, got {gate_up.shape[1]}")
+    _quantised("values", values, "scales", scales, (rows, inner), "gate_up", gate_up)
+
+
+def scaled_mm_(
+    values: Tensor,
+    scales: Tensor,
+    weight: Tensor,
+    weight_scales: Tensor,
+    result: Tensor,
+    fused: bool = False,
+) -> None:
+    """values [rows, width] and weight [columns, width], both int8 or both float8_e4m3fn; scales
+    [rows] and weight_scales [columns] float32; result [rows, columns].
+
+    Raises:
+        TypeError: wrong dtype.
+        ValueError: wrong shape, device or strides.
+    """
+    _tensor("values", values, 2, _QUANTISED)
+    _inside_contiguous("values", values)
+    if not 1 <= values.shape[1] <= MAX_DEPTH:
+        raise ValueError(f"values must have 1 to {MAX_DEPTH} columns, got {values.shape[1]}")
+    _tensor("weight", weight, 2, _QUANTISED)
+    _like("weight", weight, "values", values)
+    _shape("weight", weight, (weight.shape[0], values.shape[1]))
+    _inside_contiguous("weight", weight)
+    for name, numbers, rows in (
+        ("scales", scales, values),
+        ("weight_scales", weight_scales, weight),
+    ):
+        _numbers(name, numbers, torch.float32, "values", values)
+        _shape(name, numbers, (rows.shape[0],))
+    _rows("result", result, 2, fused)
+    _beside("result", result, "values", values)
+    _shape("result", result, (values.shape[0], weight.shape[0]))
+    _written("result", result)
 
 
 def _rotary(name: str, x: Tensor, qkv: Tensor, half: int, fused: bool) -> None:

@@ -22,10 +22,11 @@ class Launch:
     Attributes:
         num_warps: warps of a program.
         num_stages: depth of the loads' pipeline in a loop.
-        block_m: query rows of a program (attention).
-        block_n: keys of a block (attention).
+        block_m: query rows of a program (attention), rows of a tile (scaled_mm_).
+        block_n: keys of a block (attention), columns of a tile (scaled_mm_).
+        block_k: depth of a tile (scaled_mm_).
         block: columns (swiglu, dequantise_*_), pairs (rope_) or tokens (guidance_step_) of a block.
-            The norms take a whole row.
+            The norms and all that quantises rows take a whole row.
         tensor_maps: whether whole blocks of keys come through Hopper's copy engine
             (attention_step on 9.0 and later); other rows use plain loads.
     """
@@ -34,6 +35,7 @@ class Launch:
     num_stages: int = 1
     block_m: int = 0
     block_n: int = 0
+    block_k: int = 0
     block: int = 0
     tensor_maps: bool = False
 
@@ -45,8 +47,13 @@ TABLE: dict[int, dict[str, Launch]] = {
     80: {
         "rms_norm": Launch(num_warps=8),
         "add_rms_norm": Launch(num_warps=8),
+        "rms_norm_quantise_": Launch(num_warps=8),
+        "add_rms_norm_quantise_": Launch(num_warps=8),
         "modulate": Launch(num_warps=8),
         "swiglu": Launch(num_warps=4, block=2048),
+        "swiglu_quantise_": Launch(num_warps=8),
+        "quantise_": Launch(num_warps=8),
+        "scaled_mm_": Launch(num_warps=8, num_stages=3, block_m=128, block_n=128, block_k=128),
         "rope_": Launch(num_warps=4, block=1024),
         "rope_cache_": Launch(num_warps=4, block=1024),
         "guidance_step_": Launch(num_warps=2, block=64),
@@ -69,8 +76,13 @@ TABLE: dict[int, dict[str, Launch]] = {
     86: {
         "rms_norm": Launch(num_warps=8),
         "add_rms_norm": Launch(num_warps=8),
+        "rms_norm_quantise_": Launch(num_warps=8),
+        "add_rms_norm_quantise_": Launch(num_warps=8),
         "modulate": Launch(num_warps=8),
         "swiglu": Launch(num_warps=4, block=2048),
+        "swiglu_quantise_": Launch(num_warps=8),
+        "quantise_": Launch(num_warps=8),
+        "scaled_mm_": Launch(num_warps=8, num_stages=3, block_m=128, block_n=128, block_k=64),
         "rope_": Launch(num_warps=4, block=1024),
         "rope_cache_": Launch(num_warps=4, block=1024),
         "guidance_step_": Launch(num_warps=2, block=64),
@@ -93,8 +105,13 @@ TABLE: dict[int, dict[str, Launch]] = {
     89: {
         "rms_norm": Launch(num_warps=8),
         "add_rms_norm": Launch(num_warps=8),
+        "rms_norm_quantise_": Launch(num_warps=8),
+        "add_rms_norm_quantise_": Launch(num_warps=8),
         "modulate": Launch(num_warps=8),
         "swiglu": Launch(num_warps=4, block=2048),
+        "swiglu_quantise_": Launch(num_warps=8),
+        "quantise_": Launch(num_warps=8),
+        "scaled_mm_": Launch(num_warps=8, num_stages=3, block_m=128, block_n=128, block_k=64),
         "rope_": Launch(num_warps=4, block=1024),
         "rope_cache_": Launch(num_warps=4, block=1024),
         "guidance_step_": Launch(num_warps=2, block=64),
@@ -117,8 +134,13 @@ TABLE: dict[int, dict[str, Launch]] = {
     90: {
         "rms_norm": Launch(num_warps=8),
         "add_rms_norm": Launch(num_warps=8),
+        "rms_norm_quantise_": Launch(num_warps=8),
+        "add_rms_norm_quantise_": Launch(num_warps=8),
         "modulate": Launch(num_warps=8),
         "swiglu": Launch(num_warps=4, block=2048),
+        "swiglu_quantise_": Launch(num_warps=8),
+        "quantise_": Launch(num_warps=8),
+        "scaled_mm_": Launch(num_warps=8, num_stages=3, block_m=128, block_n=256, block_k=128),
         "rope_": Launch(num_warps=4, block=1024),
         "rope_cache_": Launch(num_warps=4, block=1024),
         "guidance_step_": Launch(num_warps=2, block=64),
@@ -142,6 +164,11 @@ TABLE: dict[int, dict[str, Launch]] = {
         "rms_norm": Launch(num_warps=8),
         "add_rms_norm": Launch(num_warps=8),
         "modulate": Launch(num_warps=8),
+        "rms_norm_quantise_": Launch(num_warps=8),
+        "add_rms_norm_quantise_": Launch(num_warps=8),
+        "swiglu_quantise_": Launch(num_warps=8),
+        "quantise_": Launch(num_warps=8),
+        "scaled_mm_": Launch(num_warps=8, num_stages=3, block_m=128, block_n=128, block_k=128),
         "swiglu": Launch(num_warps=4, block=2048),
         "rope_": Launch(num_warps=4, block=1024),
         "rope_cache_": Launch(num_warps=4, block=1024),
@@ -166,6 +193,11 @@ TABLE: dict[int, dict[str, Launch]] = {
         "rms_norm": Launch(num_warps=8),
         "add_rms_norm": Launch(num_warps=8),
         "modulate": Launch(num_warps=8),
+        "rms_norm_quantise_": Launch(num_warps=8),
+        "add_rms_norm_quantise_": Launch(num_warps=8),
+        "swiglu_quantise_": Launch(num_warps=8),
+        "quantise_": Launch(num_warps=8),
+        "scaled_mm_": Launch(num_warps=8, num_stages=3, block_m=128, block_n=128, block_k=64),
         "swiglu": Launch(num_warps=4, block=2048),
         "rope_": Launch(num_warps=4, block=1024),
         "rope_cache_": Launch(num_warps=4, block=1024),

@@ -348,6 +348,57 @@ def add_rms_norm(
     return run("add_rms_norm", residual, x, weight, eps, out)
 
 
+@_operation("quantise", writes=("values", "scales"))
+def quantise_(
+    x: Tensor,  # [rows, width]
+    values: Tensor,  # [rows, width], int8 or float8_e4m3fn, written
+    scales: Tensor,  # [rows], float32, written
+) -> None:
+    """See `reference.quantise_` and `contract.quantise_`."""
+    run = _trace if torch.compiler.is_compiling() else _call
+    run("quantise_", x, values, scales)
+
+
+@_operation("rms_norm", writes=("values", "scales"))
+def rms_norm_quantise_(
+    x: Tensor,  # [rows, hidden]
+    weight: Tensor,  # [hidden]
+    eps: float,
+    values: Tensor,  # [rows, hidden], int8 or float8_e4m3fn, written
+    scales: Tensor,  # [rows], float32, written
+) -> None:
+    """See `reference.rms_norm_quantise_` and `contract.rms_norm_quantise_`."""
+    run = _trace if torch.compiler.is_compiling() else _call
+    run("rms_norm_quantise_", x, weight, eps, values, scales)
+
+
+@_operation("rms_norm", writes=("residual", "values", "scales"))
+def add_rms_norm_quantise_(
+    residual: Tensor,  # [rows, hidden], updated in place
+    x: Tensor,  # [rows, hidden]
+    weight: Tensor,  # [hidden]
+    eps: float,
+    values: Tensor,  # [rows, hidden], int8 or float8_e4m3fn, written
+    scales: Tensor,  # [rows], float32, written
+) -> None:
+    """See `reference.add_rms_norm_quantise_` and `contract.add_rms_norm_quantise_`."""
+    run = _trace if torch.compiler.is_compiling() else _call
+    run("add_rms_norm_quantise_", residual, x, weight, eps, values, scales)
+
+
+@_operation("product", writes=("result",))
+def scaled_mm_(
+    values: Tensor,  # [rows, width], int8 or float8_e4m3fn
+    scales: Tensor,  # [rows], float32
+    weight: Tensor,  # [columns, width], of the dtype of values
+    weight_scales: Tensor,  # [columns], float32
+    result: Tensor,  # [rows, columns], written
+) -> None:
+    """See `reference.scaled_mm_` and `contract.scaled_mm_`."""
+    run = _trace if torch.compiler.is_compiling() else _call
+    run("scaled_mm_", values, scales, weight, weight_scales, result)
+
+
 @_operation("rope", writes=("qkv",))
 def rope_(
     qkv: Tensor,  # [rows, (heads + 2 * kv_heads) * head_dim], q and k rotated in place
@@ -426,6 +477,17 @@ def swiglu(
     """See `reference.swiglu` and `contract.swiglu`."""
     run = _trace if torch.compiler.is_compiling() else _call
     return run("swiglu", gate_up, out)
+
+
+@_operation("swiglu", writes=("values", "scales"))
+def swiglu_quantise_(
+    gate_up: Tensor,  # [rows, 2 * intermediate], gate first
+    values: Tensor,  # [rows, intermediate], int8 or float8_e4m3fn, written
+    scales: Tensor,  # [rows], float32, written
+) -> None:
+    """See `reference.swiglu_quantise_` and `contract.swiglu_quantise_`."""
+    run = _trace if torch.compiler.is_compiling() else _call
+    run("swiglu_quantise_", gate_up, values, scales)
 
 
 @_operation("modulate")

@@ -15,13 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .contract import GROUP
+from .contract import GROUP, LARGEST
 
 # Rows of queries that share one mask in `attention_prefill`: bounds the mask at this many rows.
 _PREFILL_BLOCK = 256
 # Largest score matrix of the plain softmax, in elements.
 _PLAIN_SCORES = 1 << 26
 
+
+# Of a product's int32 sums at once on a CPU, in elements: PyTorch's allocator reuses that much.
+_CPU_SUMS = 1 << 22
 
 # On a CPU, rows are processed in blocks whose float32 copies stay in the cache.
 _CPU_BLOCK_VALUES = 1 << 18
@@ -114,6 +117,85 @@ def add_rms_norm(
     for rows, (wide,) in _blocks(x, _scratch(x, 1)):
         _rms_norm_block(residual[rows].add_(x[rows]), weight, eps, out[rows], wide)
     return out
+
+
+def quantise_(
+    x: Tensor,  # [rows, width]
+    values: Tensor,  # [rows, width], int8 or float8_e4m3fn, written
+    scales: Tensor,  # [rows], float32, written
+) -> None:
+    """Rows in 8 bits: `values = round(x / scales)`, `scales = max|x| / largest` of each row.
+
+    `largest` is 127 in int8 and 448 in float8_e4m3fn. A row that holds NaN has a scale of NaN.
+    """
+    for rows, (wide,) in _blocks(x, _scratch(x, 1)):
+        _quantise_block(wide.copy_(x[rows]), values[rows], scales[rows])
+
+
+def _quantise_block(wide: Tensor, values: Tensor, scales: Tensor) -> None:
+    """`wide` is overwritten."""
+    if not wide.numel():
+        return
+    # two reductions: a CPU takes 20 times as long for the infinity norm, or for both at once
+    largest = torch.maximum(wide.amax(1), wide.amin(1).neg_())
+    largest.clamp_min_(1e-20)  # of rows that hold zeros alone
+    # times the reciprocal: GPUs divide by a constant that way, and results must not differ
+    scales.copy_(largest * (1 / LARGEST[values.dtype]))
+    wide.mul_((LARGEST[values.dtype] / largest).unsqueeze(1))
+    values.copy_(wide.round_() if values.dtype == torch.int8 else wide)
+
+
+def rms_norm_quantise_(
+    x: Tensor,  # [rows, hidden]
+    weight: Tensor,  # [hidden]
+    eps: float,
+    values: Tensor,  # [rows, hidden], int8 or float8_e4m3fn, written
+    scales: Tensor,  # [rows], float32, written
+) -> None:
+    """`rms_norm`, its rows in 8 bits as `quantise_` makes them; not rounded in between."""
+    for rows, (wide,) in _blocks(x, _scratch(x, 1)):
+        _rms_norm_block(x[rows], weight, eps, wide, wide)
+        _quantise_block(wide, values[rows], scales[rows])
+
+
+def add_rms_norm_quantise_(
+    residual: Tensor,  # [rows, hidden], updated in place
+    x: Tensor,  # [rows, hidden]
+    weight: Tensor,  # [hidden]
+    eps: float,
+    values: Tensor,  # [rows, hidden], int8 or float8_e4m3fn, written
+    scales: Tensor,  # [rows], float32, written
+) -> None:
+    """`residual += x`, and the RMSNorm of the sum as `rms_norm_quantise_` leaves it."""
+    for rows, (wide,) in _blocks(x, _scratch(x, 1)):
+        _rms_norm_block(residual[rows].add_(x[rows]), weight, eps, wide, wide)
+        _quantise_block(wide, values[rows], scales[rows])
+
+
+def scaled_mm_(
+    values: Tensor,  # [rows, width], int8 or float8_e4m3fn
+    scales: Tensor,  # [rows], float32
+    weight: Tensor,  # [columns, width], of the dtype of values
+    weight_scales: Tensor,  # [columns], float32
+    result: Tensor,  # [rows, columns], written
+) -> None:
+    """`(values @ weight.T) * scales[:, None] * weight_scales`, the sums of int8 exact on a CPU."""
+    on_cpu = values.device.type == "cpu"
+    columns = max(1, _CPU_SUMS // max(1, len(values))) if on_cpu else max(1, len(weight))
+    # blocks of columns rather than of rows: a product rearranges its weights first
+    for start in range(0, len(weight), columns):
+        block = slice(start, start + columns)
+        sums = _sums(values, weight[block])
+        for rows, (wide,) in _blocks(sums, _scratch(sums, 1)):
+            wide.copy_(sums[rows]).mul_(scales[rows].unsqueeze(1))
+            result[rows, block] = wide.mul_(weight_scales[block])
+
+
+def _sums(values: Tensor, weight: Tensor) -> Tensor:
+    """`values @ weight.T`, int32 where a CPU multiplies int8, else float32."""
+    if values.dtype == torch.int8 and values.device.type == "cpu":
+        return torch._int_mm(values, weight.t())
+    return values.float() @ weight.float().t()
 
 
 def rope_(
@@ -286,6 +368,19 @@ def swiglu(
     for rows, _ in _blocks(gate_up):
         torch.mul(F.silu(gate[rows]), up[rows], out=out[rows])
     return out
+
+
+def swiglu_quantise_(
+    gate_up: Tensor,  # [rows, 2 * intermediate], gate first
+    values: Tensor,  # [rows, intermediate], int8 or float8_e4m3fn, written
+    scales: Tensor,  # [rows], float32, written
+) -> None:
+    """`swiglu`, its rows in 8 bits as `quantise_` makes them; not rounded in between."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    for rows, (wide, factor) in _blocks(gate, _scratch(gate, 2)):
+        wide.copy_(gate[rows])
+        F.silu(wide, inplace=True).mul_(factor.copy_(up[rows]))
+        _quantise_block(wide, values[rows], scales[rows])
 
 
 def modulate(

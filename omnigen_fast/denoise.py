@@ -515,9 +515,7 @@ class Loop:
             found += [self.values.solver.velocity, self.values.solver.moved]
         for groups in self._groups.values():
             for one in groups:
-                space = one.space
-                found += [one.residual, one.delta, one.values]
-                found += [space.qkv, space.normed, space.gate_up]
+                found += [one.residual, one.delta, one.values, *one.space.tensors()]
         return found
 
     def bind(self, values: StepValues) -> None:

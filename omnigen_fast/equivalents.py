@@ -226,7 +226,7 @@ ATTRIBUTES: Mapping[str, str] = {
     "text_encoder_name": "OmniGen has none: its transformer reads the prompt",
     "run_safety_checker": "there is none; images are returned as the model makes them",
     "decode_latents": 'pipe.vae.decode(latents) does, and the call for output_type "pil"',
-    "upcast_vae": "the VAE always runs in float32",
+    "upcast_vae": "the VAE runs in float32 unless vae_dtype says otherwise",
     "numpy_to_pil": 'output_type="pil" gives PIL images',
     "hf_device_map": _HOOKS,
     "reset_device_map": _HOOKS,

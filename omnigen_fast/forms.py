@@ -6,7 +6,7 @@ Pure arithmetic on shapes. `quantised` makes and reads the values.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 GROUP = 64  # columns that share a scale in int8 and nf4
@@ -59,6 +59,13 @@ def _fp8(rows: int, columns: int) -> dict[str, Part]:
     }
 
 
+def _rows(dtype: str) -> Callable[[int, int], dict[str, Part]]:
+    def parts(rows: int, columns: int) -> dict[str, Part]:
+        return {"values": Part((rows, columns), dtype), "scales": Part((rows,), "float32")}
+
+    return parts
+
+
 # By name, from the one that changes weights least. The last group of a row is filled with zeros.
 #
 # int8  -127 to 127, times the scale of 64 columns
@@ -67,8 +74,16 @@ def _fp8(rows: int, columns: int) -> dict[str, Part]:
 #       the scale of 64 columns, itself a row's lowest scale and 0 to 255 of its steps
 FORMS = {"int8": _int8, "fp8": _fp8, "nf4": _nf4}
 
+# What products in 8 bits take as it is, by the name of the arithmetic: a scale for each row, which
+# is each column of the result.
+PRODUCTS = {"int8": "int8-rows", "fp8": "fp8-rows"}
+_PRODUCT_FORMS = {"int8-rows": _rows("int8"), "fp8-rows": _rows("float8_e4m3fn")}
+# Which products are computed in 8 bits; `bench.products` measures the error that each adds. Those
+# of the embeddings, the modulation and the output layer are small and stay as they are.
+COMPUTED = {"int8": QUANTISED, "fp8": ("gate_up_proj",)}
+
 
 def parts_of(form: str, shape: tuple[int, ...]) -> Mapping[str, Part]:
     """The tensors that a weight [rows, columns] is stored as, by their names."""
     rows, columns = shape
-    return FORMS[form](rows, columns)
+    return (FORMS | _PRODUCT_FORMS)[form](rows, columns)

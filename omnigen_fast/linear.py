@@ -2,25 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from .kernels import ops
 from .quantised import QuantisedWeight
 
-# [out features, in features]. Products take dense ones, in the dtype of the activations; quantised
-# ones are expanded ahead of them, see `model.Expander`.
+# [out features, in features]. Products take dense ones, in the dtype of the activations, or ones in
+# 8 bits with a scale for each row; others are expanded ahead of them, see `model.Expander`.
 Weight: TypeAlias = Tensor | QuantisedWeight
 
 
+@dataclass(frozen=True)
+class QuantisedRows:
+    """Activations in 8 bits, with a scale for each row: what a product in 8 bits takes."""
+
+    values: Tensor  # [rows, features], int8 or float8_e4m3fn
+    scales: Tensor  # [rows], float32
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def split(self, rows: int) -> Iterator[QuantisedRows]:
+        """Consecutive parts of so many rows."""
+        for values, scales in zip(self.values.split(rows), self.scales.split(rows)):
+            yield QuantisedRows(values, scales)
+
+
 def linear(
-    x: Tensor,  # [rows, in features]
+    x: Tensor | QuantisedRows,  # [rows, in features]
     weight: Weight,
     out: Tensor | None = None,  # [rows, out features]
     bias: Tensor | None = None,  # [out features]
 ) -> Tensor:  # [rows, out features]
-    """`x @ weight.T + bias`, written to `out` where it is given."""
+    """`x @ weight.T + bias`, written to `out` where it is given; in 8 bits, it is."""
+    if isinstance(x, QuantisedRows):
+        assert isinstance(weight, QuantisedWeight) and out is not None and bias is None
+        ops.scaled_mm_(x.values, x.scales, weight.values, weight.scales, out)
+        return out
     assert isinstance(weight, Tensor)
     if bias is None:
         return torch.mm(x, weight.t(), out=out)

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from .cache import Cache
 from .config import LATENT_CHANNELS, PATCH, ModelConfig
 from .errors import RequestError
+from .forms import PRODUCTS
 from .kernels import ops
-from .linear import Weight, linear
+from .linear import QuantisedRows, Weight, linear
 from .memory.plan import MLP_ROWS
 from .parameters import PATCH_VALUES, layer_shapes
-from .quantised import QuantisedWeight
+from .quantised import QuantisedWeight, parts_of_weight
 from .sequence import ConditionSequence
 from .streaming import Streamed
 
@@ -75,13 +76,41 @@ class Workspace:
     """Memory for the intermediate results of a layer, used again by every layer, pass and step.
 
     Per row the widths of QKV and of the hidden state; the MLP processes `mlp_rows` rows at a time.
+    Where products are in 8 bits, what they take is kept beside that.
     """
 
-    def __init__(self, config: ModelConfig, rows: int, mlp_rows: int, like: Tensor) -> None:
+    def __init__(
+        self, config: ModelConfig, rows: int, mlp_rows: int, like: Tensor, block: Block
+    ) -> None:
         self.qkv = like.new_empty(rows, config.qkv_width)
         self.normed = like.new_empty(rows, config.hidden_size)
         self.mlp_rows = mlp_rows
         self.gate_up = like.new_empty(min(rows, mlp_rows), 2 * config.intermediate_size)
+        self.hidden = self.inner = like.new_empty(0)
+        self.scales = like.new_empty(0, dtype=torch.float32)
+        if block.computes_in_8_bits(*_OF_HIDDEN):
+            self.hidden = like.new_empty(rows, config.hidden_size, dtype=torch.uint8)
+        if block.computes_in_8_bits(*_OF_INNER):
+            shape = (len(self.gate_up), config.intermediate_size)
+            self.inner = like.new_empty(shape, dtype=torch.uint8)
+        if self.hidden.numel() or self.inner.numel():
+            self.scales = like.new_empty(2, rows, dtype=torch.float32)
+
+    def hidden_rows(self, rows: int, weight: QuantisedWeight) -> QuantisedRows:
+        """Where hidden states in 8 bits go, for a product with a weight."""
+        return QuantisedRows(self.hidden[:rows].view(weight.values.dtype), self.scales[0, :rows])
+
+    def inner_rows(self, rows: int, weight: QuantisedWeight) -> QuantisedRows:
+        """Where activations of the MLP go, likewise."""
+        return QuantisedRows(self.inner[:rows].view(weight.values.dtype), self.scales[1, :rows])
+
+    def tensors(self) -> list[Tensor]:
+        """All that it holds."""
+        return [self.qkv, self.normed, self.gate_up, self.hidden, self.inner, self.scales]
+
+
+# What each product of a layer takes.
+_OF_HIDDEN, _OF_INNER = ("qkv_proj", "o_proj", "gate_up_proj"), ("down_proj",)
 
 
 class Block(nn.Module):
@@ -110,6 +139,29 @@ class Block(nn.Module):
             value = nn.Parameter(value, requires_grad=False)
         setattr(self, name, value)
 
+    def computes_in_8_bits(self, *names: str) -> bool:
+        """Whether the product with any of these weights does."""
+        return any(_in_form_of_products(getattr(self, name)) for name in names)
+
+    @property
+    def expands(self) -> bool:
+        """Whether it holds weights that no product takes as they are."""
+        weights = [getattr(self, name) for name in layer_shapes(self.config)]
+        return any(
+            isinstance(one, QuantisedWeight) and not _in_form_of_products(one) for one in weights
+        )
+
+    def for_products(self, like: Tensor) -> Block:
+        """A layer as products take it, uninitialised; what is plain is in the dtype of `like`."""
+        weights: dict[str, Weight] = {}
+        for name, shape in layer_shapes(self.config).items():
+            weight = getattr(self, name)
+            weights[name] = like.new_empty(shape)
+            if _in_form_of_products(weight):
+                parts = {part: torch.empty_like(one) for part, one in weight.parts.items()}
+                weights[name] = QuantisedWeight(weight.form, weight.shape[1], parts)
+        return Block(weights, self.config)
+
     def project(
         self, residual: Tensor, delta: Tensor | None, space: Workspace, first: int = 0
     ) -> Tensor:
@@ -117,13 +169,30 @@ class Block(nn.Module):
 
         Written to the workspace from row `first` on; earlier rows are untouched.
         """
+        normed = self._normed(residual, delta, self.input_norm, self.qkv_proj, space)
+        return linear(normed, self.qkv_proj, out=space.qkv[first : first + len(residual)])
+
+    def _normed(
+        self,
+        residual: Tensor,
+        delta: Tensor | None,
+        norm: Tensor,
+        weight: Weight,
+        space: Workspace,
+    ) -> Tensor | QuantisedRows:
+        """The normed stream, as the product with a weight takes it."""
         rows, eps = len(residual), self.config.rms_norm_eps
+        if isinstance(weight, QuantisedWeight):
+            out = space.hidden_rows(rows, weight)
+            if delta is None:
+                ops.rms_norm_quantise_(residual, norm, eps, out.values, out.scales)
+            else:
+                ops.add_rms_norm_quantise_(residual, delta, norm, eps, out.values, out.scales)
+            return out
         normed = space.normed[:rows]
         if delta is None:
-            ops.rms_norm(residual, self.input_norm, eps, out=normed)
-        else:
-            ops.add_rms_norm(residual, delta, self.input_norm, eps, out=normed)
-        return linear(normed, self.qkv_proj, out=space.qkv[first : first + rows])
+            return ops.rms_norm(residual, norm, eps, out=normed)
+        return ops.add_rms_norm(residual, delta, norm, eps, out=normed)
 
     def attended(self, space: Workspace, rows: int) -> Tensor:
         """Where attention is to write, [rows, heads, head_dim]: the normed stream is done with."""
@@ -131,39 +200,51 @@ class Block(nn.Module):
 
     def finish(self, residual: Tensor, attended: Tensor, delta: Tensor, space: Workspace) -> None:
         """Output projection and MLP; `delta` [rows, hidden] becomes what is to be added."""
-        linear(attended.flatten(1), self.o_proj, out=delta)
-        normed = ops.add_rms_norm(
-            residual,
-            delta,
-            self.post_norm,
-            self.config.rms_norm_eps,
-            out=space.normed[: len(residual)],
-        )
+        taken: Tensor | QuantisedRows = attended.flatten(1)
+        if isinstance(self.o_proj, QuantisedWeight):
+            quantised = space.hidden_rows(len(residual), self.o_proj)
+            ops.quantise_(attended.flatten(1), quantised.values, quantised.scales)
+            taken = quantised
+        linear(taken, self.o_proj, out=delta)
+        normed = self._normed(residual, delta, self.post_norm, self.gate_up_proj, space)
         for some, result in zip(normed.split(space.mlp_rows), delta.split(space.mlp_rows)):
             gate_up = linear(some, self.gate_up_proj, out=space.gate_up[: len(some)])
-            inner = ops.swiglu(gate_up, out=gate_up[:, : gate_up.shape[1] // 2])
-            linear(inner, self.down_proj, out=result)
+            linear(self._activated(gate_up, space), self.down_proj, out=result)
+
+    def _activated(self, gate_up: Tensor, space: Workspace) -> Tensor | QuantisedRows:
+        """SwiGLU, as the last product takes it."""
+        if isinstance(self.down_proj, QuantisedWeight):
+            inner = space.inner_rows(len(gate_up), self.down_proj)
+            ops.swiglu_quantise_(gate_up, inner.values, inner.scales)
+            return inner
+        return ops.swiglu(gate_up, out=gate_up[:, : gate_up.shape[1] // 2])
+
+
+def _in_form_of_products(weight: Weight) -> bool:
+    return isinstance(weight, QuantisedWeight) and weight.form in PRODUCTS.values()
 
 
 class Expander:
-    """Expands layers with quantised weights, one after the other, into one dense layer.
+    """Expands layers with quantised weights, one after the other, into one layer for products.
 
     On the computation's own stream, so that a layer is expanded after the products of the one
     before; that is recorded with a step that is captured.
     """
 
-    def __init__(self, config: ModelConfig, like: Tensor) -> None:
-        shapes = layer_shapes(config)
-        self.layer = Block({name: like.new_empty(shapes[name]) for name in shapes}, config)
+    def __init__(self, layer: Block) -> None:
+        self.layer = layer
 
     def __call__(self, stored: Block) -> Block:
-        """The dense layer, valid until the next call."""
-        for name, out in self.layer.named_parameters():
-            weight = getattr(stored, name)
-            if isinstance(weight, QuantisedWeight):
+        """The layer as products take it, valid until the next call."""
+        for name in layer_shapes(stored.config):
+            weight, out = getattr(stored, name), getattr(self.layer, name)
+            if isinstance(weight, QuantisedWeight) and isinstance(out, Tensor):
                 weight.dequantise(out.data)
-            else:
-                out.data.copy_(weight.data)  # a ring may soon write over it
+            else:  # a ring may soon write over it
+                for one, other in zip(
+                    parts_of_weight(weight).values(), parts_of_weight(out).values()
+                ):
+                    other.data.copy_(one.data)
         return self.layer
 
 
@@ -276,9 +357,10 @@ class Transformer(nn.Module):
 
     def expand(self) -> None:
         """Has quantised layers, all of which are on the device, expanded when they are taken."""
-        if any(isinstance(module, QuantisedWeight) for module in self.modules()):
+        if self.block(0).expands:
             resident = {layer: self.block(layer) for layer in range(len(self.layers))}
-            self.stream = Streamed(None, (), resident, Expander(self.config, self.norm))
+            expander = Expander(self.block(0).for_products(self.norm))
+            self.stream = Streamed(None, (), resident, expander)
 
     def block(self, layer: int) -> Block:
         """A layer, wherever its weights are."""
@@ -334,7 +416,7 @@ class Transformer(nn.Module):
 
     def workspace(self, rows: int, mlp_rows: int = MLP_ROWS) -> Workspace:
         """Memory for passes of at most so many rows."""
-        return Workspace(self.config, rows, mlp_rows, self.norm)
+        return Workspace(self.config, rows, mlp_rows, self.norm, self.block(0))
 
     def embed_condition(
         self,

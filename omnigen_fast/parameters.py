@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from .config import LATENT_CHANNELS, PATCH, ModelConfig
-from .forms import QUANTISED, Part, parts_of
+from .forms import Part, parts_of
 from .precision import Precision
 
 PATCH_VALUES = LATENT_CHANNELS * PATCH * PATCH  # latent values of a token
@@ -68,12 +68,12 @@ def layer_parts(config: ModelConfig, precision: Precision) -> dict[str, Mapping[
 
     Those of a form as `forms.parts_of` names them; of a plain parameter there is one, `PLAIN`.
     """
-    return {
-        name: parts_of(precision.storage, shape)
-        if precision.quantised and name in QUANTISED
-        else {PLAIN: Part(shape, precision.arithmetic)}
-        for name, shape in layer_shapes(config).items()
-    }
+    found: dict[str, Mapping[str, Part]] = {}
+    for name, shape in layer_shapes(config).items():
+        form = precision.form_of(name)
+        plain = {PLAIN: Part(shape, precision.arithmetic)}
+        found[name] = plain if form is None else parts_of(form, shape)
+    return found
 
 
 def stored_bytes(parts: Mapping[str, Mapping[str, Part]]) -> int:

@@ -25,7 +25,7 @@ from .memory.overview import Report
 from .memory.plan import MemoryPlan
 from .memory.planner import Decision
 from .model import Transformer
-from .precision import AUTO, Precision
+from .precision import AUTO, Precision, check_capability
 from .processor import Processor
 from .request import Request, check_switch, checked_integer, make_request
 from .results import as_result
@@ -111,6 +111,8 @@ class OmniGenPipeline(LoraMethods, DiffusersMethods):
         capture_steps: bool = True,
         memory: Memory = "auto",
         weights: str | None = None,
+        compute: str | None = None,
+        vae_dtype: str | torch.dtype = torch.float32,
     ) -> OmniGenPipeline:
         """Loads a model from a folder or from the hub, in the original's or diffusers' layout.
 
@@ -122,7 +124,7 @@ class OmniGenPipeline(LoraMethods, DiffusersMethods):
                 the one that the original falls back to, which is fetched.
             device: where to run; None for the current GPU if there is one (CUDA, then Apple's),
                 else the CPU.
-            dtype: of the transformer, bfloat16 or float32. The VAE is always float32.
+            dtype: of the transformer, bfloat16 or float32.
             torch_dtype: diffusers' name for `dtype`.
             variant: of the weights' names, as "fp16" for model.fp16.safetensors.
             subfolder: where the model is in the folder or repository.
@@ -143,6 +145,10 @@ class OmniGenPipeline(LoraMethods, DiffusersMethods):
                 fit on the device, else the form that changes them least and does. None for the
                 form of the file, which is that of `dtype` unless `omnigen-fast convert` has
                 quantised it.
+            compute: what the products of the layers are computed in: "int8" or, on a GPU of compute
+                capability 8.9 or later, "fp8", for speed (see docs/precision.md). None for `dtype`.
+            vae_dtype: of the VAE, float32 or bfloat16, which takes half the memory and is less
+                exact (see docs/precision.md).
 
         Raises:
             CheckpointError: files are missing, malformed, or not an OmniGen model.
@@ -150,10 +156,12 @@ class OmniGenPipeline(LoraMethods, DiffusersMethods):
         """
         checked_path("model_name", model_name)
         kind = _one_dtype(dtype, torch_dtype)
-        precision = check_weights(weights, kind)
+        precision = check_weights(weights, kind, compute)
         if variant is not None:
             check_inside("variant", variant)
+        vae_kind = check_dtype(vae_dtype, "vae_dtype")
         target = check_device(device)
+        check_compute(compute, target)
         cache_bytes = check_cache_bytes(condition_cache_bytes)
         hub: dict[str, Any] = {
             "revision": revision,
@@ -164,16 +172,17 @@ class OmniGenPipeline(LoraMethods, DiffusersMethods):
         place = locate(model_name, subfolder=subfolder, **hub)
         checkpoint = Checkpoint.open(place, variant)
         if weights is None:
-            precision = Precision.of(kind, checkpoint.form)
+            precision = Precision.of(kind, checkpoint.form, compute)
         processor = Processor.from_file(checkpoint.tokenizer_path, checkpoint.config)
         hub["revision"] = None  # names a commit of the model, not of the VAE
         if vae_path is not None:
             vae_place = locate(vae_path, patterns=VAE_FILES, **hub)
         else:
             vae_place = checkpoint.vae_folder or resolve(SDXL_VAE, patterns=VAE_FILES, **hub)
-        vae = Vae.from_folder(vae_place, torch.device("cpu"), variant)
+        vae = Vae.from_folder(vae_place, torch.device("cpu"), variant, vae_kind)
         if precision is None:
-            precision = auto_precision(checkpoint, vae, kind, target, memory)
+            own = Precision.of(kind, checkpoint.form, compute)
+            precision = auto_precision(checkpoint, vae, own, target, memory)
         plan = first_plan(checkpoint, vae, precision, target, memory)
         vae.place(plan.vae_resident)
         vae.to(target)
@@ -608,27 +617,40 @@ def _one_dtype(dtype: Any, torch_dtype: Any) -> torch.dtype:
     return found
 
 
-def check_dtype(dtype: str | torch.dtype) -> torch.dtype:
+def check_dtype(dtype: str | torch.dtype, name: str = "dtype") -> torch.dtype:
+    """Raises RequestError for dtypes that nothing computes in; `name` is the argument's."""
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if found is torch.float16:
         raise RequestError(
-            "dtype float16 overflows in this model and gives black images; use bfloat16 or float32"
+            f"{name} float16 overflows in this model and gives black images; use bfloat16 or "
+            "float32"
         )
     if not isinstance(found, torch.dtype) or found not in _DTYPES:
-        raise RequestError(f"dtype must be bfloat16 or float32, got {dtype!r}")
+        raise RequestError(f"{name} must be bfloat16 or float32, got {dtype!r}")
     return found
 
 
-def check_weights(weights: str | None, dtype: torch.dtype) -> Precision | None:
-    """What an argument asks for; None for "auto".
+def check_compute(compute: str | None, device: torch.device) -> None:
+    """Raises RequestError where a device has no products in fp8."""
+    if device.type == "cuda":
+        check_capability(compute, torch.cuda.get_device_capability(device))
+
+
+def check_weights(
+    weights: str | None, dtype: torch.dtype, compute: str | None = None
+) -> Precision | None:
+    """What two arguments ask for; None for weights of "auto".
 
     Raises RequestError for anything else than names of forms, and for dtypes that differ.
     """
+    if compute is not None and not isinstance(compute, str):
+        raise RequestError(f"compute must be a name such as int8, got {brief(compute)}")
     if weights == AUTO:
+        Precision.of(dtype, None, compute)
         return None
     if weights is not None and not isinstance(weights, str):
         raise RequestError(f"weights must be a name such as int8, got {brief(weights)}")
-    return Precision.of(dtype, weights)
+    return Precision.of(dtype, weights, compute)
 
 
 def check_device(device: str | torch.device | None) -> torch.device:

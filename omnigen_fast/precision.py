@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from .errors import RequestError, brief
-from .forms import FORMS
+from .forms import COMPUTED, FORMS, PRODUCTS, QUANTISED
 
 if TYPE_CHECKING:
     import torch
 
 _BYTES = {"bfloat16": 2, "float32": 4}
+_OLDEST_FP8 = (8, 9)
 AUTO = "auto"  # the planner chooses
 STORAGES = ("bfloat16", *FORMS)  # that a caller may name, from the one that changes weights least
+COMPUTES = ("bfloat16", *PRODUCTS)  # likewise
 
 
 @dataclass(frozen=True)
 class Precision:
-    """Names of a storage and two dtypes. The autoencoder is float32 whatever they are.
+    """Names of a storage, two dtypes, and of what products are computed in.
 
     Each of the three is decided and counted on its own. Weights are stored in the dtype of the
     arithmetic, or the matrices of the layers in one of `forms.FORMS` and the others in that dtype.
+    Products in 8 bits take weights in a form of their own, whatever the storage of the others.
     Attention reads keys and values in the dtype of the queries.
 
     Raises RequestError for names or combinations that nothing computes.
@@ -30,6 +33,7 @@ class Precision:
     storage: str  # of the weights, on the device and on the host
     arithmetic: str  # of activations and products
     cache: str  # of the condition's keys and values
+    compute: str | None = None  # of products in 8 bits (`forms.PRODUCTS`); None for the arithmetic
 
     def __post_init__(self) -> None:
         for name in (self.arithmetic, self.cache):
@@ -38,6 +42,11 @@ class Precision:
         if self.storage not in _BYTES and self.storage not in FORMS:
             raise RequestError(
                 f"weights must be {', '.join(STORAGES)} or {AUTO}, got {brief(self.storage)}"
+            )
+        if self.compute is not None and self.compute not in PRODUCTS:
+            raise RequestError(
+                f"compute must be {', '.join(COMPUTES[:-1])} or {COMPUTES[-1]}, got "
+                f"{brief(self.compute)}"
             )
         plain = not self.quantised and self.storage != self.arithmetic
         if plain or self.cache != self.arithmetic:
@@ -48,14 +57,51 @@ class Precision:
             )
 
     @classmethod
-    def of(cls, dtype: str | torch.dtype, weights: str | None = None) -> Precision:
-        """One dtype for all three, by name or as a `torch.dtype`; or weights in another form."""
+    def of(
+        cls, dtype: str | torch.dtype, weights: str | None = None, compute: str | None = None
+    ) -> Precision:
+        """One dtype for all, by name or as a `torch.dtype`; or weights and products in others.
+
+        Raises RequestError for combinations that nothing computes.
+        """
         name = str(dtype).removeprefix("torch.")
-        return cls(name if weights is None else weights, name, name)
+        return cls(name if weights is None else weights, name, name).with_compute(compute)
 
     def with_dtype(self, dtype: str | torch.dtype) -> Precision:
         """Arithmetic and cache in another dtype, and plain weights too."""
-        return Precision.of(dtype, self.storage if self.quantised else None)
+        return Precision.of(dtype, self.storage if self.quantised else None, self.compute)
+
+    def with_compute(self, compute: str | None) -> Precision:
+        """Products in this dtype, as a caller names it; None for that of the arithmetic.
+
+        Raises RequestError unless it is that dtype or one of 8 bits.
+        """
+        if compute in _BYTES and compute != self.arithmetic:
+            raise RequestError(
+                f"compute={compute} needs dtype={compute}, got dtype={self.arithmetic}"
+            )
+        return replace(self, compute=None if compute in _BYTES else compute)
+
+    def form_of(self, name: str) -> str | None:
+        """The form of a layer's parameter, named as in `model.Block`; None for a plain one."""
+        if self.compute is not None and name in COMPUTED[self.compute]:
+            return PRODUCTS[self.compute]
+        return self.storage if self.quantised and name in QUANTISED else None
+
+    @property
+    def expands(self) -> bool:
+        """Whether layers hold weights that must be expanded before a product takes them."""
+        return any(self.form_of(name) in FORMS for name in QUANTISED)
+
+    @property
+    def expanded(self) -> Precision:
+        """That of a layer as products take it."""
+        return replace(self, storage=self.arithmetic)
+
+    @property
+    def saved(self) -> Precision:
+        """That of files: they hold no weights in the form of products."""
+        return replace(self, compute=None)
 
     @property
     def quantised(self) -> bool:
@@ -79,6 +125,16 @@ class Precision:
     @property
     def cache_dtype(self) -> torch.dtype:
         return _dtype(self.cache)
+
+
+def check_capability(compute: str | None, capability: tuple[int, ...] | None) -> None:
+    """Raises RequestError if a GPU of this compute capability has no such products."""
+    if compute == "fp8" and capability is not None and capability < _OLDEST_FP8:
+        have = ".".join(map(str, capability))
+        raise RequestError(
+            f"compute=fp8 needs a GPU of compute capability 8.9 or later, this one has {have}; "
+            "use compute=int8"
+        )
 
 
 def _dtype(name: str) -> torch.dtype:

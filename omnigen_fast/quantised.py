@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import CheckpointError
-from .forms import FORMS, GROUP, Part, parts_of
+from .forms import FORMS, GROUP, PRODUCTS, Part, parts_of
 from .kernels import ops
 from .parameters import PLAIN
 
@@ -21,7 +21,7 @@ _INT8_MOST, _FP8_MOST, _CODE_MOST = 127, 448.0, 255
 
 
 class QuantisedWeight(nn.Module):
-    """A weight [rows, columns] in one of `forms.FORMS`.
+    """A weight [rows, columns] in one of `forms.FORMS` or in the form that products take.
 
     Args:
         form: its name.
@@ -66,6 +66,7 @@ class QuantisedWeight(nn.Module):
 
     def dequantise(self, out: Tensor) -> Tensor:
         """Writes the weight to `out` [rows, columns], bfloat16 or float32, and returns it."""
+        assert self.form in FORMS
         getattr(ops, f"dequantise_{self.form}_")(out, *self.arguments)
         return out
 
@@ -75,10 +76,13 @@ class QuantisedWeight(nn.Module):
 
 
 def as_weight(
-    form: str, shape: tuple[int, ...], parts: Mapping[str, Tensor]
+    form: str | None, shape: tuple[int, ...], parts: Mapping[str, Tensor]
 ) -> Tensor | QuantisedWeight:
     """A weight of a layer from its tensors, named as `parameters.layer_parts` names them."""
-    return parts[PLAIN] if PLAIN in parts else QuantisedWeight(form, shape[1], parts)
+    if PLAIN in parts:
+        return parts[PLAIN]
+    assert form is not None
+    return QuantisedWeight(form, shape[1], parts)
 
 
 def parts_of_weight(weight: Tensor | QuantisedWeight) -> dict[str, Tensor]:
@@ -100,7 +104,7 @@ def quantised(name: str, weight: Tensor, form: str) -> QuantisedWeight:
     Args:
         name: of the weight, for messages.
         weight: of any floating dtype.
-        form: one of `forms.FORMS`.
+        form: a name that `forms.parts_of` knows.
 
     Raises CheckpointError if a value is not finite.
     """
@@ -121,7 +125,7 @@ def parts_finite(form: str, parts: Mapping[str, Tensor]) -> bool:
     """Whether stored parts stand for finite values: none of their floats is NaN or infinite."""
     floats = [one for one in parts.values() if one.dtype in (torch.bfloat16, torch.float32)]
     finite = all(bool(one.isfinite().all()) for one in floats)
-    if form == "fp8" and finite:  # the two NaN of e4m3, which has no infinities
+    if form.startswith("fp8") and finite:  # the two NaN of e4m3, which has no infinities
         finite = not bool((parts["values"].view(torch.uint8) & 0x7F == 0x7F).any())
     return finite
 
@@ -176,9 +180,17 @@ def _nf4(weight: Tensor, out: Mapping[str, Tensor]) -> None:
     torch.bitwise_or(places[:, ::2], places[:, 1::2] << 4, out=out["values"])
 
 
+def _rows(weight: Tensor, out: Mapping[str, Tensor]) -> None:
+    """In plain PyTorch on every device: what is quantised on the host and on a GPU is the same."""
+    with ops.use("reference"):
+        ops.quantise_(weight, out["values"], out["scales"])
+
+
 _QUANTISE: Mapping[str, Callable[[Tensor, Mapping[str, Tensor]], None]] = {
     "int8": _int8,
     "fp8": _fp8,
     "nf4": _nf4,
+    "int8-rows": _rows,
+    "fp8-rows": _rows,
 }
-assert _QUANTISE.keys() == FORMS.keys()
+assert _QUANTISE.keys() == {*FORMS, *PRODUCTS.values()}

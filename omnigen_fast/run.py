@@ -222,13 +222,15 @@ def first_plan(
 
 
 def auto_precision(
-    checkpoint: Checkpoint, vae: Vae, dtype: torch.dtype, device: torch.device, memory: Memory
+    checkpoint: Checkpoint, vae: Vae, own: Precision, device: torch.device, memory: Memory
 ) -> Precision:
     """What `weights="auto"` means; see `planner.least_change`.
 
     A plan that the caller gave has as many layers on the device as it says, whatever they take.
+
+    Args:
+        own: with the weights as the checkpoint has them.
     """
-    own = Precision.of(dtype, checkpoint.form)
     if isinstance(memory, MemoryPlan):
         return own
     config, profile = checkpoint.config, profile_of(device)

@@ -112,7 +112,7 @@ def _copy(source: str, target: str, names: Iterable[str]) -> None:
 
 def _write_weights(engine: Engine, path: str) -> None:
     """Writes the weights with the checkpoint's names, one parameter at a time."""
-    sources, precision = engine.checkpoint.sources, engine.precision
+    sources, precision = engine.checkpoint.sources, engine.precision.saved
     value_of = _values(engine)
 
     def tensors() -> Iterator[Tensor]:
@@ -129,11 +129,13 @@ def _write_weights(engine: Engine, path: str) -> None:
 
 def _values(engine: Engine) -> Callable[[str], Weight]:
     """Reads parameters to the host: those in memory as they are, streamed ones from their files."""
-    host, precision = torch.device("cpu"), engine.precision
+    host, precision = torch.device("cpu"), engine.precision.saved
     adapters = list(engine.loras.applied())
 
     def value(name: str) -> Weight:
         held = _held(engine, name)
+        if isinstance(held, QuantisedWeight) and held.form != precision.storage:
+            held = None  # in the form of products
         if held is None:
             return dict(merged(engine.checkpoint, adapters, precision, host, [name]))[name]
         if isinstance(held, QuantisedWeight):

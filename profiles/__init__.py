@@ -74,6 +74,9 @@ class Profile:
     # attained by copies from pinned host memory; on a CPU, by reading mapped weights
     link_bytes_per_second: float
     context_bytes: float  # used before the first tensor: driver context, libraries' workspaces
+    # attained by large products in 8 bits
+    attained_int8_flops_per_second: float
+    attained_fp8_flops_per_second: float
     source: Mapping[str, str] = field(compare=False)  # of each figure
     capability: str | None = None  # of CUDA, such as "8.0"
     on_host: bool = False  # the device computes in the host's memory
@@ -99,6 +102,14 @@ _DEFAULTS: dict[str, tuple[str, Callable[[Mapping[str, Any]], float]]] = {
         "80 % of the peak, as on an A100",
         lambda given: 0.8 * given["bf16_flops_per_second"],
     ),
+    "attained_int8_flops_per_second": (
+        "1.2 times the products in bfloat16, the least gain that libraries report for an A100",
+        lambda given: 1.2 * given["attained_product_flops_per_second"],
+    ),
+    "attained_fp8_flops_per_second": (
+        "that of the products in bfloat16; nothing is assumed to be gained",
+        lambda given: given["attained_product_flops_per_second"],
+    ),
     "attained_attention_flops_per_second": (
         "55 % of the peak, as on an H100",
         lambda given: 0.55 * given["bf16_flops_per_second"],
@@ -111,6 +122,7 @@ _DEFAULTS: dict[str, tuple[str, Callable[[Mapping[str, Any]], float]]] = {
     "link_bytes_per_second": ("12e9, as over PCIe 4.0 x8 or 3.0 x16", lambda given: 12e9),
     "context_bytes": ("0.6e9, as on an H200", lambda given: 0.6e9),
 }
+
 _OTHERS = ("capability", "on_host", "device_names", "documented")
 _SIZES = ("max_input_image_size", "height", "width")
 _SWITCHES = ("use_kv_cache", "offload_kv_cache", "separate_cfg_infer", "offload_model")
@@ -220,6 +232,8 @@ def _profile(values: Any) -> Profile:
         fp32_flops_per_second=figures["fp32_flops_per_second"],
         link_bytes_per_second=figures["link_bytes_per_second"],
         context_bytes=figures["context_bytes"],
+        attained_int8_flops_per_second=figures["attained_int8_flops_per_second"],
+        attained_fp8_flops_per_second=figures["attained_fp8_flops_per_second"],
         source=source,
         capability=capability,
         on_host=on_host,

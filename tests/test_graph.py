@@ -248,4 +248,5 @@ def test_a_step_stays_on_the_device(load_pipe, monkeypatch, request_, branches_a
         with OffDevice("meta") as off:
             engine.step(running)
     assert not off.found and off.count > 20
-    assert checked == set(ops.OPERATIONS)
+    narrow = {name for name in ops.OPERATIONS if "quantise" in name} | {"scaled_mm_"}
+    assert checked == set(ops.OPERATIONS) - narrow  # which plain weights and products need none of

@@ -128,7 +128,7 @@ ORDER = [
     "cli.main",
     "app",
 ]
-USE_KERNELS = {"for_diffusers.enable", "call", "quantised", "model", "denoise", "graph"}
+USE_KERNELS = {"for_diffusers.enable", "call", "quantised", "linear", "model", "denoise", "graph"}
 USE_PROFILES = {
     "memory.estimate",
     "memory.seconds",

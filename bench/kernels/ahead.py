@@ -29,12 +29,23 @@ from omnigen_fast.quantised import quantised
 from . import pipes
 
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, INNER = 32, 32, 96, 3072, 8192
+FORMS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+# what makes or reads values in 8 bits; fp8 from Ada on
+_QUANTISED = (
+    "quantise_",
+    "rms_norm_quantise_",
+    "add_rms_norm_quantise_",
+    "swiglu_quantise_",
+    "scaled_mm_",
+)
+_OLDEST_FP8 = 89
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _POINTERS = {
     torch.bfloat16: "*bf16",
     torch.int8: "*i8",
     torch.uint8: "*u8",
     torch.float32: "*fp32",
+    torch.float8_e4m3fn: "*fp8e4nv",
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
@@ -70,12 +81,14 @@ class Case:
     dtype: str
     capability: int
     tensor_maps: bool = False
+    form: str = ""  # of values in 8 bits: int8 or fp8
 
     @property
     def id(self) -> str:
         head = f"-d{self.head_dim}" if self.head_dim else ""
         maps = "-maps" if self.tensor_maps else ""
-        return f"{self.kernel}{head}{maps}-{self.dtype}-sm_{self.capability}"
+        form = f"-{self.form}" if self.form else ""
+        return f"{self.kernel}{head}{maps}{form}-{self.dtype}-sm_{self.capability}"
 
     @property
     def is_attention(self) -> bool:
@@ -101,6 +114,10 @@ class Compiled:
     hmma: int
     hgmma: int
     tcgen05: int
+    imma: int
+    igmma: int
+    qmma: int
+    qgmma: int
     wide_loads: int  # of 16 bytes a thread
     narrow_loads: int  # of less than 4 bytes a thread
     async_copies: int
@@ -130,6 +147,10 @@ def cases() -> Iterator[Case]:
             if rest:
                 head_dim, bits = rest.split("/")
                 yield Case(kernel, int(head_dim), {"16": "bf16", "32": "fp32"}[bits], capability)
+            elif kernel in _QUANTISED:
+                yield Case(kernel, 0, "bf16", capability, form="int8")
+                if capability >= _OLDEST_FP8:
+                    yield Case(kernel, 0, "bf16", capability, form="fp8")
             else:
                 for dtype in _DTYPES:
                     yield Case(kernel, 0, dtype, capability)
@@ -156,6 +177,22 @@ def _arguments(case: Case) -> tuple:
         return x, vector, 1e-5
     if case.kernel == "add_rms_norm":
         return x, x, vector, 1e-5
+    if case.form:
+        form = FORMS[case.form]
+        values, scales = _zeros(rows, HIDDEN, dtype=form), _zeros(rows, dtype=torch.float32)
+        if case.kernel == "quantise_":
+            return x, values, scales
+        if case.kernel == "rms_norm_quantise_":
+            return x, vector, 1e-5, values, scales
+        if case.kernel == "add_rms_norm_quantise_":
+            return x, x, vector, 1e-5, values, scales
+        if case.kernel == "swiglu_quantise_":
+            inner = _zeros(rows, INNER, dtype=form)
+            return _zeros(rows, 2 * INNER, dtype=dtype), inner, scales
+        if case.kernel == "scaled_mm_":
+            weight = _zeros(HIDDEN, HIDDEN, dtype=form)
+            weight_scales = _zeros(HIDDEN, dtype=torch.float32)
+            return values, scales, weight, weight_scales, x
     if case.kernel == "modulate":
         table = _zeros(50, HIDDEN, dtype=dtype)
         return x, table, table, torch.zeros(1, dtype=torch.int64), 1e-6
@@ -206,10 +243,7 @@ def _record(case: Case):
     from omnigen_fast.kernels import ops
 
     module = importlib.import_module(f"omnigen_fast.kernels.{ops.OPERATIONS[case.kernel].module}")
-    name = {
-        "rope_": "rope_kernel",
-        "rope_cache_": "rope_kernel",
-    }.get(case.kernel, f"{case.kernel.removesuffix('_')}_kernel")
+    name = {"rope_cache_": "rope_kernel"}.get(case.kernel, f"{case.kernel.rstrip('_')}_kernel")
     chosen = launch.lookup(
         case.kernel, case.capability, case.head_dim, 8 * _DTYPES[case.dtype].itemsize
     )
@@ -287,7 +321,7 @@ def _read(compiled, case: Case, options: dict, constants: dict) -> Compiled:
 
     blocks = [
         f"{name.lower()}={constants[name]}"
-        for name in ("BLOCK_M", "BLOCK_N", "BLOCK")
+        for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK")
         if name in constants
     ]
     warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
@@ -305,6 +339,10 @@ def _read(compiled, case: Case, options: dict, constants: dict) -> Compiled:
         hmma=count(r"\bHMMA\b"),
         hgmma=count(r"\bHGMMA\b"),
         tcgen05=count(r"\bUTCHMMA\b"),
+        imma=count(r"\bIMMA\b"),
+        igmma=count(r"\bIGMMA\b"),
+        qmma=count(r"\bQMMA\b"),
+        qgmma=count(r"\bQGMMA\b"),
         wide_loads=count(r"\bLDG\.E[.\w]*\.128\b|\bLDGSTS\.E[.\w]*\.128\b"),
         narrow_loads=count(r"\bLDG\.E[.\w]*\.[US](?:8|16)\b"),
         async_copies=count(r"\bLDGSTS\b|\bUTMALDG\b"),

@@ -184,6 +184,8 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, default=GUIDANCE)
     parser.add_argument("--image-guidance", type=float, default=IMAGE_GUIDANCE)
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--compute", help="of the layers' products: int8 or fp8 (see --dtype)")
+    parser.add_argument("--vae-dtype", default="float32")
     parser.add_argument("--weights", help="how they are stored: int8, nf4, ... (see --dtype)")
     parser.add_argument("--guided-only", action="store_true", help="skip the runs without guidance")
     parser.add_argument("--verbose", action="store_true", help="print every fault")
@@ -192,7 +194,11 @@ def main() -> None:
     arguments = parser.parse_args()
 
     pipe = OmniGenPipeline.from_pretrained(
-        arguments.model, dtype=arguments.dtype, weights=arguments.weights
+        arguments.model,
+        dtype=arguments.dtype,
+        weights=arguments.weights,
+        compute=arguments.compute,
+        vae_dtype=arguments.vae_dtype,
     )
     start = time.monotonic()
     guided, plain = {}, {}

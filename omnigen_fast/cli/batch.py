@@ -15,7 +15,7 @@ import click
 from ..batch.lines import KEYS, Job, Source
 from ..batch.results import Results
 from ..errors import OmniGenError, RequestError
-from ..page.record import Record
+from ..page.record import RECORDED_PRECISION, Record, recorded_precision
 from ..whole_files import remove_left
 from .failure import failure
 from .files import SUFFIXES, UserPath, make_folder, save_result
@@ -101,7 +101,8 @@ def _run(
 
     @cache
     def load() -> OmniGenPipeline:
-        names = ("device", "dtype", "revision", "cache_dir", "local_files_only", "memory")
+        names = ["device", "dtype", "revision", "cache_dir", "local_files_only", "memory"]
+        names += RECORDED_PRECISION
         chosen = {name: options[name] for name in names}
         return load_pipeline(options["model"], options["vae_path"], loras, **chosen)
 
@@ -151,6 +152,7 @@ def _made_with(options: dict[str, Any]) -> Record:
         loras=options["lora"],
         vae_path=options["vae_path"],
         revision=options["revision"],
+        precision=recorded_precision(options),
     )
 
 

@@ -23,6 +23,7 @@ from ..page.record import (
     recorded_arguments,
     recorded_file,
     recorded_images,
+    recorded_precision,
 )
 from ..request import MAX_IMAGES, OUTPUT_TYPES
 from ..solvers import SOLVERS
@@ -53,6 +54,9 @@ T = TypeVar("T")
 @click.option("--local-files-only", is_flag=True, help="Do not download from the hub.")
 @click.option("--device", help="cuda, cuda:1, cpu, ...; the current GPU if there is one.")
 @click.option("--dtype", default="bfloat16", show_default=True, help="bfloat16 or float32.")
+@click.option("--weights", help="How they are stored: bfloat16, int8, fp8, nf4 or auto.")
+@click.option("--compute", help="What layers multiply in: int8 or fp8; default: --dtype.")
+@click.option("--vae-dtype", default="float32", show_default=True, help="float32 or bfloat16.")
 @click.option("--lora", multiple=True, help="A LoRA: FILE, FOLDER or hub id, or LORA:WEIGHT.")
 @click.option("--prompt", multiple=True, help="May be repeated for a batch.")
 @click.option(
@@ -186,6 +190,9 @@ def generate(
     local_files_only: bool,
     device: str | None,
     dtype: str,
+    weights: str | None,
+    compute: str | None,
+    vae_dtype: str,
     lora: tuple[str, ...],
     prompt: tuple[str, ...],
     input_images: tuple[str, ...],
@@ -205,6 +212,7 @@ def generate(
     Several images become NAME-1.png, NAME-2.png and so on. Existing files are replaced. PNG files
     carry the request: `show` prints it, --from runs it again.
     """
+    precision = {"weights": weights, "compute": compute, "vae_dtype": vae_dtype}
     try:
         images = None
         if picture is not None:
@@ -219,6 +227,9 @@ def generate(
                 given.add("use_input_image_size_as_output")
             recorded = dict(made.arguments)
             dtype = dtype if "dtype" in given else recorded.pop("dtype")
+            precision |= {
+                name: value for name, value in made.precision.items() if name not in given
+            }
             taken = recorded.keys() & arguments.keys() - given
             arguments |= {name: recorded[name] for name in taken}
             if trusts_images and not input_images:
@@ -246,6 +257,7 @@ def generate(
                 vae_path=vae_path,
                 revision=revision,
                 mask_image=recorded_file(mask_image, out.parent) if mask_image else None,
+                precision=recorded_precision(precision),
             )
             replace(record, index=MAX_IMAGES - 1).text()  # raises now if it is too long to save
         noise = None
@@ -259,6 +271,7 @@ def generate(
             loras,
             device=device,
             dtype=dtype,
+            **precision,
             revision=revision,
             cache_dir=cache_dir,
             local_files_only=local_files_only,

@@ -6,7 +6,7 @@ import click
 
 from ..errors import OmniGenError
 from ..memory.plan import PROMPT_TOKENS, Switches, typical_workload
-from ..precision import AUTO, STORAGES, Precision
+from ..precision import AUTO, COMPUTES, STORAGES, Precision, check_capability
 from ..request import checked_side
 from .failure import failure
 from .files import PATH_OR_NAME
@@ -70,6 +70,17 @@ from .files import PATH_OR_NAME
     help="How the layers' matrices are stored; bfloat16: plain, in --dtype. auto: the least change "
     "with all layers on the device.",
 )
+@click.option(
+    "--compute",
+    type=click.Choice(COMPUTES),
+    help="What the layers' products are computed in; default: --dtype.",
+)
+@click.option(
+    "--vae-dtype",
+    default="float32",
+    show_default=True,
+    type=click.Choice(("float32", "bfloat16")),
+)
 @click.option("--separate-cfg-infer/--joint-cfg-infer", default=None)
 @click.option("--use-kv-cache/--no-kv-cache", default=None)
 @click.option("--offload-kv-cache/--keep-kv-cache", default=None, help="No effect on a CPU.")
@@ -89,6 +100,8 @@ def plan(
     memory: str,
     dtype: str,
     weights: str,
+    compute: str | None,
+    vae_dtype: str,
     separate_cfg_infer: bool | None,
     use_kv_cache: bool | None,
     offload_kv_cache: bool | None,
@@ -132,9 +145,11 @@ def plan(
         else:
             profile = host_profile() if device == "cpu" else load(device)
             budget = less_margin(profile.memory_bytes) if budget is None else budget
-        precision = Precision.of(dtype)
-        if weights not in (STORAGES[0], AUTO):
-            precision = Precision.of(dtype, weights)
+        if profile.capability is not None:
+            check_capability(compute, tuple(map(int, profile.capability.split("."))))
+        stored = None if weights in (STORAGES[0], AUTO) else weights
+        precision = Precision.of(dtype, stored, compute)
+        vae = VaeShape(value_bytes=4 if vae_dtype == "float32" else 2)
         switches = Switches(
             use_kv_cache=use_kv_cache,
             offload_kv_cache=offload_kv_cache,
@@ -143,11 +158,9 @@ def plan(
         )
 
         if weights == AUTO:
-            precision = least_change(
-                config, VaeShape(), precision, workload, profile, budget, switches
-            )
+            precision = least_change(config, vae, precision, workload, profile, budget, switches)
         decision = plan_for(
-            config, VaeShape(), precision, workload, profile, budget, switches, kept_bytes=0
+            config, vae, precision, workload, profile, budget, switches, kept_bytes=0
         )
         click.echo(report(profile, workload, decision, precision, explain))
     except (OmniGenError, OSError) as error:

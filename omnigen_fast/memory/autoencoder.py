@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from ..config import LATENT_CHANNELS, VAE_SCALE
 
-FLOAT = 4  # bytes: the autoencoder always runs in float32
+FLOAT = 4  # bytes
 IMAGE_CHANNELS = 3
 MIN_QUERIES = 64  # per chunk of attention: with fewer, its products are too small
 
@@ -26,15 +26,22 @@ class VaeShape:
     channels: tuple[int, ...] = (128, 256, 512, 512)  # of each resolution, the image's first
     layers_per_block: int = 2
     attention: bool = True  # in the middle blocks
+    value_bytes: int = FLOAT  # of a weight and of an activation: 4 in float32, 2 in bfloat16
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> VaeShape:
+    def from_config(cls, config: Mapping[str, Any], value_bytes: int = FLOAT) -> VaeShape:
         """Reads an AutoencoderKL's `config.json` (or its `config`)."""
         return cls(
             tuple(config["block_out_channels"]),
             config.get("layers_per_block", 1),
             config.get("mid_block_add_attention", True),
+            value_bytes,
         )
+
+    @property
+    def dtype(self) -> str:
+        """That it computes in."""
+        return "float32" if self.value_bytes == FLOAT else "bfloat16"
 
 
 @dataclass(frozen=True)
@@ -140,7 +147,7 @@ def weight_bytes(shape: VaeShape) -> int:
             total += (inputs + 1) * outputs if layer.has_shortcut else 0
         elif layer.kind == "out":
             total += 2 * inputs
-    return FLOAT * total
+    return shape.value_bytes * total
 
 
 def decode_bytes(
@@ -166,8 +173,10 @@ def decode_bytes(
     floats = pictures * IMAGE_CHANNELS * height * width + 2 * LATENT_CHANNELS * rows * columns
     layers = decoder_layers(shape)
     if strip_rows is None:
-        return floats * FLOAT + _whole_bytes(layers, rows * columns)
-    return floats * FLOAT + _strips_bytes(layers, rows, columns, strip_rows, host_store, recompute)
+        return floats * FLOAT + _whole_values(layers, rows * columns) * shape.value_bytes
+    return floats * FLOAT + _strips_bytes(
+        shape, layers, rows, columns, strip_rows, host_store, recompute
+    )
 
 
 def encode_bytes(
@@ -187,10 +196,10 @@ def encode_bytes(
     rows, columns = height // VAE_SCALE, width // VAE_SCALE
     layers = encoder_layers(shape)
     if strip_rows is None:
-        pixels = IMAGE_CHANNELS * height * width * FLOAT
-        return pixels + _whole_bytes(layers, rows * columns)
-    moments = 2 * LATENT_CHANNELS * rows * columns * FLOAT
-    return moments + _strips_bytes(layers, rows, columns, strip_rows, host_store, recompute)
+        pixels = IMAGE_CHANNELS * height * width
+        return (pixels + _whole_values(layers, rows * columns)) * shape.value_bytes
+    moments = 2 * LATENT_CHANNELS * rows * columns * shape.value_bytes
+    return moments + _strips_bytes(shape, layers, rows, columns, strip_rows, host_store, recompute)
 
 
 def decode_flops(
@@ -258,7 +267,7 @@ def _inside(first: int, last: int, height: int) -> int:
     return min(last, height) - max(first, 0)
 
 
-def _whole_bytes(layers: tuple[Layer, ...], latents: int) -> int:
+def _whole_values(layers: tuple[Layer, ...], latents: int) -> int:
     """Peak of diffusers' forward pass, in the order of its statements.
 
     Its fused attention keeps no scores. The image and the moments come on top.
@@ -282,7 +291,7 @@ def _whole_bytes(layers: tuple[Layer, ...], latents: int) -> int:
         else:
             floats = into + out
         peak = max(peak, floats + layer.held)
-    return peak * latents * FLOAT
+    return peak * latents
 
 
 class _Kept:
@@ -335,6 +344,7 @@ class _Upsampled:
 
 
 def _strips_bytes(
+    shape: VaeShape,
     layers: tuple[Layer, ...],
     rows: int,
     columns: int,
@@ -342,7 +352,27 @@ def _strips_bytes(
     host: bool,
     recompute: bool,
 ) -> int:
-    """Peak of `strips.run`, by the same steps on sizes instead of tensors."""
+    """Peak of a run in strips.
+
+    Where only strips are on the device, all count as float32: in bfloat16 some are for a moment.
+    """
+    size = FLOAT if host else shape.value_bytes
+    return size * _strips_values(layers, rows, columns, strip_rows, host, recompute, FLOAT // size)
+
+
+def _strips_values(
+    layers: tuple[Layer, ...],
+    rows: int,
+    columns: int,
+    strip_rows: int,
+    host: bool,
+    recompute: bool,
+    float_values: int,
+) -> int:
+    """Peak of `strips.run`, by the same steps on sizes instead of tensors.
+
+    Attention is in float32, each of whose values takes the room of `float_values`.
+    """
     strip = VAE_SCALE * strip_rows
     start = layers[0]
     high, wide = rows * start.scale, columns * start.scale
@@ -361,12 +391,12 @@ def _strips_bytes(
             again = not keeps(layer, layers, recompute)
             steps = (_resnet_again if again else _resnet)(layer, source, kept, measured)
         elif layer.kind == "attention":
-            steps = _attention(source, kept, measured)
+            steps = _attention(source, kept, float_values)
         else:
             steps = _convolution(layer, source, kept, measured)
         peak = max(peak, *steps)
         source = kept
-    return peak * FLOAT
+    return peak
 
 
 def _lazy_steps(source: _Upsampled, strip: int) -> Iterator[int]:
@@ -443,14 +473,14 @@ def _resnet_again(
         )
 
 
-def _attention(source: _Kept | _Upsampled, kept: _Kept, measured: bool) -> Iterator[int]:
+def _attention(source: _Kept | _Upsampled, kept: _Kept, float_values: int) -> Iterator[int]:
     tokens = kept.height * kept.width
-    keys = 2 * tokens * kept.channels
+    keys = 2 * float_values * tokens * kept.channels
     queries = query_count(kept.channels, kept.height, kept.strip)
     for first, last in spans(kept.height, kept.strip):
         part = (last - first) * kept.width
         out = part * kept.channels
-        yield source.live(-1) + keys + max(source.read(first, last), 2 * out)
+        yield source.live(-1) + keys + max(source.read(first, last), 2 * float_values * out)
     for first, last in spans(kept.height, kept.strip):
         part = (last - first) * kept.width
         out = part * kept.channels
@@ -460,5 +490,9 @@ def _attention(source: _Kept | _Upsampled, kept: _Kept, measured: bool) -> Itera
             source.live(first)
             + kept.made(first)
             + keys
-            + max(read, 2 * out, 2 * out + some * (tokens + kept.channels), out + read, out * 2)
+            + max(
+                read,
+                float_values * (2 * out + some * (tokens + kept.channels)),
+                float_values * out + read,
+            )
         )

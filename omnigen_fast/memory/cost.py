@@ -53,7 +53,7 @@ class Estimate:
 
     Args:
         config: sizes of the transformer.
-        vae: sizes of the autoencoder, which is always float32.
+        vae: sizes of the autoencoder.
         precision: of weights, arithmetic and cache.
         workload: sizes of the request.
         profile: of the device.
@@ -104,7 +104,7 @@ def cost(
 
     Args:
         config: sizes of the transformer.
-        vae: sizes of the autoencoder, which is always float32.
+        vae: sizes of the autoencoder.
         precision: of weights, arithmetic and cache.
         workload: sizes of the request.
         plan: that it runs by.

@@ -13,11 +13,11 @@ from functools import cached_property, lru_cache
 
 from ..config import LATENT_CHANNELS, VAE_SCALE, ModelConfig
 from ..config import tokens as tokens_of
+from ..forms import COMPUTED
 from ..parameters import (
     PATCH_VALUES,
     buffer_bytes,
     layer_parts,
-    layer_shapes,
     parameter_shapes,
     stored_bytes,
 )
@@ -73,15 +73,11 @@ class ByteEstimate:
         return buffer_bytes(layer_parts(self.config, self.precision))
 
     @cached_property
-    def dense_layer_bytes(self) -> int:
-        """Of a layer as products take it."""
-        elements = sum(map(math.prod, layer_shapes(self.config).values()))
-        return elements * self.precision.arithmetic_bytes
-
-    @cached_property
     def expanded_bytes(self) -> int:
         """Of the layer that quantised ones are expanded into; 0 where they are not."""
-        return self.dense_layer_bytes if self.precision.quantised else 0
+        if not self.precision.expands:
+            return 0
+        return stored_bytes(layer_parts(self.config, self.precision.expanded))
 
     @cached_property
     def other_bytes(self) -> int:
@@ -179,7 +175,9 @@ class ByteEstimate:
         work, layers = self.workload, self.config.num_layers
         yield Term("context", self.context_bytes, "driver and libraries")
         resident = f"{plan.resident_layers} of {layers} on the device"
-        if self.precision.quantised:
+        if self.precision.compute is not None:
+            resident += f", in {self.precision.compute} for products"
+        elif self.precision.quantised:
             resident += f", in {self.precision.storage}"
         yield Term("layers", plan.resident_layers * self.layer_bytes, resident)
         if self.expanded_bytes and plan.resident_layers == layers:
@@ -190,7 +188,7 @@ class ByteEstimate:
             "token embeddings, time, modulation, output" + ", positions" * self.on_host,
         )
         if plan.vae_resident:
-            yield Term("VAE", self.vae_bytes, "in float32, on the device")
+            yield Term("VAE", self.vae_bytes, f"in {self.vae.dtype}, on the device")
         if plan.cache == "device":
             yield Term("cache", self.arena_bytes(plan), self._cache_why(plan))
         elif plan.cache == "ring" and self.on_host:
@@ -229,7 +227,8 @@ class ByteEstimate:
 
     def moved_vae(self, plan: MemoryPlan) -> Iterator[Term]:
         if not plan.vae_resident:
-            yield Term("VAE", self.vae_bytes, "in float32, on the device for this phase")
+            why = f"in {self.vae.dtype}, on the device for this phase"
+            yield Term("VAE", self.vae_bytes, why)
 
     def _expanded(self) -> Term:
         why = f"the one that is computed with, in {self.precision.arithmetic}"
@@ -284,7 +283,14 @@ class ByteEstimate:
         """As `model.Workspace`."""
         width = self.config.qkv_width + self.config.hidden_size
         gate_up = 2 * self.config.intermediate_size * min(rows, mlp_rows)
-        return (rows * width + gate_up) * self.precision.arithmetic_bytes
+        size = (rows * width + gate_up) * self.precision.arithmetic_bytes
+        compute = self.precision.compute
+        if compute is not None:  # what products in 8 bits take, and a scale for each of its rows
+            size += 2 * _FLOAT * rows
+            names = COMPUTED[compute]
+            size += rows * self.config.hidden_size * bool({*names} - {"down_proj"})
+            size += gate_up // 2 * ("down_proj" in names)
+        return size
 
     def encode_maps(self, plan: MemoryPlan) -> tuple[int, int]:
         """Bytes of the largest image's activations, and of workspace."""

@@ -76,9 +76,11 @@ def settings(
     budget_bytes: int,
     precision: Precision,
     config: ModelConfig | None = None,
+    vae: VaeShape | None = None,
 ) -> Iterator[Setting]:
     """Our plans under the original's settings, within the memory that it is documented to need."""
     config = config or released_sizes()
+    vae = vae or VaeShape()
     every = _HOST_SETTINGS if profile.on_host else _SETTINGS
     for name, switches in every.items():
         cell = _documented(profile, workload, switches)
@@ -89,7 +91,7 @@ def settings(
         try:
             decision = plan(
                 config,
-                VaeShape(),
+                vae,
                 precision,
                 workload,
                 profile,
@@ -106,7 +108,8 @@ def report(
     profile: Profile, workload: Workload, decision: Decision, precision: Precision, explain: bool
 ) -> str:
     """The table that `omnigen-fast plan` prints."""
-    config = decision.estimate.config
+    config, vae = decision.estimate.config, decision.estimate.bytes.vae
+    budget = decision.budget_bytes
     lines = [_headline(profile, workload, decision.budget_bytes), ""]
     lines.append("      GB        s  plan (predicted; * chosen, - does not fit)")
     for one in _selection(decision):
@@ -118,7 +121,7 @@ def report(
         )
     lines += ["", "by how weights are stored, within the same memory", ""]
     lines.append("      GB        s  weights")
-    stored = by_storage(profile, workload, decision.budget_bytes, precision, config)
+    stored = by_storage(profile, workload, budget, precision, config, vae)
     for storage, found in stored:
         lines.append(f"  {_cost(found)}  {storage}: {_resident(found, config)}")
     lines += [
@@ -127,7 +130,7 @@ def report(
         "",
     ]
     lines.append("      GB        s   documented       settings")
-    for setting in settings(profile, workload, decision.budget_bytes, precision, config):
+    for setting in settings(profile, workload, budget, precision, config, vae):
         cell = setting.documented
         lines.append(
             f"  {_cost(setting.decision)}   {cell.text if cell else '-':<15}  {setting.name}"
@@ -143,6 +146,7 @@ def by_storage(
     budget_bytes: int,
     precision: Precision,
     config: ModelConfig,
+    vae: VaeShape | None = None,
 ) -> Iterator[tuple[str, Decision | MemoryBudgetError]]:
     """The fastest plan that fits for each way to store weights, the dtype's own first."""
     for storage in (precision.arithmetic, *FORMS):
@@ -150,7 +154,7 @@ def by_storage(
         decision: Decision | MemoryBudgetError
         try:
             decision = plan(
-                config, VaeShape(), stored, workload, profile, budget_bytes, kept_bytes=0
+                config, vae or VaeShape(), stored, workload, profile, budget_bytes, kept_bytes=0
             )
         except MemoryBudgetError as error:
             decision = error

@@ -212,6 +212,8 @@ def describe(plan: MemoryPlan, config: ModelConfig) -> str:
         words = ["all layers streamed" if streamed == layers else f"{streamed} layers streamed"]
     if plan.precision is not None and plan.precision.quantised:
         words[0] += f" in {plan.precision.storage}"
+    if plan.precision is not None and plan.precision.compute is not None:
+        words[0] += f", products in {plan.precision.compute}"
     words.append(
         {
             "device": "KV cache on device",

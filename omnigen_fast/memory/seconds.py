@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 from ..config import VAE_SCALE, ModelConfig
-from ..parameters import PATCH_VALUES
+from ..forms import COMPUTED, QUANTISED
+from ..parameters import PATCH_VALUES, layer_shapes
 from ..schedule import ALL_BRANCHES, StepKind
 from .autoencoder import Layer, decode_flops, decoder_layers, encode_flops, encoder_layers
 from .estimate import ByteEstimate
@@ -21,6 +22,8 @@ _FLOAT = 4  # bytes
 _GAP_CAPTURED, _GAP_EAGER, _LAUNCH = 1e-6, 2e-6, 15e-6
 # Reads and writes of each value that a VAE layer outputs: two norms, activations, the sum.
 _VAE_MOVES = 10
+# Of the rate of products, what convolutions in bfloat16 are counted to reach; not measured.
+_CONVOLUTION_SHARE = 0.4
 _decode_flops, _encode_flops = lru_cache(256)(decode_flops), lru_cache(256)(encode_flops)
 
 
@@ -75,6 +78,10 @@ class SecondsEstimate:
         self._attention_rate = (
             profile.attained_attention_flops_per_second if half else profile.fp32_flops_per_second
         )
+        self._narrow_rate = {
+            "int8": profile.attained_int8_flops_per_second,
+            "fp8": profile.attained_fp8_flops_per_second,
+        }
         self._bandwidth = profile.bandwidth_bytes_per_second * profile.attained_bandwidth_share
         self._work: dict[object, Work] = {}
 
@@ -85,7 +92,9 @@ class SecondsEstimate:
             moved = self.layers_moving(plan, current) + self.vae_moving(plan, current)
             yield Duration("arranging", moved, "moving weights")
         if self._workload.images:
-            yield Duration("encode", self.encode_seconds(plan), "input images, in float32")
+            yield Duration(
+                "encode", self.encode_seconds(plan), f"input images, in {self._sizes.vae.dtype}"
+            )
         if plan.cache != "none":
             why = "the condition and all time tokens, once"
             yield Duration("prefill", self.prefill_seconds(plan), why)
@@ -111,7 +120,7 @@ class SecondsEstimate:
             )
             waits = self.loop_seconds(plan) - computing
             yield Duration("waiting", waits, "for copies that take longer than the computation")
-        yield Duration("decode", self.decode_seconds(plan), "in float32")
+        yield Duration("decode", self.decode_seconds(plan), f"in {self._sizes.vae.dtype}")
 
     def of(self, plan: MemoryPlan, current: MemoryPlan | None = None) -> float:
         """The sum of `durations` up to rounding."""
@@ -177,9 +186,9 @@ class SecondsEstimate:
     @cached_property
     def expanding(self) -> float:
         """Of one pass through all layers: reading them as they are stored, writing them dense."""
-        if not self._sizes.precision.quantised:
+        if not self._sizes.expanded_bytes:
             return 0.0
-        moved = self._sizes.layer_bytes + self._sizes.dense_layer_bytes
+        moved = self._sizes.layer_bytes + self._sizes.expanded_bytes
         return self._config.num_layers * moved / self._bandwidth
 
     def copied_bytes(self, plan: MemoryPlan) -> int:
@@ -263,7 +272,10 @@ class SecondsEstimate:
         value = self._sizes.precision.arithmetic_bytes
         norms = 8 * self._sizes.unit  # read residual and sum, write residual and normed; twice
         rotary = 2 * (config.num_heads + config.num_kv_heads) * config.head_dim * value
-        return norms + rotary + 3 * config.intermediate_size * value
+        # what attention gives, read and written in 8 bits; the other outputs are counted as if wide
+        quantised = self._sizes.precision.compute is not None
+        attended = config.hidden_size * (value + 1) * quantised
+        return norms + rotary + 3 * config.intermediate_size * value + attended
 
     def _product_seconds(self, rows: int, mlp_rows: int) -> float:
         """Of a layer's products: weights are read for each chunk of the MLP's rows."""
@@ -272,8 +284,21 @@ class SecondsEstimate:
         weights = hidden * (width + hidden)
         weights += 3 * hidden * inner * math.ceil(rows / mlp_rows)
         activations = rows * (3 * hidden + width + 3 * inner + hidden)
-        moved = (weights + activations) * precision.arithmetic_bytes
-        return max(product_flops(self._config, rows) / self._product_rate, moved / self._bandwidth)
+        moved = float((weights + activations) * precision.arithmetic_bytes)
+        flops = product_flops(self._config, rows) / self._product_rate
+        if precision.compute is not None:  # a part of them at another rate, from half the bytes
+            part = self._narrow_share
+            moved -= part * (weights + activations) * (precision.arithmetic_bytes - 1)
+            flops *= 1 - part + part * self._product_rate / self._narrow_rate[precision.compute]
+        return max(flops, moved / self._bandwidth)
+
+    @cached_property
+    def _narrow_share(self) -> float:
+        """The share of a layer's products that are in 8 bits."""
+        shapes, compute = layer_shapes(self._config), self._sizes.precision.compute
+        sizes = {name: math.prod(shapes[name]) for name in QUANTISED}
+        names = () if compute is None else COMPUTED[compute]
+        return sum(sizes[name] for name in names) / sum(sizes.values())
 
     def _kernels(self, rows: int, mlp_rows: int) -> int:
         """Of a layer: two norms, two products, rotary, attention; three for each chunk."""
@@ -316,7 +341,7 @@ class SecondsEstimate:
         width: int,
     ) -> float:
         latents = height * width // VAE_SCALE**2
-        outputs = sum(layer.size for layer in layers) * latents * _FLOAT
+        outputs = sum(layer.size for layer in layers) * latents * self._sizes.vae.value_bytes
         moved = float(_VAE_MOVES * outputs)
         seconds = 0.0
         if plan.strip_rows is not None:
@@ -329,4 +354,6 @@ class SecondsEstimate:
                 seconds += 3 * outputs / self._profile.link_bytes_per_second
         flops = flops_of(self._sizes.vae, height, width, plan.strip_rows)
         rate = self._profile.fp32_flops_per_second
+        if self._sizes.vae.dtype == "bfloat16":
+            rate = max(rate, _CONVOLUTION_SHARE * self._profile.attained_product_flops_per_second)
         return seconds + flops / rate + moved / self._bandwidth

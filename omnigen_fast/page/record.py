@@ -14,7 +14,7 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -61,6 +61,8 @@ class Record:
     vae_path: str | None = None
     revision: str | None = None
     mask_image: RecordedFile | None = None
+    # how the model was loaded: those of RECORDED_PRECISION that are not the defaults
+    precision: Mapping[str, str] = field(default_factory=dict)
     version: str = __version__
 
     def text(self) -> str:
@@ -78,6 +80,7 @@ class Record:
             "input_images": [list(map(vars, images)) for images in self.input_images],
             "negative_prompt": self.negative_prompts,
             **self.arguments,
+            **self.precision,
             "latents": self.latents and vars(self.latents),
             "index": self.index,
         }
@@ -114,7 +117,7 @@ class Record:
         if self.mask_image:
             rows.append(("mask image", self.mask_image.path))
         rows += [("negative prompt", text) for text in self.negative_prompts or ()]
-        rows += self.arguments.items()
+        rows += [*self.arguments.items(), *self.precision.items()]
         if self.latents:
             rows.append(("latents", self.latents.path))
         if len(self.prompts) * self.arguments["num_images_per_prompt"] > 1:
@@ -270,7 +273,7 @@ def _parse(fields: Any) -> Record:
         raise ValueError("not an object")
     names = [*_TEXTS, *_LISTS, *RECORDED_ARGUMENTS, "latents", "index"]
     for name in fields:
-        if name not in (*names, *RECORDED_OPTIONS, "mask_image"):
+        if name not in (*names, *RECORDED_OPTIONS, *RECORDED_PRECISION, "mask_image"):
             raise ValueError(f"unknown name {printable(repr(name)[:60])}")
     for name in names:
         if name not in fields:
@@ -278,7 +281,9 @@ def _parse(fields: Any) -> Record:
     arguments = RECORDED_ARGUMENTS | {
         name: check for name, check in RECORDED_OPTIONS.items() if name in fields
     }
-    for name, (kind, is_right) in (_TEXTS | _LISTS | arguments).items():
+    precision = {name: fields[name] for name in RECORDED_PRECISION if name in fields}
+    texts = _TEXTS | dict.fromkeys(precision, TEXT)
+    for name, (kind, is_right) in (texts | _LISTS | arguments).items():
         if not is_right(fields[name]):
             raise ValueError(f"{name} must be {kind}")
     prompts, images = fields["prompt"], fields["input_images"]
@@ -300,6 +305,7 @@ def _parse(fields: Any) -> Record:
         vae_path=fields["vae_path"],
         revision=fields["revision"],
         mask_image=_parse_file(fields["mask_image"]) if "mask_image" in fields else None,
+        precision=precision,
         version=fields["version"],
     )
 
@@ -388,6 +394,17 @@ RECORDED_OPTIONS: dict[str, Check] = {
 }
 # Of those options for which it is not None.
 _DEFAULTS = {"solver": "euler", "time_shift": 1.0, "mask_blur": 0, "strength": 1.0}
+
+
+# Arguments of `from_pretrained` that affect the picture, recorded where they are not the defaults.
+RECORDED_PRECISION = {"weights": None, "compute": None, "vae_dtype": "float32"}
+
+
+def recorded_precision(options: Mapping[str, Any]) -> dict[str, str]:
+    """What a record holds of the arguments that a model is loaded with."""
+    return {
+        name: options[name] for name, usual in RECORDED_PRECISION.items() if options[name] != usual
+    }
 
 
 def recorded_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -45,6 +45,9 @@ if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 
+_PARTS = 4  # of a strip in bfloat16 whose moments are computed in float32
+
+
 class Moments:
     """Mean and variance of each group of channels, accumulated strip by strip.
 
@@ -60,6 +63,14 @@ class Moments:
     def add(self, strip: Tensor) -> None:
         """Adds a strip [1, channels, rows, width]."""
         values = strip.reshape(self._groups, -1)
+        if strip.dtype != torch.bfloat16:
+            self._add(values)
+            return
+        for part in values.chunk(_PARTS, dim=1):  # so that copies in float32 stay small
+            self._add(part.float())
+
+    def _add(self, values: Tensor) -> None:
+        """Adds values, [groups, count]."""
         count = values.shape[1]
         mean = values.mean(1, keepdim=True)
         distances = values - mean
@@ -109,9 +120,11 @@ class Stored:
         device: torch.device,
         store: torch.device,
         moments: Moments | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.channels, self.height, self.width = shape
         self.moments = moments
+        self._dtype = dtype
         self._strip, self._device, self._store = strip, device, store
         self._strips: list[Tensor | None] = []
 
@@ -132,7 +145,8 @@ class Stored:
     def rows(self, first: int, last: int, right: int = 0) -> Tensor:
         outside = first < 0 or last > self.height or right
         make = torch.zeros if outside else torch.empty
-        result = make(1, self.channels, last - first, self.width + right, device=self._device)
+        size = (1, self.channels, last - first, self.width + right)
+        result = make(size, dtype=self._dtype, device=self._device)
         low, high = max(first, 0), min(last, self.height)
         for index in range(low // self._strip, (high - 1) // self._strip + 1):
             strip, start = self._strips[index], index * self._strip
@@ -154,13 +168,18 @@ class Pixels:
 
     moments: Moments | None = None
 
-    def __init__(self, pixels: np.ndarray, device: torch.device) -> None:
+    def __init__(
+        self, pixels: np.ndarray, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> None:
         self._pixels, self._device = pixels, device  # [height, width, 3], uint8
+        self._dtype = dtype
         self.height, self.width, self.channels = pixels.shape
 
     def rows(self, first: int, last: int, right: int = 0) -> Tensor:
         result = torch.zeros(
-            1, self.channels, last - first, self.width + right, device=self._device
+            (1, self.channels, last - first, self.width + right),
+            dtype=self._dtype,
+            device=self._device,
         )
         low, high = max(first, 0), min(last, self.height)
         pixels = normalized(self._pixels[low:high], self._device)
@@ -208,8 +227,10 @@ class _Runner:
         strip: int,
         device: torch.device,
         store: torch.device,
+        dtype: torch.dtype,
         recompute: bool,
     ) -> None:
+        self._dtype = dtype
         self._layers, self._groups, self._strip = layers, groups, strip
         self._device, self._store, self._recompute = device, store, recompute
 
@@ -249,7 +270,7 @@ class _Runner:
         self, channels: int, height: int, width: int, moments: Moments | None = None
     ) -> Stored:
         shape = channels, height, width
-        return Stored(shape, self._strip, self._device, self._store, moments)
+        return Stored(shape, self._strip, self._device, self._store, moments, self._dtype)
 
     def _convolution(self, conv: nn.Conv2d, source: Rows, moments: Moments | None) -> Rows:
         out = self._stored(conv.out_channels, source.height, source.width, moments)
@@ -341,7 +362,7 @@ class _Runner:
         return out
 
     def _attention(self, block: Any, source: Rows, moments: Moments | None) -> Rows:
-        """One head over all pixels; matrices are [channels, tokens]."""
+        """One head over all pixels; matrices are [channels, tokens], in float32 as their scores."""
         channels, width = source.channels, source.width
         tokens = source.height * width
         norm = _Norm(block.group_norm, source)
@@ -349,7 +370,7 @@ class _Runner:
         values = torch.empty_like(keys)
 
         def normed(first: int, last: int) -> Tensor:
-            return norm.apply(source.rows(first, last), first).view(channels, -1)
+            return norm.apply(source.rows(first, last), first).view(channels, -1).float()
 
         def attended(first: int, last: int) -> Tensor:
             queries = _linear(block.to_q, normed(first, last)).mul_(channels**-0.5)
@@ -364,7 +385,7 @@ class _Runner:
             del queries
             rows = _linear(block.to_out[0], result).view(1, channels, -1, width)
             del result
-            return rows.add_(source.rows(first, last))
+            return rows.add_(source.rows(first, last)).to(self._dtype)
 
         for first, last in spans(source.height, self._strip):
             columns = slice(first * width, last * width)
@@ -400,7 +421,8 @@ class _Norm:
     def apply(self, rows: Tensor, first: int) -> Tensor:
         """Normalises rows in place, except those outside the image."""
         inside = self._inside(rows, first)
-        torch.addcmul(self._shift, inside, self._scale, out=inside)
+        scale, shift = self._scale.to(rows.dtype), self._shift.to(rows.dtype)
+        torch.addcmul(shift, inside, scale, out=inside)
         return rows
 
     def activate(self, rows: Tensor, first: int, clear: bool = False) -> Tensor:
@@ -425,7 +447,7 @@ def _pointwise(conv: nn.Conv2d, rows: Tensor) -> Tensor:
 
 
 def _linear(linear: nn.Linear, columns: Tensor) -> Tensor:
-    return torch.addmm(linear.bias[:, None], linear.weight, columns)
+    return torch.addmm(linear.bias[:, None].float(), linear.weight.float(), columns)
 
 
 def check_strip_rows(strip_rows: Any) -> int:
@@ -465,7 +487,8 @@ def decode(
     if autoencoder.post_quant_conv is not None:
         latents = autoencoder.post_quant_conv(latents)
     _, channels, height, width = latents.shape
-    source = Stored((channels, height, width), height, latents.device, latents.device)
+    device = latents.device
+    source = Stored((channels, height, width), height, device, device, dtype=latents.dtype)
     source.put(latents)
 
     def write(first: int, last: int, rows: Tensor) -> None:
@@ -494,12 +517,14 @@ def encode(
     layers = encoder_layers(VaeShape.from_config(autoencoder.config))
     runner = _runner(autoencoder, layers, device, strip_rows, store, recompute)
     height, width = (side // VAE_SCALE for side in pixels.shape[:2])
-    moments = torch.empty(1, layers[-1].outputs, height, width, device=device)
+    dtype = autoencoder.encoder.conv_in.weight.dtype
+    size = (1, layers[-1].outputs, height, width)
+    moments = torch.empty(size, dtype=dtype, device=device)
 
     def write(first: int, last: int, rows: Tensor) -> None:
         moments[:, :, first:last] = rows
 
-    runner.run(_encoder_modules(autoencoder), Pixels(pixels, device), write)
+    runner.run(_encoder_modules(autoencoder), Pixels(pixels, device, dtype), write)
     return moments if autoencoder.quant_conv is None else autoencoder.quant_conv(moments)
 
 
@@ -520,7 +545,9 @@ def _runner(
             f"an autoencoder of {', '.join(sorted(kinds))} with {activation} can't run in strips; "
             "run it whole with strip_rows=None"
         )
-    return _Runner(layers, config["norm_num_groups"], strip, device, store or device, recompute)
+    dtype = autoencoder.decoder.conv_in.weight.dtype
+    groups = config["norm_num_groups"]
+    return _Runner(layers, groups, strip, device, store or device, dtype, recompute)
 
 
 def _decoder_modules(autoencoder: AutoencoderKL) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Vae: pixels to latents and back, always in float32."""
+"""Vae: pixels to latents and back, in float32 or bfloat16."""
 
 from __future__ import annotations
 
@@ -58,7 +58,11 @@ class Vae:
 
     @classmethod
     def from_folder(
-        cls, path: str | os.PathLike[str], device: torch.device, variant: str | None = None
+        cls,
+        path: str | os.PathLike[str],
+        device: torch.device,
+        variant: str | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> Vae:
         """Reads a folder with `config.json` and `diffusion_pytorch_model.safetensors`.
 
@@ -66,6 +70,7 @@ class Vae:
             path: the folder, or a safetensors file in it.
             device: for the weights.
             variant: of the weights' name, where the folder has it.
+            dtype: that it computes in.
 
         Raises:
             CheckpointError: files are missing or malformed, or not OmniGen's kind of VAE.
@@ -73,7 +78,7 @@ class Vae:
         folder, files = find_vae(os.fspath(path), variant)
         autoencoder = _empty_autoencoder(read_json(os.path.join(folder, "config.json")), folder)
         expected = {name: tuple(t.shape) for name, t in autoencoder.state_dict().items()}
-        tensors = read_tensors(files, torch.float32, device, rename=_current_name, shapes=expected)
+        tensors = read_tensors(files, dtype, device, rename=_current_name, shapes=expected)
         autoencoder.load_state_dict(tensors, assign=True)
         return cls(autoencoder)
 
@@ -109,7 +114,8 @@ class Vae:
 
     @property
     def dtype(self) -> torch.dtype:
-        return torch.float32
+        """Of weights and activations; pixels and latents are float32 outside."""
+        return next(self.autoencoder.parameters()).dtype
 
     @property
     def config(self) -> Any:
@@ -124,7 +130,7 @@ class Vae:
     @property
     def shape(self) -> VaeShape:
         """The sizes that its cost depends on."""
-        return VaeShape.from_config(self.autoencoder.config)
+        return VaeShape.from_config(self.autoencoder.config, self.dtype.itemsize)
 
     def to(self, device: torch.device) -> None:
         """Sets the device to compute on. Resident weights move now, others on use (`loaded`)."""
@@ -191,12 +197,11 @@ class Vae:
         from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
         if strip_rows is None:
-            pixels = normalized(image.pixels, self.device).unsqueeze(0)
-            posterior = self.autoencoder.encode(pixels).latent_dist
+            pixels = normalized(image.pixels, self.device).unsqueeze(0).to(self.dtype)
+            moments = self.autoencoder.encode(pixels).latent_dist.parameters
         else:
-            posterior = DiagonalGaussianDistribution(
-                strips.encode(self.autoencoder, image.pixels, strip_rows, store, recompute)
-            )
+            moments = strips.encode(self.autoencoder, image.pixels, strip_rows, store, recompute)
+        posterior = DiagonalGaussianDistribution(moments.float())
         noise = content_noise(image.digest, posterior.mean.shape).to(self.device)
         latents = posterior.mean + posterior.std * noise
         return ((latents - self._shift) * self._scale)[0]
@@ -230,10 +235,10 @@ class Vae:
         size = pictures, 3, VAE_SCALE * height, VAE_SCALE * width
         images = torch.empty(size, dtype=torch.float32, device=self.device)
         for one, image in zip(latents.split(1), images, strict=True):
+            one = (one / self._scale + self._shift).to(self.dtype)
             if strip_rows is None:
-                image.copy_(self.autoencoder.decode(one / self._scale + self._shift).sample[0])
+                image.copy_(self.autoencoder.decode(one).sample[0])
             else:
-                one = one / self._scale + self._shift
                 strips.decode(self.autoencoder, one, image, strip_rows, store, recompute)
             image.mul_(0.5).add_(0.5).clamp_(0, 1)
         return images

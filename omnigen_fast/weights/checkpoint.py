@@ -125,8 +125,9 @@ class Checkpoint:
         dtype = precision.arithmetic_dtype
         plain, result = [], dict[str, Weight]()
         for name in names:
-            if is_quantised(name) and (precision.quantised or self.form is not None):
-                if precision.storage == self.form:
+            form = form_of(name, precision)
+            if is_quantised(name) and (form is not None or self.form is not None):
+                if form == self.form:
                     result[name] = self._read_quantised(name, device)
                 else:
                     result[name] = stored(name, self.exact(name, precision, device), precision)
@@ -142,7 +143,7 @@ class Checkpoint:
         if is_quantised(name) and self.form is not None:
             return self._read_quantised(name, device).exact()
         dtype = precision.arithmetic_dtype
-        if is_quantised(name) and precision.quantised:
+        if form_of(name, precision) is not None:
             dtype = torch.float32
         return self.read(dtype, device, [name])[name].to(torch.float32, copy=True)
 
@@ -191,10 +192,16 @@ def is_quantised(name: str) -> bool:
     return name.startswith("layers.") and name.rpartition(".")[2] in QUANTISED
 
 
+def form_of(name: str, precision: Precision) -> str | None:
+    """The form of a parameter, by our name; None for a plain one."""
+    return precision.form_of(name.rpartition(".")[2]) if is_quantised(name) else None
+
+
 def stored(name: str, exact: Tensor, precision: Precision) -> Weight:
     """A parameter as a precision stores it, from its value in float32."""
-    if precision.quantised and is_quantised(name):
-        return quantised(name, exact, precision.storage)
+    form = form_of(name, precision)
+    if form is not None:
+        return quantised(name, exact, form)
     return exact.to(precision.arithmetic_dtype)
 
 

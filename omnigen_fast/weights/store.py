@@ -67,7 +67,7 @@ class LayerStore:
         """Keeps `resident` layers on the device and streams the others."""
         model, layers = self._model, len(self._model.layers)
         wanted = spread(resident, layers)
-        streams = resident < layers or self._precision.quantised
+        streams = resident < layers or self._precision.expands
         if wanted == self._resident and (model.stream is not None or not streams):
             return
         self.stop()
@@ -152,8 +152,8 @@ class LayerStore:
             for _ in range(min(RING, len(streamed)))
         ]
         blocks = [Block(self._views(slot), config) for slot in self.slots]
-        if self._precision.quantised:
-            self._expander = Expander(config, model.norm)
+        if self._precision.expands:
+            self._expander = Expander(self._dense())
         ring = None
         if streamed:
             if self._lane is None:
@@ -188,14 +188,26 @@ class LayerStore:
                 held = buffer[start : start + one.nbytes]
                 tensors[part] = held.view(getattr(torch, one.dtype)).view(one.shape)
                 start += aligned(one.nbytes)
-            views[name] = as_weight(self._precision.storage, shapes[name], tensors)
+            views[name] = as_weight(self._precision.form_of(name), shapes[name], tensors)
         return views
+
+    def _dense(self) -> Block:
+        """A layer on the device as products take it."""
+        config, device = self._model.config, self._model.device
+        return Block(empty_layer(config, self._precision.expanded, device), config)
 
 
 def without_storage(config: ModelConfig, precision: Precision) -> dict[str, Weight]:
     """The parameters of a layer that is not on the device, by their names in `model.Block`."""
+    return empty_layer(config, precision, "meta")
+
+
+def empty_layer(
+    config: ModelConfig, precision: Precision, device: torch.device | str
+) -> dict[str, Weight]:
+    """Uninitialised parameters of a layer, by their names in `model.Block`."""
     shapes = layer_shapes(config)
     return {
-        name: as_weight(precision.storage, shapes[name], empty_parts(parts, "meta"))
+        name: as_weight(precision.form_of(name), shapes[name], empty_parts(parts, device))
         for name, parts in layer_parts(config, precision).items()
     }

@@ -23,7 +23,7 @@ def start() -> None:
                 "triton was imported before its interpreter was asked for; set TRITON_INTERPRET=1"
             )
         os.environ["TRITON_INTERPRET"] = "1"
-    _mend_bfloat16()
+    _mend_narrow_floats()
     _look_up_once()
 
 
@@ -53,8 +53,8 @@ def _look_up_once() -> None:
     interpreter._get_np_dtype = known
 
 
-def _mend_bfloat16() -> None:
-    """Makes conversions to bfloat16 round to nearest even, and products of it products.
+def _mend_narrow_floats() -> None:
+    """Makes conversions to bfloat16 and fp8 round to nearest even, and products of them products.
 
     The interpreter cuts the low bits off where every GPU rounds, and multiplies bfloat16 matrices
     by their bits as integers.
@@ -62,28 +62,43 @@ def _mend_bfloat16() -> None:
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-    cut = InterpreterBuilder.cast_impl
+    formats = {
+        tl.bfloat16: (torch.bfloat16, np.uint16, torch.int16),
+        tl.float8e4nv: (torch.float8_e4m3fn, np.uint8, torch.uint8),
+    }
 
-    def cast(self, src, dst_type):
-        between = (src.dtype.scalar, dst_type.scalar)
-        if between == (tl.float32, tl.bfloat16):
-            rounded = torch.from_numpy(np.ascontiguousarray(src.data)).to(torch.bfloat16)
-            data = rounded.view(torch.int16).numpy().view(np.uint16).reshape(src.data.shape)
-        elif between == (tl.bfloat16, tl.float32):
-            data = (src.data.astype(np.uint32) << 16).view(np.float32)
-        else:
-            return cut(self, src, dst_type)
+    def narrow(src, dst_type):
+        to, bits, same = formats[dst_type.scalar]
+        rounded = torch.from_numpy(np.ascontiguousarray(src.data)).to(to)
+        data = rounded.view(same).numpy().view(bits).reshape(src.data.shape)
         return TensorHandle(data, dst_type.scalar)
 
-    multiply = InterpreterBuilder.create_dot
+    def widen(src):
+        if src.dtype.scalar not in formats:
+            return src
+        if src.dtype.scalar == tl.bfloat16:
+            wide = (src.data.astype(np.uint32) << 16).view(np.float32)
+            return TensorHandle(wide, tl.float32)
+        held, bits, _ = formats[src.dtype.scalar]
+        data = torch.from_numpy(np.ascontiguousarray(src.data).view(bits))
+        wide = data.view(held).float().numpy().reshape(src.data.shape)
+        return TensorHandle(wide, tl.float32)
 
-    def widen(x):
-        if x.dtype.scalar != tl.bfloat16:
-            return x
-        return TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+    def mended(convert):
+        def cast(self, src, dst_type, *rest):
+            if src.dtype.scalar == tl.float32 and dst_type.scalar in formats:
+                return narrow(src, dst_type)
+            if src.dtype.scalar in formats and dst_type.scalar == tl.float32:
+                return widen(src)
+            return convert(self, src, dst_type, *rest)
+
+        return cast
+
+    multiply = InterpreterBuilder.create_dot
 
     def dot(self, a, b, *rest):
         return multiply(self, widen(a), widen(b), *rest)
 
-    InterpreterBuilder.cast_impl = cast
+    InterpreterBuilder.cast_impl = mended(InterpreterBuilder.cast_impl)
+    InterpreterBuilder.create_fp_to_fp = mended(InterpreterBuilder.create_fp_to_fp)
     InterpreterBuilder.create_dot = dot

@@ -66,6 +66,14 @@ def table(results: dict[str, ahead.Compiled | str]) -> str:
     )
 
 
+def _units_of(case: ahead.Case) -> set[str]:
+    """The matrix instructions in 8 bits that a case's code has."""
+    if case.kernel != "scaled_mm_":
+        return set()
+    hopper = case.capability == 90
+    return {{"int8": ("imma", "igmma"), "fp8": ("qmma", "qgmma")}[case.form][hopper]}
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_machine_code(case, compiled):
     code = compiled[case.id]
@@ -80,6 +88,9 @@ def test_machine_code(case, compiled):
         assert code.narrow_loads <= 6  # scales: one for each group of which a thread has a part
     elif not case.is_attention:
         assert not code.narrow_loads
+        units = {name for name in ("imma", "igmma", "qmma", "qgmma") if getattr(code, name)}
+        assert units == _units_of(case)
+        assert bool(code.async_copies) == bool(units)
     elif case.dtype == "bf16":
         products = {90: code.hgmma, 100: code.tcgen05}
         assert products.get(case.capability, code.hmma)

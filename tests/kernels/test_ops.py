@@ -54,13 +54,22 @@ def arguments(name: str, dtype: torch.dtype = torch.float32) -> dict:
     table = random(3, HIDDEN, dtype=dtype, seed=11)
     steps = torch.tensor([1, 0, 2], device=DEVICE)
     groups = {"cu_rows": integers(0, 4, ROWS)}
+    quantised = {
+        "values": torch.arange(ROWS * HIDDEN, device=DEVICE).to(torch.int8).view(ROWS, HIDDEN),
+        "scales": random(ROWS, seed=12).abs(),
+    }
+    residual = {"residual": random(ROWS, HIDDEN, dtype=dtype, seed=6)}
     return {
         "rms_norm": {**x, "weight": weight, "eps": 1e-5},
-        "add_rms_norm": {
-            "residual": random(ROWS, HIDDEN, dtype=dtype, seed=6),
-            **x,
-            "weight": weight,
-            "eps": 1e-5,
+        "add_rms_norm": {**residual, **x, "weight": weight, "eps": 1e-5},
+        "quantise_": {**x, **quantised},
+        "rms_norm_quantise_": {**x, "weight": weight, "eps": 1e-5, **quantised},
+        "add_rms_norm_quantise_": {**residual, **x, "weight": weight, "eps": 1e-5, **quantised},
+        "scaled_mm_": {
+            **quantised,
+            "weight": torch.arange(5 * HIDDEN, device=DEVICE).to(torch.int8).view(5, HIDDEN),
+            "weight_scales": random(5, seed=13).abs(),
+            "result": random(ROWS, 5, dtype=dtype, seed=14),
         },
         "rope_": rope,
         "rope_cache_": {
@@ -84,6 +93,10 @@ def arguments(name: str, dtype: torch.dtype = torch.float32) -> dict:
             "first": 0,
         },
         "swiglu": {"gate_up": random(ROWS, 2 * HIDDEN, dtype=dtype, seed=7)},
+        "swiglu_quantise_": {
+            "gate_up": random(ROWS, 2 * HIDDEN, dtype=dtype, seed=7),
+            **quantised,
+        },
         **stored(dtype),
         "modulate": {**x, "shift": table, "scale": table, "step": steps, "eps": 1e-6},
         "guidance_step_": {
@@ -399,6 +412,10 @@ REFUSED = [
             ("guidance_step_", "lengths"),
             ("guidance_step_", "step"),
             ("rope_cache_", "cache_rows"),
+            ("quantise_", "values"),
+            ("add_rms_norm_quantise_", "scales"),
+            ("scaled_mm_", "weight"),
+            ("scaled_mm_", "result"),
             *((f"dequantise_{form}_", part) for form in FORMS for part in ("values", "scales")),
             ("dequantise_nf4_", "ranges"),
         )
@@ -470,11 +487,23 @@ REFUSED = [
             ("guidance_step_", "latents"),
             ("guidance_step_", "prediction"),
             ("guidance_step_", "cu_groups"),
+            ("quantise_", "x"),
+            ("swiglu_quantise_", "values"),
+            ("rms_norm_quantise_", "scales"),
+            ("scaled_mm_", "values"),
+            ("scaled_mm_", "weight"),
+            ("scaled_mm_", "result"),
         )
     ),
     *(
         (name, argument, lambda x: x[:-1].contiguous(), ValueError)
         for name, argument in (
+            ("quantise_", "values"),
+            ("add_rms_norm_quantise_", "x"),
+            ("swiglu_quantise_", "scales"),
+            ("scaled_mm_", "scales"),
+            ("scaled_mm_", "weight_scales"),
+            ("scaled_mm_", "result"),
             ("rms_norm", "weight"),
             ("add_rms_norm", "x"),
             ("rope_", "cos"),
@@ -499,11 +528,17 @@ REFUSED = [
             ("swiglu", "gate_up"),
             ("modulate", "shift"),
             ("guidance_step_", "prediction"),
+            ("rms_norm_quantise_", "weight"),
+            ("swiglu_quantise_", "values"),
+            ("scaled_mm_", "weight"),
+            ("scaled_mm_", "result"),
         )
     ),
     *(
         (name, argument, shared_row, ValueError)
         for name, argument in (
+            ("quantise_", "values"),
+            ("scaled_mm_", "result"),
             ("add_rms_norm", "residual"),
             ("rope_", "qkv"),
             ("rope_cache_", "k_cache"),
@@ -513,6 +548,9 @@ REFUSED = [
     ("rms_norm", "x", lambda x: x[None], ValueError),
     ("rms_norm", "x", lambda x: x.tolist(), TypeError),
     ("rope_", "heads", lambda x: 0, ValueError),
+    ("scaled_mm_", "values", lambda x: x.new_zeros(ROWS, 131073), ValueError),
+    ("scaled_mm_", "values", lambda x: x[:, :0], ValueError),
+    ("swiglu_quantise_", "gate_up", lambda x: x[:, :0], ValueError),
     ("attention_step", "k", lambda x: x[:, :1].expand(-1, 4, -1).contiguous(), ValueError),
     ("attention_step", "max_rows", lambda x: 2, ValueError),
     ("attention_prefill", "max_rows", lambda x: 2, ValueError),

@@ -78,6 +78,16 @@ def cases():
     yield "add_rms_norm", (residual, x, weight, 1e-5), out, [residual, x], [residual, out]
     gate_up, inner = draw(ROWS, 2 * 64), torch.empty(ROWS, 64)
     yield "swiglu", (gate_up,), inner, [gate_up], [inner]
+    for name, given in (
+        ("quantise_", (x,)),
+        ("rms_norm_quantise_", (x, weight, 1e-5)),
+        ("add_rms_norm_quantise_", (residual, x, weight, 1e-5)),
+        ("swiglu_quantise_", (gate_up,)),
+    ):
+        width = hidden if given[0] is not gate_up else 64
+        rows = torch.zeros(ROWS, width, dtype=torch.int8), torch.empty(ROWS)
+        changed = [residual] if given[0] is residual else []
+        yield name, (*given, *rows), None, [given[0]], [*changed, *rows]
     for form in FORMS:
         weight = draw(ROWS, 128)
         parts = quantised("weight", weight, form).arguments

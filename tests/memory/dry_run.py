@@ -64,7 +64,8 @@ def fresh(name: str, precision: Precision, device: torch.device) -> Weight:
     if not is_quantised(name):
         return torch.empty(SHAPES[name], dtype=precision.arithmetic_dtype, device=device)
     parts = layer_parts(CONFIG, precision)[name.split(".")[2]]
-    return as_weight(precision.storage, SHAPES[name], empty_parts(parts, device))
+    form = precision.form_of(name.split(".")[2])
+    return as_weight(form, SHAPES[name], empty_parts(parts, device))
 
 
 def weights_in(precision: Precision) -> dict[str, Weight]:
@@ -133,8 +134,10 @@ def random_pictures(rng: random.Random, height: int, width: int) -> list[Any]:
     return pictures
 
 
-def random_case(rng: random.Random, storage: str | None = None) -> tuple[Call, MemoryPlan]:
-    """A request and a plan for it, with weights stored so."""
+def random_case(
+    rng: random.Random, storage: str | None = None, compute: str | None = None
+) -> tuple[Call, MemoryPlan]:
+    """A request and a plan for it, with weights stored and products computed so."""
     height, width = (rng.choice((256, 512, 768, 1024, 1280)) for _ in range(2))
     pictures = random_pictures(rng, height, width)
     request = SimpleNamespace(
@@ -149,7 +152,7 @@ def random_case(rng: random.Random, storage: str | None = None) -> tuple[Call, M
     )
     latents = torch.empty(request.latent_shape, device=META)
     schedule = StepSchedule.euler(request.steps)
-    call = Call(request, schedule, pictures, Precision.of("bfloat16", storage), latents)
+    call = Call(request, schedule, pictures, Precision.of("bfloat16", storage, compute), latents)
     layers = CONFIG.num_layers
     plan = MemoryPlan(
         resident_layers=rng.choice((layers, layers, 0, 1, 8, layers - 1)),
