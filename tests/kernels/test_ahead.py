@@ -70,8 +70,9 @@ def _units_of(case: ahead.Case) -> set[str]:
     """The matrix instructions in 8 bits that a case's code has."""
     if case.kernel != "scaled_mm_":
         return set()
-    hopper = case.capability == 90
-    return {{"int8": ("imma", "igmma"), "fp8": ("qmma", "qgmma")}[case.form][hopper]}
+    # tcgen05 takes fp8; products in int8 are the warps' own again on Blackwell
+    own = {90: {"int8": "igmma", "fp8": "qgmma"}, 100: {"int8": "imma", "fp8": "tcgen05"}}
+    return {own.get(case.capability, {"int8": "imma", "fp8": "qmma"})[case.form]}
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
@@ -88,7 +89,8 @@ def test_machine_code(case, compiled):
         assert code.narrow_loads <= 6  # scales: one for each group of which a thread has a part
     elif not case.is_attention:
         assert not code.narrow_loads
-        units = {name for name in ("imma", "igmma", "qmma", "qgmma") if getattr(code, name)}
+        names = ("imma", "igmma", "qmma", "qgmma", "tcgen05")
+        units = {name for name in names if getattr(code, name)}
         assert units == _units_of(case)
         assert bool(code.async_copies) == bool(units)
     elif case.dtype == "bf16":
