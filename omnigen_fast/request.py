@@ -14,6 +14,7 @@ import numpy as np
 
 from .config import LATENT_CHANNELS, TOKEN_PIXELS, VAE_SCALE, ModelConfig, tokens
 from .errors import RequestError
+from .fewer_steps import preset, reuse_threshold
 from .images import InputImage, read_image
 from .masks import Edit, read_mask
 from .memory.plan import Switches
@@ -95,6 +96,7 @@ class Request:
     solver: str = "euler"
     times: tuple[float, ...] | None = None  # see `StepSchedule`
     edit: Edit | None = None
+    reuse: float = 0.0  # see `fewer_steps.reuse_threshold`
 
     @property
     def images(self) -> int:
@@ -147,10 +149,12 @@ def make_request(
     mask_image: Any = None,
     mask_blur: int = 0,
     strength: float = 1.0,
+    reuse: str | float = "off",
+    quality: str = "exact",
 ) -> Request:
     """Checks every argument of a call and reads its images.
 
-    `OmniGenPipeline.__call__` describes the arguments.
+    `OmniGenPipeline.__call__` describes the arguments; those that `quality` stands for are given.
 
     Raises:
         RequestError: the first invalid argument: its value, what is allowed and how to fix it.
@@ -185,6 +189,8 @@ def make_request(
             )
     if not isinstance(solver, str) or solver not in SOLVERS:
         raise RequestError(f"solver must be one of {', '.join(SOLVERS)}, got {_show(solver)}")
+    preset(quality)
+    threshold = reuse_threshold(reuse)
     per_prompt = checked_integer("num_images_per_prompt", num_images_per_prompt, 1, MAX_IMAGES)
     if len(texts) * per_prompt > MAX_IMAGES:
         raise RequestError(
@@ -272,6 +278,7 @@ def make_request(
         solver=solver,
         times=times,
         edit=edit,
+        reuse=threshold,
     )
 
 

@@ -22,6 +22,7 @@ ORDER = [
     "config_settings",
     "config",
     "precision",
+    "fewer_steps",
     "solvers",
     "schedule",
     "parameters",
