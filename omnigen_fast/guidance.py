@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
-from .fewer_steps import ORDER, computed_steps
+from .fewer_steps import ORDER, computed_steps, reuse_threshold
 from .images import InputImage
-from .request import Guidance, Prompt
+from .request import Guidance, Prompt, step_times
 from .schedule import ALL_BRANCHES, StepKind, StepSchedule
 
 
@@ -98,3 +99,24 @@ def guided_steps(
         return replace(steps, kinds=tuple(kinds[one] for one in guidances)), used
     found = tuple(replace(kinds[one], computed=flag) for one, flag in zip(guidances, computed))
     return replace(steps, kinds=found, order=ORDER), used
+
+
+def typical_schedule(preset: Mapping[str, Any], pictures: Sequence[bool]) -> StepSchedule:
+    """The steps of a call with a preset's arguments and scales at which every branch runs.
+
+    Args:
+        preset: see `fewer_steps.preset`.
+        pictures: see `guided_steps`.
+
+    Raises:
+        RequestError: an argument can't be used.
+    """
+    count = preset["num_inference_steps"]
+    times = step_times(count, preset["time_shift"])
+    steps = StepSchedule((ALL_BRANCHES,) * count, times, preset["solver"])
+    intervals = (
+        None if one is None else (one[0], one[1])
+        for one in (preset["guidance_interval"], preset["image_guidance_interval"])
+    )
+    guidance = Guidance(2.5, 1.6, True, *intervals)
+    return guided_steps(steps, guidance, pictures, reuse_threshold(preset["reuse"]))[0]

@@ -176,7 +176,7 @@ def make_request(
             f"strength must be above 0 and at most 1, got {_show(strength)}; 1 keeps nothing of "
             "the input image's latents"
         )
-    times = _times(steps, time_shift, timesteps, share)
+    times = step_times(steps, time_shift, timesteps, share)
     blur = checked_integer("mask_blur", mask_blur, 0, MAX_BLUR, " pixels")
     if blur and mask_image is None:
         raise RequestError(f"mask_blur={blur} needs a mask_image")
@@ -445,12 +445,13 @@ def _scale(name: str, value: Any) -> float:
     return number
 
 
-def _times(
-    steps: int, time_shift: Any, timesteps: Any, strength: float
+def step_times(
+    steps: int, time_shift: Any, timesteps: Any = None, strength: float = 1.0
 ) -> tuple[float, ...] | None:
     """The times at which steps begin and the last one ends; None for equal steps from 0 on.
 
-    Of n steps those are left out that come before a share of 1 - strength.
+    Of n steps those are left out that come before a share of 1 - strength. Raises RequestError for
+    times that can't be used.
     """
     times = _all_times(steps, time_shift, timesteps)
     count = steps if times is None else len(times) - 1

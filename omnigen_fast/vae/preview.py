@@ -64,7 +64,7 @@ class Preview:
         return small.resize((width, height), Image.Resampling.BICUBIC)
 
 
-def expected(before: Tensor, latents: Tensor, step: int, steps: int) -> Tensor:
+def expected(before: Tensor, latents: Tensor, step: float, steps: float) -> Tensor:
     """The latents at time 1 if the last step's velocity stayed the same.
 
     During most steps the latents themselves are mostly noise. Rectified flow goes straight from
@@ -72,8 +72,8 @@ def expected(before: Tensor, latents: Tensor, step: int, steps: int) -> Tensor:
 
     Args:
         before, latents: before and after the step.
-        step: its index, from 0.
-        steps: the number of steps, all of equal length.
+        step: when it began, in its own lengths: its index, from 0, if all steps are equal.
+        steps: all of the time in lengths of the step.
     """
     return latents + (latents - before) * (steps - step - 1)
 
