@@ -120,6 +120,22 @@ def computed_steps(
     return computed
 
 
+def fitted_timesteps(steps: int) -> list[float]:
+    """When steps may begin so that each adds about the same error, for `timesteps` of a call.
+
+    They lie dense where velocities bend: near the noise, and just before the picture.
+    """
+    profile = table()["reuse"]["profile"]["times"]
+    places = _places(profile)
+    found = []
+    for step in range(steps):
+        wanted = places[-1] * step / steps
+        i = min(bisect_right(places, wanted), len(places) - 1)
+        share = (wanted - places[i - 1]) / (places[i] - places[i - 1])
+        found.append(profile[i - 1] + share * (profile[i] - profile[i - 1]))
+    return found
+
+
 def _places(times: Sequence[float]) -> list[float]:
     """Where times lie on a line on which equal gaps between computed steps add equal errors.
 
