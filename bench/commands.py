@@ -260,8 +260,9 @@ def compare(**options: Any) -> None:
     """Makes the same pictures with two configurations and reports how much they differ.
 
     A configuration consists of words joined by +: a dtype (bfloat16, float32), a choice of kernels
-    (reference, triton, library) and memory switches (kv, no-kv, offload-kv, separate, joint,
-    offload-model), as in bfloat16+no-kv+separate.
+    (reference, triton, library), memory switches (kv, no-kv, offload-kv, separate, joint,
+    offload-model), a solver, reuse (reuse-careful, reuse-fast) or a quality (exact, high, fast)
+    with its own steps, as in bfloat16+no-kv+separate or float32+high.
     """
     from .cases import parse_sizes
     from .models import is_random

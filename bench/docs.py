@@ -3,10 +3,11 @@
     python -m bench.docs            # rewrites what is out of date
     python -m bench.docs --check    # names it instead, and fails if there is any
 
-Four kinds of text are generated: the output below a command in a line of its own (`    $ ...`),
+Five kinds of text are generated: the output below a command in a line of its own (`    $ ...`),
 the tables in docs/benchmarks.md, and the summary of them in README.md, both of the result file that
-docs/benchmarks.md links to; and the tables in docs/reliability.md, of tests/fuzz/results.json and
-tests/soak/results.json.
+docs/benchmarks.md links to; the tables in docs/reliability.md, of tests/fuzz/results.json and
+tests/soak/results.json; and those in docs/fewer-steps.md, of bench/results/fewer-steps.json and
+omnigen_fast/fewer_steps.json.
 """
 
 from __future__ import annotations
@@ -15,8 +16,11 @@ import json
 import re
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from omnigen_fast import fewer_steps
 
 from . import report
 from .common import ROOT
@@ -26,6 +30,10 @@ RELIABILITY, FUZZED = ROOT / "docs" / "reliability.md", ROOT / "tests" / "fuzz" 
 FUZZ = "<!-- fuzz: begin -->", "<!-- fuzz: end -->"
 SOAKED = ROOT / "tests" / "soak" / "results.json"
 SOAK = "<!-- soak: begin -->", "<!-- soak: end -->"
+FEWER, MEASURED = ROOT / "docs" / "fewer-steps.md", ROOT / "bench/results/fewer-steps.json"
+CHOSEN = "<!-- presets: begin -->", "<!-- presets: end -->"
+GRID = "<!-- grid: begin -->", "<!-- grid: end -->"
+DISTANCE = "<!-- distance: begin -->", "<!-- distance: end -->"
 RATIOS = "<!-- ratios: begin -->", "<!-- ratios: end -->"
 _SHOWN, _COMMAND = " " * 4, "    $ "  # how output is indented, and a command
 _RESULT = re.compile(r"\(\.\./(bench/results/bench-[\w.-]+\.json)\)")
@@ -43,6 +51,11 @@ def refreshed(path: Path) -> str:
         text = _between(text, (report.BEGIN, report.END), report.markdown(result()))
     if path == README:
         text = _between(text, RATIOS, ratios(result()))
+    if path == FEWER:
+        found = json.loads(MEASURED.read_text(encoding="utf-8"))
+        text = _between(text, CHOSEN, presets(fewer_steps.table()["presets"], found["presets"]))
+        text = _between(text, GRID, grid(found["grid"]))
+        text = _between(text, DISTANCE, distance(found["distance"]))
     if path == RELIABILITY:
         text = _between(text, FUZZ, fuzzed(json.loads(FUZZED.read_text(encoding="utf-8"))))
         text = _between(text, SOAK, soaked(json.loads(SOAKED.read_text(encoding="utf-8"))))
@@ -116,6 +129,61 @@ def soaked(found: dict[str, Any]) -> str:
         counts = (str(point[what]) for what in ("tensors", "threads", "files"))
         lines.append(f"| {point['request']:,} | {' | '.join((*memory, *counts))} |")
     return "\n".join(lines) + "\n"
+
+
+def presets(table: Mapping[str, Any], found: dict[str, Any]) -> str:
+    """What each quality stands for, and what it cost and gave."""
+    lines = [
+        "| `quality` | steps | `solver` | `reuse` | operations | attributes | whole pictures | PSNR | "
+        "SSIM |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, row in found["rows"].items():
+        chosen = table[name]
+        cells = [f'`"{name}"`', str(chosen["num_inference_steps"])]
+        cells += [f'`"{chosen[what]}"`' for what in ("solver", "reuse")]
+        lines.append(f"| {' | '.join((*cells, *_scored(row, found['rows'])))} |")
+    return "\n".join([*lines, "", _measured(found)]) + "\n"
+
+
+def grid(found: dict[str, Any]) -> str:
+    """Every configuration that was measured."""
+    lines = [
+        "| | operations | attributes | whole pictures | PSNR | SSIM | s |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, row in found["rows"].items():
+        cells = (name, *_scored(row, found["rows"]), f"{row['seconds']:.2f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", _measured(found)]) + "\n"
+
+
+def _scored(row: dict[str, Any], rows: dict[str, Any]) -> list[str]:
+    exact = rows["exact"]
+    similar = ["-", "-"]
+    if row is not exact:
+        similar = [f"{row['psnr']:.1f} dB", f"{row['ssim']:.3f}"]
+    scores = [f"{100 * row[what]:.1f} %" for what in ("attributes", "whole")]
+    return [f"1/{exact['flops'] / row['flops']:.2f}", *scores, *similar]
+
+
+def distance(found: dict[str, Any]) -> str:
+    """How far each solver's latents are from those of many steps."""
+    lines = ["| | evaluations | distance |", "| --- | --- | --- |"]
+    lines += [
+        f"| {name} | {row['computed']} | {row['error']:.4f} |"
+        for name, row in found["rows"].items()
+    ]
+    world = f"{found['date']}, {found['processor']}, PyTorch {found['torch']}"
+    said = f"Mean over {found['prompts']} prompts of all tasks, float32 ({world})."
+    return "\n".join([*lines, "", said]) + "\n"
+
+
+def _measured(found: dict[str, Any]) -> str:
+    return (
+        f"{found['pictures_per_task']} prompts of each of ten tasks, bfloat16, one thread "
+        f"({found['date']}, {found['processor']}, PyTorch {found['torch']})."
+    )
 
 
 def _span(values: list[float]) -> str:
