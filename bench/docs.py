@@ -134,8 +134,8 @@ def soaked(found: dict[str, Any]) -> str:
 def presets(table: Mapping[str, Any], found: dict[str, Any]) -> str:
     """What each quality stands for, and what it cost and gave."""
     lines = [
-        "| `quality` | steps | `solver` | `reuse` | operations | attributes | whole pictures | PSNR | "
-        "SSIM |",
+        "| `quality` | steps | `solver` | `reuse` | operations | attributes | whole pictures "
+        "| PSNR | SSIM |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, row in found["rows"].items():
