@@ -181,7 +181,8 @@ def distance(found: dict[str, Any]) -> str:
 
 def _measured(found: dict[str, Any]) -> str:
     return (
-        f"{found['pictures_per_task']} prompts of each of ten tasks, bfloat16, one thread "
+        f"{found['pictures_per_task']} prompts of each of {len(found['tasks'])} tasks "
+        f"({', '.join(found['tasks'])}), bfloat16, one thread "
         f"({found['date']}, {found['processor']}, PyTorch {found['torch']})."
     )
 
