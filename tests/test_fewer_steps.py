@@ -231,6 +231,10 @@ class TestPictures:
         assert pipe.make_call(**request).schedule == StepSchedule.euler(14)
         assert torch.equal(pipe(**request, quality="exact"), pipe(**plain))
 
+    def test_an_interval_of_all_the_time_is_none(self, pipe):
+        whole = {"guidance_interval": (0, 1), "image_guidance_interval": [0.0, 1.0]}
+        assert torch.equal(pipe(**EDIT, **whole), pipe(**EDIT))
+
     def test_the_error_falls_with_the_threshold(self, pipe):
         exact = pipe(**{**TEXT, "num_inference_steps": 40, "reuse": 0})
         errors = [

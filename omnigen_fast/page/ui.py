@@ -283,10 +283,10 @@ class Page:
             examples.click(fill, examples, filled, queue=False, **_HIDDEN).then(
                 self.generate, fields, outputs, concurrency_limit=None, **_HIDDEN
             )
-            quality.change(steps_of, quality, steps, queue=False, **_HIDDEN)
             stop.click(self.stop, queue=False, **_HIDDEN)
             plan.click(self.plans, fields, [table, status], concurrency_limit=None, **_HIDDEN)
             blocks.unload(self.stop)  # the page was closed
+            quality.change(steps_of, quality, steps, queue=False, **_HIDDEN)
         return blocks
 
 
@@ -460,7 +460,8 @@ def _server(page: Page, hosts: Hosts, folder: Path, port: int) -> Server:
 def _calls(blocks: gr.Blocks) -> dict[int, Call]:
     """What the page's buttons send, by the number of the action."""
     fields: dict[str, dict[str, Kind]] = {"generate": _FIELDS, "plans": _FIELDS, "stop": {}}
-    fields["steps_of"] = {"quality": TEXT}
+    known = Kind(f"one of {', '.join(QUALITIES)}", lambda value: value in QUALITIES)
+    fields["steps_of"] = {"quality": known}
     calls = {}
     for number, function in blocks.fns.items():
         if any(event == "unload" for _, event in function.targets):
