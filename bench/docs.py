@@ -175,7 +175,10 @@ def distance(found: dict[str, Any]) -> str:
         for name, row in found["rows"].items()
     ]
     world = f"{found['date']}, {found['processor']}, PyTorch {found['torch']}"
-    said = f"Mean over {found['prompts']} prompts of all tasks, float32 ({world})."
+    said = (
+        f"From {found['reference']}; mean over {found['prompts']} prompts of all tasks, float32 "
+        f"({world})."
+    )
     return "\n".join([*lines, "", said]) + "\n"
 
 
