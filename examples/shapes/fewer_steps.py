@@ -30,6 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.common import ROOT, machine
 from bench.quality import psnr, ssim
 from omnigen_fast import OmniGenPipeline, fewer_steps
+from omnigen_fast.memory.seconds import product_flops, steps_flops
 
 from . import checker
 from .checker import Score
@@ -59,7 +60,9 @@ GRID: dict[str, dict[str, Any]] = {
     "midpoint 12": {"num_inference_steps": 12, "solver": "midpoint"},
     "ab2 25, fitted": {"timesteps": fewer_steps.fitted_timesteps(25), "solver": "ab2"},
     "ab2 12": {"num_inference_steps": 12, "solver": "ab2"},
-    "euler 50, reuse fast": {"reuse": "fast"},
+    "ab2 50, reuse fast": {"reuse": "fast", "solver": "ab2"},
+    "ab2 50, reuse 0.004": {"reuse": 0.004, "solver": "ab2"},
+    "euler 50, reuse 0.004": {"reuse": 0.004},
     "high, guided to 0.6": {"quality": "high", **_interval(0, 0.6)},
     "high, guided from 0.05": {"quality": "high", **_interval(0.05, 1)},
 }
@@ -67,6 +70,8 @@ SOLVED: dict[str, dict[str, Any]] = {
     "euler 50": {},
     "ab2 25": GRID["ab2 25"],
     "ab2 25, fitted": GRID["ab2 25, fitted"],
+    "ab2 50, reuse fast": GRID["ab2 50, reuse fast"],
+    "ab2 12": GRID["ab2 12"],
     "high": PRESETS["high"],
     "fast": PRESETS["fast"],
 }
@@ -240,7 +245,7 @@ def make(pipe: OmniGenPipeline, name: str, kind: str, count: int) -> dict[str, n
     return {what: value[:count] for what, value in kept.items()}
 
 
-def flops(pipe: OmniGenPipeline, name: str, kind: str) -> int:
+def counted(pipe: OmniGenPipeline, name: str, kind: str) -> int:
     """Operations of one picture, from its input images to its pixels, counted as they run.
 
     Of matrix products and convolutions: attention, a few percent here, is not counted.
@@ -250,6 +255,14 @@ def flops(pipe: OmniGenPipeline, name: str, kind: str) -> int:
     with FlopCounterMode(display=False) as counter:
         pipe(**request)
     return counter.get_total_flops()
+
+
+def operations(pipe: OmniGenPipeline, name: str, kind: str) -> int:
+    """Operations of one picture's prefill and steps, by their sizes."""
+    request = call(prompts(kind, 1), seed=0, **GRID[name])
+    config, workload = pipe.config, pipe.make_call(**request).workload()
+    prefill = config.num_layers * product_flops(config, workload.cache_rows())
+    return prefill + steps_flops(config, workload)
 
 
 def scores(names: Sequence[str], kinds: Sequence[str], count: int) -> dict[str, Any]:
@@ -286,7 +299,7 @@ def _row(pipe: OmniGenPipeline, name: str, kinds: Sequence[str], count: int) -> 
         "whole": sum(one.all_right for one in found) / len(found),
         "psnr": ratio,
         "ssim": likeness,
-        "flops": sum(flops(pipe, name, kind) for kind in kinds) / len(kinds),
+        "flops": sum(operations(pipe, name, kind) for kind in kinds) / len(kinds),
         "seconds": seconds / len(found),
     }
 
