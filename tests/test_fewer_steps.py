@@ -322,6 +322,10 @@ class TestPresets:
             assert len(str(caught.value)) <= 300 and "\n" not in str(caught.value)
 
     def test_the_table_says_where_it_comes_from(self):
-        found = table()["reuse"]["profile"]
-        assert found.keys() >= {"date", "processor", "prompts", "torch"}
-        json.dumps(table())
+        assert table()["reuse"]["profile"].keys() >= {"date", "processor", "prompts", "torch"}
+        measured = table()["measured"]
+        found = json.loads((GOLDEN.parents[1] / measured["results"]).read_text())
+        for part in ("presets", "grid", "distance"):
+            assert found[part]["processor"] == measured["processor"]
+        for name, row in found["presets"]["rows"].items():
+            assert row["options"] == {"quality": name}

@@ -318,32 +318,34 @@ def plot(result: Mapping[str, Any], path: Path = PLOT) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = result["grid"]["rows"]
-    most = rows[_REFERENCE]["flops"]
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
-    for axis, what, label in zip(
-        axes, ("psnr", "attributes"), ("PSNR against exact, dB", "correct attributes, %")
-    ):
-        for name, row in rows.items():
-            if what == "psnr" and name == _REFERENCE:
-                continue
-            value = row[what] * (1 if what == "psnr" else 100)
-            chosen = name in PRESETS
-            axis.scatter(
-                row["flops"] / most, value, s=90 if chosen else 30,
-                marker="*" if chosen else "o", color="#e08e45" if chosen else "#1b6ca8",
-            )  # fmt: skip
-            axis.annotate(
-                name, (row["flops"] / most, value), xytext=(5, 4), textcoords="offset points",
-                fontsize=7, weight="bold" if chosen else "normal",
-            )  # fmt: skip
-        axis.set_xlabel("operations of a picture, share of exact's")
-        axis.set_ylabel(label)
-        axis.set_xlim(0, 1.25)
-        axis.grid(color="#e5e5e5")
-        axis.set_axisbelow(True)
-        axis.spines[["top", "right"]].set_visible(False)
     where = result["grid"]
+    rows = dict(where["rows"])
+    most = rows.pop(_REFERENCE)["flops"]
+    figure, axis = plt.subplots(figsize=(8.5, 5), layout="constrained")
+    for place, (name, row) in enumerate(sorted(rows.items(), key=lambda item: item[1]["psnr"])):
+        point, preset = (row["flops"] / most, row["psnr"]), name in PRESETS
+        axis.plot(
+            *point,
+            marker="*" if preset else "o",
+            markersize=14 if preset else 6,
+            color="#e08e45" if preset else "#1b6ca8",
+        )
+        axis.annotate(
+            name,
+            point,
+            xytext=(9 if place % 2 else -9, 0),
+            textcoords="offset points",
+            ha="left" if place % 2 else "right",
+            va="center",
+            fontsize=8,
+            weight="bold" if preset else "normal",
+        )
+    axis.set_xlabel("operations of a picture, as a share of the exact picture's")
+    axis.set_ylabel("PSNR against the exact picture, dB")
+    axis.set_xlim(0, 0.75)
+    axis.grid(color="#e5e5e5")
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
     figure.supxlabel(
         f"the bundled model, {where['pictures_per_task']} prompts of each of "
         f"{len(where['tasks'])} tasks; stars: presets; {where['date']}",
