@@ -371,7 +371,7 @@ def test_shipped_model_follows_prompts(pipe, kind, group):
 def test_presets_leave_out_work(pipe):
     """Counted from the input images to the pixels; the scores stand in docs/fewer-steps.md."""
     counted = {
-        name: sum(fewer_steps.counted(pipe, name, kind) for kind in ("text", "add", "pair"))
+        name: sum(fewer_steps.counted(pipe, name, kind) for kind in ("text", "pair"))
         for name in fewer_steps.PRESETS
     }
     assert counted["exact"] > 1.7 * counted["high"]
