@@ -16,6 +16,7 @@ setup(
     package_data={
         "omnigen_fast": [
             "example_images/*.png",
+            "fewer_steps.json",
             "models/*/*",
             "models/*/inputs/*",
             "models/*/vae/*",

@@ -261,8 +261,9 @@ def compare(**options: Any) -> None:
 
     A configuration consists of words joined by +: a dtype (bfloat16, float32), how weights are
     stored (int8, fp8, nf4), what layers multiply in (compute-int8, compute-fp8), a choice of
-    kernels (reference, triton, library) and memory switches (kv, no-kv, offload-kv, separate,
-    joint, offload-model), as in bfloat16+no-kv+separate or int8.
+    kernels (reference, triton, library), memory switches (kv, no-kv, offload-kv, separate, joint,
+    offload-model), a solver, reuse (reuse-careful, reuse-fast) or a quality (exact, high, fast)
+    with its own steps, as in bfloat16+no-kv+separate, int8 or float32+high.
     """
     from .cases import parse_sizes
     from .models import is_random

@@ -13,10 +13,11 @@ import json
 import re
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from omnigen_fast import profiles
+from omnigen_fast import fewer_steps, profiles
 from omnigen_fast.memory.overview import cards
 
 from . import report
@@ -29,6 +30,10 @@ FUZZ = "<!-- fuzz: begin -->", "<!-- fuzz: end -->"
 SOAKED = ROOT / "tests" / "soak" / "results.json"
 SOAK = "<!-- soak: begin -->", "<!-- soak: end -->"
 SERVING, ERRORS = ROOT / "docs" / "serving.md", ("<!-- errors: begin -->", "<!-- errors: end -->")
+FEWER, MEASURED = ROOT / "docs" / "fewer-steps.md", ROOT / "bench/results/fewer-steps.json"
+CHOSEN = "<!-- presets: begin -->", "<!-- presets: end -->"
+GRID = "<!-- grid: begin -->", "<!-- grid: end -->"
+DISTANCE = "<!-- distance: begin -->", "<!-- distance: end -->"
 RATIOS = "<!-- ratios: begin -->", "<!-- ratios: end -->"
 PRECISION = ROOT / "docs" / "precision.md"
 CARDS = "<!-- cards: begin -->", "<!-- cards: end -->"
@@ -52,6 +57,11 @@ def refreshed(path: Path) -> str:
         text = _between(text, RATIOS, ratios(result()))
     if path == PRECISION:
         text = _between(text, CARDS, cards(profiles.load("rtx4060"), _CARDS))
+    if path == FEWER:
+        found = json.loads(MEASURED.read_text(encoding="utf-8"))
+        text = _between(text, CHOSEN, presets(fewer_steps.table()["presets"], found["presets"]))
+        text = _between(text, GRID, grid(found["grid"]))
+        text = _between(text, DISTANCE, distance(found["distance"]))
     if path == RELIABILITY:
         text = _between(text, FUZZ, fuzzed(json.loads(FUZZED.read_text(encoding="utf-8"))))
         text = _between(text, SOAK, soaked(json.loads(SOAKED.read_text(encoding="utf-8"))))
@@ -135,6 +145,65 @@ def soaked(found: dict[str, Any]) -> str:
         counts = (str(point[what]) for what in ("tensors", "threads", "files"))
         lines.append(f"| {point['request']:,} | {' | '.join((*memory, *counts))} |")
     return "\n".join(lines) + "\n"
+
+
+def presets(table: Mapping[str, Any], found: dict[str, Any]) -> str:
+    """What each quality stands for, and what it cost and gave."""
+    lines = [
+        "| `quality` | steps | `solver` | `reuse` | operations | attributes | whole pictures "
+        "| PSNR | SSIM |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, row in found["rows"].items():
+        chosen = table[name]
+        cells = [f'`"{name}"`', str(chosen["num_inference_steps"])]
+        cells += [f'`"{chosen[what]}"`' for what in ("solver", "reuse")]
+        lines.append(f"| {' | '.join((*cells, *_scored(row, found['rows'])))} |")
+    return "\n".join([*lines, "", _measured(found)]) + "\n"
+
+
+def grid(found: dict[str, Any]) -> str:
+    """Every configuration that was measured."""
+    lines = [
+        "| | operations | attributes | whole pictures | PSNR | SSIM | s |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, row in found["rows"].items():
+        cells = (name, *_scored(row, found["rows"]), f"{row['seconds']:.2f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", _measured(found)]) + "\n"
+
+
+def _scored(row: dict[str, Any], rows: dict[str, Any]) -> list[str]:
+    exact = rows["exact"]
+    similar = ["-", "-"]
+    if row is not exact:
+        similar = [f"{row['psnr']:.1f} dB", f"{row['ssim']:.3f}"]
+    scores = [f"{100 * row[what]:.1f} %" for what in ("attributes", "whole")]
+    return [f"1/{exact['flops'] / row['flops']:.2f}", *scores, *similar]
+
+
+def distance(found: dict[str, Any]) -> str:
+    """How far each solver's latents are from those of many steps."""
+    lines = ["| | evaluations | distance |", "| --- | --- | --- |"]
+    lines += [
+        f"| {name} | {row['computed']} | {row['error']:.4f} |"
+        for name, row in found["rows"].items()
+    ]
+    world = f"{found['date']}, {found['processor']}, PyTorch {found['torch']}"
+    said = (
+        f"From {found['reference']}; mean over {found['prompts']} prompts of all tasks, float32 "
+        f"({world})."
+    )
+    return "\n".join([*lines, "", said]) + "\n"
+
+
+def _measured(found: dict[str, Any]) -> str:
+    return (
+        f"{found['pictures_per_task']} prompts of each of {len(found['tasks'])} tasks "
+        f"({', '.join(found['tasks'])}), bfloat16, one thread "
+        f"({found['date']}, {found['processor']}, PyTorch {found['torch']})."
+    )
 
 
 def _span(values: list[float]) -> str:

@@ -19,7 +19,9 @@ from omnigen_fast.kernels import ops
 from torch import Tensor
 
 from omnigen_fast.errors import RequestError
+from omnigen_fast.fewer_steps import QUALITIES, REUSES
 from omnigen_fast.forms import FORMS, PRODUCTS
+from omnigen_fast.solvers import SOLVERS
 
 from .cases import SWITCHES, Size, Task
 from .common import machine
@@ -31,6 +33,7 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _KERNELS = ("reference", "triton", "library")
 _COMPUTES = {f"compute-{name}": name for name in PRODUCTS}
 _NO_KV, _JOINT = "no-kv", "joint"
+_REUSES = tuple(f"reuse-{name}" for name in REUSES)
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Configuration:
     storage: str | None  # of the weights, if it is not the dtype
     compute: str | None  # of the layers' products, likewise
     kernels: str | None
-    arguments: dict[str, bool]  # memory switches
+    arguments: dict[str, Any]  # memory switches, solver, reuse; or a quality and its steps
 
     def choice(self) -> AbstractContextManager:
         """Selects its kernels inside a `with` block."""
@@ -58,19 +61,27 @@ def parse_configuration(text: str) -> Configuration:
         RequestError: an unknown word, or two that contradict one another.
     """
     words = text.split("+")
-    known = (*_DTYPES, *FORMS, *_COMPUTES, *_KERNELS, *SWITCHES, _NO_KV, _JOINT)
+    known = (
+        *(*_DTYPES, *FORMS, *_COMPUTES, *_KERNELS, *SWITCHES, _NO_KV, _JOINT),
+        *(*QUALITIES, *SOLVERS, *_REUSES),
+    )
     unknown = [word for word in words if word not in known]
     if unknown:
         raise RequestError(f"{text!r}: {unknown[0]!r} is not known; there are {', '.join(known)}")
-    for some in (_DTYPES, FORMS, _COMPUTES, _KERNELS, ("kv", _NO_KV), ("separate", _JOINT)):
+    alternatives = (_DTYPES, FORMS, _COMPUTES, _KERNELS, ("kv", _NO_KV), ("separate", _JOINT))
+    for some in (*alternatives, QUALITIES, SOLVERS, _REUSES):
         both = [word for word in words if word in some]
         if len(both) > 1:
             raise RequestError(f"{text!r}: {' and '.join(both)} contradict one another")
-    arguments = {SWITCHES[word]: True for word in words if word in SWITCHES}
+    arguments: dict[str, Any] = {SWITCHES[word]: True for word in words if word in SWITCHES}
     if _NO_KV in words:
         arguments["use_kv_cache"] = False
     if _JOINT in words:
         arguments["separate_cfg_infer"] = False
+    named = {"quality": QUALITIES, "solver": SOLVERS, "reuse": _REUSES}
+    for argument, names in named.items():
+        for word in set(words) & set(names):
+            arguments[argument] = word.removeprefix("reuse-")
     dtype = next((word for word in words if word in _DTYPES), "bfloat16")
     kernels = next((word for word in words if word in _KERNELS), None)
     storage = next((word for word in words if word in FORMS), None)
@@ -196,6 +207,8 @@ def _picture(model: Model, one: Configuration, start: Start) -> tuple[Tensor, Te
     """Final latents, and the picture [1, 3, height, width] in [0, 1]; both on the CPU."""
     pipe = model.ours.pipe
     arguments = start.task.arguments() | one.arguments
+    if "quality" in arguments:
+        del arguments["num_inference_steps"]  # it has its own
     with one.choice():
         latents = pipe(**arguments, latents=start.noise).float()
         image = pipe.vae.decode(latents) if _has_vae(model.name) else shown(latents)

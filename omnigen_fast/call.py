@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from .cache import Entry
-from .guidance import guidance_terms
+from .guidance import guidance_terms, guided_steps
 from .kernels import ops
 from .memory.plan import MemoryPlan, Workload
 from .precision import Precision
 from .processor import Processor
-from .request import Guidance, Request
-from .schedule import ALL_BRANCHES, StepKind, StepSchedule
+from .request import Request
+from .schedule import ALL_BRANCHES, StepSchedule
 from .sequence import EncodedBranch, cache_entries
 
 Memory: TypeAlias = str | int | MemoryPlan
@@ -33,7 +33,8 @@ class Call:
     latents: Tensor  # [pictures, 4, height / 8, width / 8], float32, of the last finished step
     steps_done: int = 0
     finished: bool = False  # all steps, or stopped
-    history: Tensor | None = None  # like latents: what the solver keeps from that step
+    # what solver and reuse keep from that step
+    history: list[Tensor] = field(default_factory=list)
     noise: Tensor | None = None  # like latents: what an edit of part of the way starts from
     calling_back: bool = False  # what fails now is the callback's own
     failures: list[str] = field(default_factory=list)
@@ -86,30 +87,19 @@ def scheduled(
     The coefficients are those of the request's own scales, inside the intervals of guidance.
     """
     plain = StepSchedule((ALL_BRANCHES,) * request.steps, request.times, request.solver)
-    guidances = [request.guidance.at(plain.time(step)) for step in range(len(plain))]
-    runs: dict[Guidance, list[tuple[tuple[int, float], ...]]] = {one: [] for one in guidances}
+    each = request.images_per_prompt
+    with_images = [bool(one.images) for one in request.prompts for _ in range(each)]
+    schedule, used = guided_steps(plain, request.guidance, with_images, request.reuse)
     pictures = []
-    for prompt in request.prompts:
-        terms = {one: guidance_terms(prompt, one) for one in runs}
-        own = guidance_terms(prompt, request.guidance)
-        used = [i for i in range(len(own)) if any(one[i][1] for one in terms.values())]
+    for prompt, places in zip(request.prompts, used[::each]):
+        terms = guidance_terms(prompt, request.guidance)
+        chosen = [terms[place] for place in places]
         branches = [
-            (processor.encode(own[i][0], request.noise_tokens, plain.evaluations), own[i][1])
-            for i in used
+            (processor.encode(branch, request.noise_tokens, plain.evaluations), weight)
+            for branch, weight in chosen
         ]
-        for _ in range(request.images_per_prompt):
-            pictures.append(branches)
-            for guidance, one in terms.items():
-                weights = [one[i][1] for i in used]
-                runs[guidance].append(
-                    tuple((place, weight) for place, weight in enumerate(weights) if weight)
-                )
-    every = [tuple(enumerate(weight for _, weight in one)) for one in pictures]
-    kinds = {
-        one: ALL_BRANCHES if some == every else StepKind(pictures=tuple(some))
-        for one, some in runs.items()
-    }
-    return replace(plain, kinds=tuple(kinds[one] for one in guidances)), pictures
+        pictures += [branches] * each
+    return schedule, pictures
 
 
 def workload_of(

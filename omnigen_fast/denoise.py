@@ -83,7 +83,7 @@ class Passes:
 
 @dataclass(frozen=True)
 class SolverValues:
-    """What a solver other than Euler's needs; see `solvers.Update`."""
+    """What updates other than Euler's need; see `solvers.Update`."""
 
     weights: Tensor  # [pictures, evaluations, 5], float32: the update of each
     history: Tensor  # like latents
@@ -129,6 +129,39 @@ class SolverValues:
 
 
 @dataclass(frozen=True)
+class ReuseValues:
+    """The velocities of the last computed steps, from which others are extrapolated."""
+
+    weights: Tensor  # [evaluations, order + 2], float32, see `StepSchedule.extrapolations`
+    kept: Tensor  # [order + 1, *latents], float32, the latest first
+
+    @classmethod
+    def make(cls, schedule: StepSchedule, latents: Tensor) -> ReuseValues:
+        """For pictures like `latents`, of which nothing is kept yet."""
+        weights = torch.tensor(schedule.extrapolations(), dtype=torch.float32)
+        kept = latents.new_zeros(schedule.order + 1, *latents.shape)
+        return cls(weights.to(latents.device), kept)
+
+    def keep_(self, velocity: Tensor, step: Tensor) -> None:
+        """Keeps computed velocities, each picture's if its step wants that."""
+        keeps = self._of(step)[-1] > 0
+        for older, newer in reversed(list(pairwise((velocity, *self.kept)))):
+            newer.copy_(torch.where(keeps, older, newer))
+
+    def extrapolate(self, step: Tensor, out: Tensor) -> None:
+        """Writes the velocities of a step that is not computed."""
+        *weights, _ = self._of(step)
+        torch.mul(self.kept[0], weights[0], out=out)
+        for weight, velocity in zip(weights[1:], self.kept[1:]):
+            out.addcmul_(velocity, weight)
+
+    def _of(self, step: Tensor) -> tuple[Tensor, ...]:
+        """The columns of `weights` for each picture, [pictures, 1, 1, 1]."""
+        rows = self.weights.index_select(0, step)
+        return rows.view(len(step), -1, 1, 1, 1).unbind(1)
+
+
+@dataclass(frozen=True)
 class MaskValues:
     """What keeps latents outside a mask on the input image's own way from the call's noise."""
 
@@ -162,8 +195,9 @@ class StepValues:
     kinds: Mapping[StepKind, Passes]
     slots: Tensor  # [branches], int64, see `Cache.select_step`
     pos_embed: Tensor  # [N, hidden]: held here, since a captured step reads it in later calls too
-    solver: SolverValues | None = None  # None for Euler's
+    solver: SolverValues | None = None  # None where latents only move by their velocities
     mask: MaskValues | None = None
+    reuse: ReuseValues | None = None  # None where nothing is extrapolated
 
     @classmethod
     def make(
@@ -233,9 +267,12 @@ class StepValues:
             slots=torch.tensor([b.span.slot for b in branches], device=device),
             pos_embed=model.crop_pos_embed(height, width),
             solver=None
-            if schedule is None or schedule.solver == "euler"
+            if schedule is None or schedule.plain
             else SolverValues.make(schedule, chosen, latents),
             mask=mask,
+            reuse=None
+            if schedule is None or not schedule.extrapolates
+            else ReuseValues.make(schedule, latents),
         )
 
     @property
@@ -263,6 +300,8 @@ class StepValues:
         found += [self.times.shift, self.times.scale]
         if self.solver is not None:
             found += [self.solver.weights, self.solver.history]
+        if self.reuse is not None:
+            found += [self.reuse.weights, self.reuse.kept]
         if self.mask is not None:
             found += [self.mask.edited, self.mask.known, self.mask.noise, self.mask.reached]
         for one in self.kinds.values():
@@ -487,26 +526,34 @@ class Loop:
 
         Euler: `z += (t_{i+1} - t_i) * sum_b coefficient_b v_b(z, t_i)`.
         """
-        values = self.values
-        computed = replace(kind, computed=True)
+        values, solver, reuse = self.values, self.values.solver, self.values.reuse
+        if reuse is not None and not kind.computed:
+            assert solver is not None
+            reuse.extrapolate(values.step, out=solver.velocity)
+        else:
+            self._combine(kind, values.latents if solver is None else solver.velocity.zero_())
+        if reuse is not None and kind.computed:
+            assert solver is not None
+            reuse.keep_(solver.velocity, values.step)
+        if solver is not None:
+            solver.advance_(values.latents, values.step)
+        if values.mask is not None:
+            values.mask.blend_(values.latents, values.step)
+        values.counters.add_(1)
+
+    def _combine(self, kind: StepKind, moved: Tensor) -> None:
+        """Adds the guided velocities of a step to `moved`, times the step's length."""
+        values, computed = self.values, replace(kind, computed=True)
         passes = values.kinds[computed]
-        prediction = self.predict(computed) if kind.computed else self._predictions[computed]
-        solver = values.solver
-        moved = values.latents if solver is None else solver.velocity.zero_()
         ops.guidance_step_(
             moved,
-            prediction,
+            self.predict(computed) if kind.computed else self._predictions[computed],
             passes.coefficient,
             passes.cu_groups,
             values.lengths,
             values.step,
             PATCH,
         )
-        if solver is not None:
-            solver.advance_(values.latents, values.step)
-        if values.mask is not None:
-            values.mask.blend_(values.latents, values.step)
-        values.counters.add_(1)
 
     def memory(self) -> list[Tensor]:
         """All tensors that the steps use."""

@@ -67,11 +67,11 @@ class Running:
     def save(self) -> None:
         """Gives the call what the latest step has left, so that another plan can go on from it."""
         self.call.latents.copy_(self.latents)
-        solver = None if self.loop is None else self.loop.values.solver
-        if solver is not None and self.call.schedule.solver in MULTISTEP:
-            if self.call.history is None:
-                self.call.history = torch.empty_like(solver.history)
-            self.call.history.copy_(solver.history)
+        left = [] if self.loop is None else _left_by_steps(self.call, self.loop.values)
+        if not self.call.history:
+            self.call.history = [torch.empty_like(one) for one in left]
+        for kept, one in zip(self.call.history, left):
+            kept.copy_(one)
 
     @property
     def finished(self) -> bool:
@@ -526,8 +526,8 @@ class Engine:
                 schedule=schedule,
                 mask=mask,
             )
-            if call.history is not None and values.solver is not None:
-                values.solver.history.copy_(call.history)
+            for one, kept in zip(_left_by_steps(call, values), call.history):
+                one.copy_(kept)
             values.seek(schedule.first(call.steps_done))
             images = self._latents_of(plan, _images(entries)) if plan.cache == "none" else {}
             loop, runner = self._loop(call, plan, values, placed, images, cache)
@@ -639,6 +639,13 @@ class Engine:
 
     def _new_graphs(self) -> StepGraphs:
         return StepGraphs.on(self.device) if self.capture_steps else StepGraphs()
+
+
+def _left_by_steps(call: Call, values: StepValues) -> list[Tensor]:
+    """What a step reads of the ones before it, beside the latents."""
+    solver, reuse = values.solver, values.reuse
+    found = [solver.history] if solver is not None and call.schedule.solver in MULTISTEP else []
+    return found if reuse is None else [*found, reuse.kept]
 
 
 def _unheld_copy(entry: Entry, held: Sequence[Entry]) -> Entry:

@@ -19,6 +19,7 @@ from .diffusers_methods import DiffusersMethods
 from .engine import Engine
 from .equivalents import named_arguments, own_names
 from .errors import OmniGenError, OutOfMemoryError, RequestError, brief, printable
+from .fewer_steps import left_to_preset, with_preset
 from .loras import LoraMethods
 from .memory.device import parse_memory
 from .memory.overview import Report
@@ -233,6 +234,7 @@ class OmniGenPipeline(LoraMethods, DiffusersMethods):
 
     @isolated
     @named_arguments
+    @with_preset
     def __call__(
         self,
         prompt: str | Sequence[str],
@@ -270,6 +272,8 @@ class OmniGenPipeline(LoraMethods, DiffusersMethods):
         mask_image: Any = None,
         mask_blur: int = 0,
         strength: float = 1.0,
+        reuse: str | float = "off",
+        quality: str = "exact",
     ) -> Any:
         """Makes images.
 
@@ -331,6 +335,10 @@ class OmniGenPipeline(LoraMethods, DiffusersMethods):
             mask_blur: width in pixels of the seam, which lies inside the mask.
             strength: above 0 and at most 1; below 1, the steps before a share of 1 - strength are
                 left out, and the others start from the one input image with noise.
+            reuse: "off" computes every step; "careful", "fast" or a threshold extrapolate those
+                before which velocities change little, by their share of the velocities' size.
+            quality: "exact", or "high" or "fast" for less work: gives `num_inference_steps`,
+                `solver`, `time_shift`, both intervals and `reuse` where the call does not.
 
         Returns:
             A list of PIL images, or what `output_type` says. Its attribute `images` is the same.
@@ -370,6 +378,8 @@ class OmniGenPipeline(LoraMethods, DiffusersMethods):
             mask_image=mask_image,
             mask_blur=mask_blur,
             strength=strength,
+            reuse=reuse,
+            quality=quality,
         )
         memory = self._memory if memory is None else memory
         precision = self._precision(dtype, memory)
@@ -487,6 +497,7 @@ class OmniGenPipeline(LoraMethods, DiffusersMethods):
         signature = inspect.signature(type(self).__call__)
         args = (self, prompt, input_images)
         bound = signature.bind(*args, **own_names("__call__", signature, args, call))
+        bound.arguments |= left_to_preset(bound.arguments)
         bound.apply_defaults()
         given = dict(bound.arguments)
         del given["self"]

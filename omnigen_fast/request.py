@@ -14,6 +14,7 @@ import numpy as np
 
 from .config import LATENT_CHANNELS, TOKEN_PIXELS, VAE_SCALE, ModelConfig, tokens
 from .errors import RequestError
+from .fewer_steps import preset, reuse_threshold
 from .images import InputImage, read_image
 from .masks import Edit, read_mask
 from .memory.plan import Switches
@@ -95,6 +96,7 @@ class Request:
     solver: str = "euler"
     times: tuple[float, ...] | None = None  # see `StepSchedule`
     edit: Edit | None = None
+    reuse: float = 0.0  # see `fewer_steps.reuse_threshold`
 
     @property
     def images(self) -> int:
@@ -147,10 +149,12 @@ def make_request(
     mask_image: Any = None,
     mask_blur: int = 0,
     strength: float = 1.0,
+    reuse: str | float = "off",
+    quality: str = "exact",
 ) -> Request:
     """Checks every argument of a call and reads its images.
 
-    `OmniGenPipeline.__call__` describes the arguments.
+    `OmniGenPipeline.__call__` describes the arguments; those that `quality` stands for are given.
 
     Raises:
         RequestError: the first invalid argument: its value, what is allowed and how to fix it.
@@ -172,7 +176,7 @@ def make_request(
             f"strength must be above 0 and at most 1, got {_show(strength)}; 1 keeps nothing of "
             "the input image's latents"
         )
-    times = _times(steps, time_shift, timesteps, share)
+    times = step_times(steps, time_shift, timesteps, share)
     blur = checked_integer("mask_blur", mask_blur, 0, MAX_BLUR, " pixels")
     if blur and mask_image is None:
         raise RequestError(f"mask_blur={blur} needs a mask_image")
@@ -185,6 +189,8 @@ def make_request(
             )
     if not isinstance(solver, str) or solver not in SOLVERS:
         raise RequestError(f"solver must be one of {', '.join(SOLVERS)}, got {_show(solver)}")
+    preset(quality)
+    threshold = reuse_threshold(reuse)
     per_prompt = checked_integer("num_images_per_prompt", num_images_per_prompt, 1, MAX_IMAGES)
     if len(texts) * per_prompt > MAX_IMAGES:
         raise RequestError(
@@ -272,6 +278,7 @@ def make_request(
         solver=solver,
         times=times,
         edit=edit,
+        reuse=threshold,
     )
 
 
@@ -438,12 +445,13 @@ def _scale(name: str, value: Any) -> float:
     return number
 
 
-def _times(
-    steps: int, time_shift: Any, timesteps: Any, strength: float
+def step_times(
+    steps: int, time_shift: Any, timesteps: Any = None, strength: float = 1.0
 ) -> tuple[float, ...] | None:
     """The times at which steps begin and the last one ends; None for equal steps from 0 on.
 
-    Of n steps those are left out that come before a share of 1 - strength.
+    Of n steps those are left out that come before a share of 1 - strength. Raises RequestError for
+    times that can't be used.
     """
     times = _all_times(steps, time_shift, timesteps)
     count = steps if times is None else len(times) - 1

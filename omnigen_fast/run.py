@@ -15,7 +15,7 @@ from .engine import Engine
 from .errors import MemoryBudgetError, OmniGenError, OutOfMemoryError, first_line
 from .memory.cost import Cost, Estimate
 from .memory.device import free_bytes, on_host, parse_memory, profile_of
-from .memory.overview import Report
+from .memory.overview import Report, StepCounts
 from .memory.plan import MemoryPlan, Switches, Workload, first_workload
 from .memory.planner import Candidate, Decision, describe, front, least_change
 from .memory.planner import plan as fastest_plan
@@ -93,7 +93,7 @@ def _carry_out(
     started: Callable[[Report], None],
 ) -> Tensor:
     cached_share = 0.0 if plan.cache == "none" else call.workload().cached_share()
-    report = Report(plan, predicted, cached_share)
+    report = Report(plan, predicted, cached_share, StepCounts.of(engine.config, call.workload()))
     on_gpu = engine.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(engine.device)

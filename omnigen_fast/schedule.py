@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ class StepKind:
     # picture that has no such branch leaves it out.
     branches: tuple[int, ...] | None = None
     coefficients: tuple[float, ...] | None = None  # of those branches; None for the request's own
-    computed: bool = True  # or extrapolated: the velocities of the step before are used again
+    computed: bool = True  # or extrapolated from the velocities of earlier steps
     # Instead of these two, where pictures differ: (place, coefficient) of the branches of each.
     pictures: tuple[tuple[tuple[int, float], ...], ...] | None = None
 
@@ -65,11 +66,14 @@ class StepSchedule:
             (image); None for equal steps.
         solver: one of `SOLVERS`. A step may evaluate the velocity twice; each evaluation has a time
             token of its own.
+        order: of the extrapolation, where enough steps of the same kind were computed before; 0
+            uses the velocities of the last one again.
     """
 
     kinds: tuple[StepKind, ...]
     times: tuple[float, ...] | None = None
     solver: str = "euler"
+    order: int = 0
 
     def __post_init__(self) -> None:
         assert self.solver in SOLVERS
@@ -109,6 +113,21 @@ class StepSchedule:
         """The index of a step's first evaluation."""
         return sum(self.per_step[:step])
 
+    @property
+    def computed(self) -> int:
+        """How many evaluations run the model; the others are extrapolated."""
+        return sum(count for kind, count in self.counts.items() if kind.computed)
+
+    @property
+    def extrapolates(self) -> bool:
+        """Whether a step needs more than the velocities of the one before."""
+        return self.order > 0 and self.computed < self.evaluations
+
+    @property
+    def plain(self) -> bool:
+        """Whether latents are moved by nothing but their velocities."""
+        return self.solver == "euler" and not self.extrapolates
+
     @cached_property
     def evaluated(self) -> tuple[float, ...] | None:
         """The times of all evaluations; None for those of equal Euler steps."""
@@ -129,6 +148,33 @@ class StepSchedule:
     def updates(self, fresh: Sequence[bool]) -> list[Update]:
         """What the solver makes of each evaluation; see `solvers.updates`."""
         return updates(self.solver, self.ends, fresh)
+
+    def extrapolations(self) -> list[tuple[float, ...]]:
+        """What each evaluation makes of the kept velocities, the latest first.
+
+        Their order + 1 coefficients; and 1 where the evaluation's own velocity is kept, else 0.
+        """
+        table: list[tuple[float, ...]] = []
+        kept: list[float] = []  # times
+        for step, (kind, count) in enumerate(zip(self.kinds, self.per_step)):
+            if step and kind.runs != self.kinds[step - 1].runs:
+                kept = []  # of another flow
+            for place in range(count):
+                # The second evaluation of a step is at other latents than a step that begins there.
+                keeps = kind.computed and not place
+                time = self.time_of(step, place)
+                if keeps:
+                    kept = [time, *kept[: self.order]]
+                weights = () if kind.computed else _lagrange(kept, time)
+                padded = (*weights, *(0.0,) * (self.order + 1 - len(weights)))
+                table.append((*padded, float(keeps)))
+        return table
+
+    def time_of(self, step: int, evaluation: int) -> float:
+        """Of one of a step's evaluations."""
+        if self.evaluated is None:
+            return self.time(step)
+        return self.evaluated[self.first(step) + evaluation]
 
     def time(self, step: int) -> float:
         """At which a step begins."""
@@ -153,10 +199,18 @@ class StepSchedule:
     def lengths(self) -> Tensor:
         """Of each evaluation's Euler step, [evaluations] float32 on the CPU.
 
-        1 for other solvers, which take the velocity itself.
+        1 where more is done with the velocity than moving the latents by it.
         """
         import torch
 
-        if self.solver == "euler":
+        if self.plain:
             return self.tensor().diff()
         return torch.ones(self.evaluations, dtype=torch.float32, device="cpu")
+
+
+def _lagrange(points: Sequence[float], at: float) -> tuple[float, ...]:
+    """Weights by which values at some points make the value of their polynomial at another."""
+    return tuple(
+        math.prod((at - other) / (one - other) for other in points if other != one)
+        for one in points
+    )

@@ -23,5 +23,6 @@ def page_fields(**changes: Any) -> list[Any]:
         "use_input_image_size": False,
         "negative_prompt": DEFAULT_NEGATIVE_PROMPT,
         "memory": "auto",
+        "quality": "exact",
     }
     return list((fields | changes).values())

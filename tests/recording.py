@@ -22,6 +22,7 @@ def trace(work):
     values = work.func.__self__.values
     written = [values.latents, values.counters]
     written += [] if values.solver is None else [values.solver.history]
+    written += [] if values.reuse is None else [values.reuse.kept]
     before = [(tensor, tensor.clone()) for tensor in written]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.compiler, "is_compiling", lambda: True)

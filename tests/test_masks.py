@@ -68,6 +68,19 @@ class TestOutside:
             for one in found:
                 assert (one[~mask] == IMAGE.pixels[~mask]).all()
 
+    def test_whole_calls_of_any_size(self, pipe):
+        """200 pictures with their masks and seams, from the first step to the bytes."""
+        rng = np.random.default_rng(1)
+        for seed in range(200):
+            height, width = (int(side) for side in rng.integers(1, 4, 2) * 16)
+            image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+            mask = rng.random((height, width)) < rng.choice([0.0, 0.1, 0.9, 1.0])
+            mask[rng.integers(height), rng.integers(width)] = True
+            request = {**EDIT, "input_images": [image], "mask_image": mask, "seed": seed}
+            request |= {"mask_blur": int(rng.integers(0, 40)), "num_inference_steps": 1}
+            (found,) = pipe(**request)
+            assert (np.array(found)[~mask] == image[~mask]).all(), seed
+
     @pytest.mark.parametrize("blur", [0, 5])
     def test_of_a_call(self, pipe, blur):
         (plain,) = pipe(**EDIT)

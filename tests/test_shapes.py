@@ -11,12 +11,22 @@ import numpy as np
 import pytest
 import torch
 
-from examples.shapes import autoencoder, checker, evaluate, scenes, tasks, train, words
+from examples.shapes import (
+    autoencoder,
+    checker,
+    evaluate,
+    fewer_steps,
+    scenes,
+    tasks,
+    train,
+    words,
+)
 from examples.shapes.layer import Layer, Layout
 from examples.shapes.optimizer import Optimizer
 from examples.shapes.pool import Pool, collate, make_families
 from omnigen_fast import OmniGenPipeline
 from omnigen_fast.errors import CheckpointError
+from omnigen_fast.fewer_steps import fitted_timesteps
 from omnigen_fast.images import InputImage
 from omnigen_fast.processor import Processor
 from omnigen_fast.request import DEFAULT_NEGATIVE_PROMPT
@@ -355,3 +365,36 @@ def test_shipped_model_follows_prompts(pipe, kind, group):
         for i, reading in enumerate(readings)
     ]
     assert evaluate.fraction(others) < enough
+
+
+@needs_model
+def test_presets_leave_out_work(pipe):
+    """Counted from the input images to the pixels; the scores stand in docs/fewer-steps.md."""
+    counted = {
+        name: sum(fewer_steps.counted(pipe, name, kind) for kind in ("text", "pair"))
+        for name in fewer_steps.PRESETS
+    }
+    assert counted["exact"] > 1.7 * counted["high"]
+    assert counted["exact"] > 3 * counted["fast"]
+
+
+@needs_model
+def test_25_steps_are_nearer_than_50_of_euler():
+    """With one evaluation of the model in each."""
+    pipe = fewer_steps.load("float32")
+    prompts = fewer_steps.mixed(20)[7:11]
+
+    def made(**options):
+        request = fewer_steps.call(prompts, seed=3, output_type="latent", **options)
+        return pipe(**request).flatten(1)
+
+    expected = made(**fewer_steps.REFERENCES["ab2 90, fitted"])
+
+    def error(**options):
+        distance = (made(**options) - expected).norm(dim=1) / expected.norm(dim=1)
+        return distance.mean().item()
+
+    euler = error(num_inference_steps=50)
+    assert error(solver="ab2", timesteps=fitted_timesteps(25)) < 0.75 * euler
+    assert error(quality="high") < 0.75 * euler
+    assert pipe.last_report.steps.computed <= 25

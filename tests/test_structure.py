@@ -23,6 +23,7 @@ ORDER = [
     "config",
     "forms",
     "precision",
+    "fewer_steps",
     "solvers",
     "schedule",
     "parameters",

@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from omnigen_fast import OmniGenPipeline
+from omnigen_fast.fewer_steps import QUALITIES
 from omnigen_fast.parameters import parameter_shapes
 
 from . import checker
@@ -75,7 +76,7 @@ def run(
     pipe: OmniGenPipeline,
     tasks: Sequence[tuple[Task, str, bool]],
     *,
-    steps: int = STEPS,
+    steps: int | None = STEPS,
     guidance: float = GUIDANCE,
     image_guidance: float | None = IMAGE_GUIDANCE,
     seed: int = 0,
@@ -86,13 +87,15 @@ def run(
     Args:
         pipe: the model.
         tasks: from `prompts`.
-        steps: Euler steps.
+        steps: how many; None leaves them to `options`.
         guidance: of the text; 1 is none.
         image_guidance: of the images; None leaves it out.
         seed: of the noise of each batch.
         options: further arguments of the pipeline's call.
     """
     results = []
+    if steps is not None:
+        options["num_inference_steps"] = steps
     for first in range(0, len(tasks), _BATCH):
         some = tasks[first : first + _BATCH]
         images = pipe(
@@ -100,7 +103,6 @@ def run(
             [[render(scene) for scene in task.inputs] for task, _, _ in some],
             height=SIDE,
             width=SIDE,
-            num_inference_steps=steps,
             guidance_scale=guidance,
             use_img_guidance=image_guidance is not None,
             img_guidance_scale=image_guidance or 1.0,
@@ -180,7 +182,8 @@ def main() -> None:
     parser.add_argument("--model", default="shapes")
     parser.add_argument("--count", type=int, default=40, help="prompts of each task")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--steps", type=int, help=f"{STEPS} without --quality")
+    parser.add_argument("--quality", choices=QUALITIES, default=QUALITIES[0])
     parser.add_argument("--guidance", type=float, default=GUIDANCE)
     parser.add_argument("--image-guidance", type=float, default=IMAGE_GUIDANCE)
     parser.add_argument("--dtype", default="bfloat16")
@@ -192,6 +195,8 @@ def main() -> None:
     parser.add_argument("--md", type=Path)
     parser.add_argument("--sheet", type=Path)
     arguments = parser.parse_args()
+    if arguments.steps is None and arguments.quality == QUALITIES[0]:
+        arguments.steps = STEPS
 
     pipe = OmniGenPipeline.from_pretrained(
         arguments.model,
@@ -210,9 +215,17 @@ def main() -> None:
             steps=arguments.steps,
             guidance=arguments.guidance,
             image_guidance=arguments.image_guidance,
+            quality=arguments.quality,
         )
         if not arguments.guided_only:
-            plain[kind] = run(pipe, tasks, steps=arguments.steps, guidance=1, image_guidance=None)
+            plain[kind] = run(
+                pipe,
+                tasks,
+                steps=arguments.steps,
+                guidance=1,
+                image_guidance=None,
+                quality=arguments.quality,
+            )
         print(f"{kind}: {100 * fraction(r.score for r in guided[kind]):.1f} %", file=sys.stderr)
         if arguments.verbose:
             for one in guided[kind]:
@@ -236,6 +249,7 @@ def _report(
     import torch
 
     command = " ".join(["python -m examples.shapes.evaluate", *sys.argv[1:]])
+    shown = arguments.steps or f"the {arguments.quality} preset's"
     parameters = sum(math.prod(shape) for shape in parameter_shapes(pipe.config).values())
     return f"""# The bundled model
 
@@ -249,7 +263,7 @@ the score of the last input image itself: only the margin above it counts.
 Written by `{command}`
 on {datetime.date.today().isoformat()} with Python {platform.python_version()}, torch
 {torch.__version__}, diffusers {diffusers.__version__}, {arguments.dtype} on {pipe.device.type},
-in {seconds:.0f} s: {arguments.steps} steps, guidance {arguments.guidance}, image guidance
+in {seconds:.0f} s: {shown} steps, guidance {arguments.guidance}, image guidance
 {arguments.image_guidance}. "No guidance" means guidance scale 1 without image guidance.
 
 {chr(10).join(rows)}

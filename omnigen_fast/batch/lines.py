@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..errors import RequestError, printable
+from ..fewer_steps import left_to_preset
 from ..image_decoder import MAX_FILE_BYTES
 from ..page.record import (
     INTEGER,
@@ -102,6 +103,7 @@ class Job:
         """Arguments of the call that lines must have in common to run as one call."""
         arguments = {**self.record.arguments, **self.settings}
         del arguments["seed"]
+        arguments.pop("quality", None)  # what it stands for is among them
         return {**arguments, "mask_image": self.mask}
 
     def files(self) -> Iterator[tuple[str, RecordedFile]]:
@@ -169,6 +171,8 @@ class Source:
     def _job(self, number: int, name: str, fields: Mapping[str, Any]) -> Job:
         given = _given(fields)
         values = {**self.defaults, **given}
+        if "quality" in given:
+            values |= left_to_preset(given)
         prompt, negative = values["prompt"], values["negative_prompt"]
         if prompt is None:
             raise RequestError("the line has no prompt; add one, or give --prompt for all lines")

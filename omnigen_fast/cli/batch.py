@@ -15,11 +15,12 @@ import click
 from ..batch.lines import KEYS, Job, Source
 from ..batch.results import Results
 from ..errors import OmniGenError, RequestError
+from ..fewer_steps import left_to_preset
 from ..page.record import RECORDED_PRECISION, Record, recorded_precision
 from ..whole_files import remove_left
 from .failure import failure
 from .files import SUFFIXES, UserPath, make_folder, save_result
-from .generate import generate, load_pipeline, parse_loras
+from .generate import generate, given_options, load_pipeline, parse_loras
 
 if TYPE_CHECKING:
     from ..pipeline import OmniGenPipeline
@@ -41,7 +42,9 @@ _NOT_SHARED = {"out", "picture", "trusts_images"}  # options of generate
     help="Also read files outside that folder. Only for batch files that you trust.",
 )
 @click.option("--retry-failed", is_flag=True, help="Try lines again that failed before.")
+@click.pass_context
 def batch(
+    context: click.Context,
     file: Path,
     out: Path,
     image_folder: Path | None,
@@ -60,6 +63,7 @@ def batch(
     try:
         if sys.stdout is None:  # a file would be opened in its place, and get what libraries print
             raise OSError("standard output is closed; redirect it, for example to /dev/null")
+        options |= left_to_preset({name: context.params[name] for name in given_options(context)})
         loras, defaults = parse_loras(options["lora"]), _defaults(options)
         with _opened(file) as lines_file, _results(out) as results:
             if os.path.samestat(os.fstat(lines_file.fileno()), os.stat(results.path)):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from ..errors import OmniGenError, RequestError
+from ..fewer_steps import QUALITIES, left_to_preset
 from ..page.record import (
     Record,
     find_images,
@@ -34,6 +35,23 @@ if TYPE_CHECKING:
     from ..pipeline import OmniGenPipeline
 
 T = TypeVar("T")
+
+
+def given_options(context: click.Context) -> set[str]:
+    """The options given on the command line."""
+    return {
+        name
+        for name in context.params
+        if context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
+    }
+
+
+def parse_reuse(_context: click.Context, _option: click.Parameter, text: str) -> str | float:
+    """The value of --reuse: a number where it is one."""
+    try:
+        return float(text)
+    except ValueError:
+        return text  # a name, which the call checks
 
 
 @click.command()
@@ -102,6 +120,21 @@ T = TypeVar("T")
     metavar="TIMES",
     callback=lambda _context, _option, text: _parse_times(text),
     help="When steps begin, as in 0,0.05,0.2,0.6, instead of --steps and --time-shift.",
+)
+@click.option(
+    "--reuse",
+    default="off",
+    show_default=True,
+    callback=parse_reuse,
+    help="off, careful, fast or a threshold: do not compute steps that change little.",
+)
+@click.option(
+    "--quality",
+    default=QUALITIES[0],
+    show_default=True,
+    type=click.Choice(QUALITIES),
+    help="Below exact: less work. Chooses steps, solver, times, intervals and reuse, where no "
+    "option does.",
 )
 @click.option("--guidance-scale", default=3.0, show_default=True, help="Strength of the prompt.")
 @click.option(
@@ -214,10 +247,13 @@ def generate(
     """
     precision = {"weights": weights, "compute": compute, "vae_dtype": vae_dtype}
     try:
-        images = None
+        images, given = None, given_options(context)
+        chosen_by_preset = left_to_preset({name: context.params[name] for name in given})
+        arguments |= chosen_by_preset
         if picture is not None:
             made = read_record(picture)
-            given = _given(context)
+            if "quality" in given:
+                given |= {*chosen_by_preset, "timesteps"}
             chosen = model if "model" in given else None
             _check_rerun(made, picture, given, chosen, trusts_images)
             prompt = prompt or made.prompts
@@ -302,15 +338,6 @@ def show(file: str) -> None:
             click.echo(line)
     except (OmniGenError, OSError) as error:
         raise failure(error) from error
-
-
-def _given(context: click.Context) -> set[str]:
-    """The options given on the command line."""
-    return {
-        name
-        for name in context.params
-        if context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
-    }
 
 
 def _check_rerun(

@@ -5,11 +5,14 @@ from __future__ import annotations
 import click
 
 from ..errors import OmniGenError
+from ..fewer_steps import QUALITIES, preset
+from ..guidance import typical_schedule
 from ..memory.plan import PROMPT_TOKENS, Switches, typical_workload
 from ..precision import AUTO, COMPUTES, STORAGES, Precision, check_capability
 from ..request import checked_side
 from .failure import failure
 from .files import PATH_OR_NAME
+from .generate import given_options, parse_reuse
 
 
 @click.command()
@@ -43,6 +46,20 @@ from .files import PATH_OR_NAME
     default=50,
     show_default=True,
     type=click.IntRange(1, 1000),
+)
+@click.option(
+    "--quality",
+    default=QUALITIES[0],
+    show_default=True,
+    type=click.Choice(QUALITIES),
+    help="Chooses steps, intervals of guidance and reuse; --steps and --reuse win.",
+)
+@click.option(
+    "--reuse",
+    default="off",
+    show_default=True,
+    callback=parse_reuse,
+    help="off, careful, fast or a threshold, as for generate.",
 )
 @click.option("--batch", default=1, show_default=True, type=click.IntRange(1, 64), help="Prompts.")
 @click.option(
@@ -86,7 +103,9 @@ from .files import PATH_OR_NAME
 @click.option("--offload-kv-cache/--keep-kv-cache", default=None, help="No effect on a CPU.")
 @click.option("--offload-model/--keep-model", default=None, help="No effect on a CPU.")
 @click.option("--explain", is_flag=True, help="Itemise the chosen plan's bytes and seconds.")
+@click.pass_context
 def plan(
+    context: click.Context,
     device: str | None,
     images: int,
     size: int,
@@ -94,6 +113,8 @@ def plan(
     width: int | None,
     max_input_image_size: int,
     steps: int,
+    quality: str,
+    reuse: str | float,
     batch: int,
     prompt_tokens: int,
     image_first: bool,
@@ -125,12 +146,14 @@ def plan(
 
     try:
         config = released_sizes()
+        options = {"steps": ("num_inference_steps", steps), "reuse": ("reuse", reuse)}
+        given = dict(options[name] for name in options.keys() & given_options(context))
         workload = typical_workload(
             checked_side("height", size if height is None else height, config),
             checked_side("width", size if width is None else width, config),
             images=images,
             max_input_image_size=max_input_image_size,
-            steps=steps,
+            schedule=typical_schedule({**preset(quality), **given}, [images > 0] * batch),
             pictures=batch,
             prompt_tokens=prompt_tokens,
             image_first=image_first,

@@ -244,9 +244,10 @@ class ByteEstimate:
 
     @cached_property
     def state_bytes(self) -> int:
-        """What solver and edit keep beside the pictures' latents."""
-        work, solver = self.workload, self.workload.schedule.solver
-        copies = 3 * (solver != "euler") + (solver in MULTISTEP)  # and the call's own history
+        """What solver, reuse and edit keep beside the pictures' latents."""
+        work, schedule = self.workload, self.workload.schedule
+        copies = 3 * (not schedule.plain) + (schedule.solver in MULTISTEP)  # the call has it too
+        copies += 2 * (schedule.order + 1) * schedule.extrapolates  # likewise
         pixels = (copies * len(work.branches) + work.kept_latents) * work.height * work.width
         return LATENT_CHANNELS * _FLOAT * pixels // VAE_SCALE**2
 

@@ -15,6 +15,34 @@ from .cost import Cost
 from .device import less_margin
 from .plan import MemoryPlan, Switches, Workload, typical_workload
 from .planner import Candidate, Decision, describe, gigabytes, plan
+from .seconds import steps_flops
+
+
+@dataclass(frozen=True)
+class StepCounts:
+    """How many evaluations of the model a call's steps took."""
+
+    computed: int
+    extrapolated: int
+    saved_share: float  # of the operations that computing all would take
+
+    @classmethod
+    def of(cls, config: ModelConfig, workload: Workload) -> StepCounts:
+        schedule = workload.schedule
+        saved = steps_flops(config, workload, computed=False)
+        return cls(
+            computed=schedule.computed,
+            extrapolated=schedule.evaluations - schedule.computed,
+            saved_share=saved / steps_flops(config, workload, computed=None),
+        )
+
+    def __str__(self) -> str:
+        if not self.extrapolated:
+            return f"steps: all {self.computed} computed"
+        return (
+            f"steps: {self.computed} of {self.computed + self.extrapolated} computed; reuse saved "
+            f"{self.saved_share:.0%} of their operations"
+        )
 
 
 @dataclass(frozen=True)
@@ -24,6 +52,7 @@ class Report:
     plan: MemoryPlan
     predicted: Cost | None  # None if the caller gave the plan
     cached_share: float  # of the rows that a run without a cache computes, those saved
+    steps: StepCounts | None = None  # None where another program decides about steps
     measured_bytes: int | None = None  # peak that the allocator reserved; None if unknown
 
     def text(self, config: ModelConfig) -> str:
@@ -32,6 +61,8 @@ class Report:
         lines.append(
             f"kept between steps: {self.cached_share:.0%} of the rows of a run without cache"
         )
+        if self.steps is not None:
+            lines.append(str(self.steps))
         if self.predicted is not None:
             cost = self.predicted
             lines.append(

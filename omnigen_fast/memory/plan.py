@@ -275,6 +275,7 @@ def typical_workload(
     prompt_tokens: int = PROMPT_TOKENS,
     image_first: bool = False,
     config: ModelConfig | None = None,
+    schedule: StepSchedule | None = None,
 ) -> Workload:
     """A request of different prompts of one length, each with square input images.
 
@@ -288,6 +289,7 @@ def typical_workload(
         image_first: the images come before the instruction, so that the branch of the whole prompt
             and that of the images begin alike.
         config: decides which branches take the same rotary factor; the released model's.
+        schedule: instead of `steps`.
     """
     config = config or released_sizes()
     side = max_input_image_size // 16 * 16
@@ -305,7 +307,7 @@ def typical_workload(
     return Workload(
         height=height,
         width=width,
-        schedule=StepSchedule.euler(steps),
+        schedule=schedule or StepSchedule.euler(steps),
         branches=(sizes.branches,) * pictures,
         # all prompts share the negative one
         conditions=(Condition((uncond,)), *(one for picture in conditions for one in picture)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 from ..config import VAE_SCALE, ModelConfig
@@ -27,11 +27,20 @@ _CONVOLUTION_SHARE = 0.4
 _decode_flops, _encode_flops = lru_cache(256)(decode_flops), lru_cache(256)(encode_flops)
 
 
-def step_flops(config: ModelConfig, workload: Workload) -> int:
+def step_flops(config: ModelConfig, workload: Workload, kind: StepKind = ALL_BRANCHES) -> int:
     """Operations of one step with cached keys and values: products and attention."""
-    groups = [tokens for picture in workload.branches for tokens in picture]
+    groups = [tokens for picture in workload.branches_of(kind) for tokens in picture]
     products = product_flops(config, len(groups) * workload.noise_tokens)
     return config.num_layers * (products + attention_flops(config, groups, workload.noise_tokens))
+
+
+def steps_flops(config: ModelConfig, workload: Workload, computed: bool | None = True) -> int:
+    """Of all steps that are computed, of those that are not, or (None) as if all were."""
+    return sum(
+        count * step_flops(config, workload, replace(kind, computed=True))
+        for kind, count in workload.schedule.counts.items()
+        if computed in (None, kind.computed)
+    )
 
 
 def product_flops(config: ModelConfig, rows: int) -> int:

@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import OmniGenError, RequestError
+from ..fewer_steps import QUALITIES, left_to_preset, preset
 from ..request import DEFAULT_NEGATIVE_PROMPT
+from ..solvers import shifted
 from ..whole_files import write_whole
-from .record import RECORDED_ARGUMENTS, Record, png_info, recorded_images
+from .record import Record, png_info, recorded_arguments, recorded_images
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -56,6 +58,7 @@ class Fields:
     use_input_image_size: Any
     negative_prompt: Any
     memory: Any
+    quality: Any = QUALITIES[0]
 
     def call(self) -> dict[str, Any]:
         """The arguments of a call, whose values the pipeline checks.
@@ -87,6 +90,7 @@ class Fields:
             ),
             "seed": seed,
             "memory": self.memory or "auto",
+            "quality": self.quality or QUALITIES[0],
         }
 
 
@@ -128,6 +132,7 @@ class Job:
         self, pipe: OmniGenPipeline, arguments: Mapping[str, Any], preview: Preview | None = None
     ) -> None:
         self._pipe, self._arguments, self._preview = pipe, arguments, preview
+        self._shift = preset(arguments.get("quality", QUALITIES[0]))["time_shift"]
         self._stop = threading.Event()
         self._events: queue.SimpleQueue[Progress | Finished | BaseException] = queue.SimpleQueue()
         self._last: tuple[float, Any] = (0.0, None)  # time and latents of the last step
@@ -193,7 +198,9 @@ class Job:
         if self._preview is not None and earlier is not None and due:
             from ..vae.preview import expected
 
-            image = self._preview.image(expected(earlier, latents, steps - step - 1)[0])
+            end = shifted((step + 1) / steps, self._shift)
+            left = (1 - end) / (end - time_)
+            image = self._preview.image(expected(earlier, latents, left)[0])
             self._shown = time.monotonic()
         median = statistics.median(self._seconds) if self._seconds else None
         self._events.put(Progress(step + 1, steps, median, image))
@@ -239,13 +246,14 @@ def _record(
     arguments: Mapping[str, Any], model: str, dtype: str, inputs: Sequence[Path], folder: Path
 ) -> Record:
     negative = arguments["negative_prompt"]
-    recorded = {"use_img_guidance": True, "num_images_per_prompt": 1, "dtype": dtype, **arguments}
+    recorded = {"use_img_guidance": True, "num_images_per_prompt": 1, "dtype": dtype}
+    recorded |= {**left_to_preset(arguments), **arguments}
     return Record(
         model=model,
         prompts=(arguments["prompt"],),
         input_images=recorded_images([inputs], folder),
         negative_prompts=None if negative is None else (negative,),
-        arguments={name: recorded[name] for name in RECORDED_ARGUMENTS},
+        arguments=recorded_arguments(recorded),
     )
 
 

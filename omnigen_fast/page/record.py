@@ -391,9 +391,18 @@ RECORDED_OPTIONS: dict[str, Check] = {
     "timesteps": _TIMES,
     "mask_blur": INTEGER,
     "strength": NUMBER,
+    "reuse": ("a name or a number", lambda value: _is_text(value) or _is_number(value)),
+    "quality": TEXT,  # what it stands for is recorded too, and has the last word
 }
 # Of those options for which it is not None.
-_DEFAULTS = {"solver": "euler", "time_shift": 1.0, "mask_blur": 0, "strength": 1.0}
+_DEFAULTS = {
+    "solver": "euler",
+    "time_shift": 1.0,
+    "mask_blur": 0,
+    "strength": 1.0,
+    "reuse": "off",
+    "quality": "exact",
+}
 
 
 # Arguments of `from_pretrained` that affect the picture, recorded where they are not the defaults.
@@ -408,6 +417,7 @@ def recorded_precision(options: Mapping[str, Any]) -> dict[str, str]:
 
 
 def recorded_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """What a record holds of the arguments of a call and its dtype."""
-    used = [one for one in RECORDED_OPTIONS if arguments[one] != _DEFAULTS.get(one)]
+    """What a record holds of the arguments of a call and its dtype; options may be missing."""
+    plain = {name: _DEFAULTS.get(name) for name in RECORDED_OPTIONS}
+    used = [one for one, default in plain.items() if arguments.get(one, default) != default]
     return {name: arguments[name] for name in (*RECORDED_ARGUMENTS, *used)}

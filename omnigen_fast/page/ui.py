@@ -34,6 +34,7 @@ from gradio.utils import get_upload_folder, is_in_or_equal
 from PIL.Image import Image
 
 from ..errors import OmniGenError, RequestError
+from ..fewer_steps import QUALITIES, preset
 from ..pipeline import OmniGenPipeline
 from ..request import DEFAULT_NEGATIVE_PROMPT
 from ..vae.preview import Preview
@@ -82,7 +83,7 @@ _FIELDS: dict[str, Kind] = {
     "random seed": SWITCH,
     "max_input_image_size": NUMBER,
     "use_input_image_size_as_output": SWITCH,
-    **dict.fromkeys(("negative_prompt", "memory"), TEXT),
+    **dict.fromkeys(("negative_prompt", "memory", "quality"), TEXT),
 }
 
 
@@ -168,6 +169,11 @@ class Page:
             images = one.three_images()
             return [one.prompt, *images, one.guidance_scale, one.use_input_image_size]
 
+        def steps_of(quality: str) -> Any:
+            if quality == QUALITIES[0]:
+                return start.steps
+            return preset(quality)["num_inference_steps"]
+
         side = min(start.side, self._pipe.config.max_image_side)
         with _Blocks(title="OmniGen", analytics_enabled=False) as blocks:
             gr.Markdown(f"# OmniGen\n`{self._model}` on {self._pipe.device}")
@@ -197,6 +203,13 @@ class Page:
                         width = _number("Width", side, "width")
                         height = _number("Height", side, "height")
                         steps = _number("Steps", start.steps, "steps")
+                        quality = gr.Dropdown(
+                            list(QUALITIES),
+                            value=QUALITIES[0],
+                            label="Quality",
+                            elem_id="quality",
+                            min_width=110,
+                        )
                     use_size = gr.Checkbox(
                         label="Use the input image's size", elem_id="use-input-size"
                     )
@@ -252,7 +265,7 @@ class Page:
                 )
             fields = [
                 *(prompt, *images, height, width, guidance, image_guidance, steps, seed),
-                *(randomize, largest, use_size, negative, memory),
+                *(randomize, largest, use_size, negative, memory, quality),
             ]
             shown = max(1, *(len(one.images) for one in start.examples))
             examples = gr.Dataset(
@@ -273,6 +286,7 @@ class Page:
             stop.click(self.stop, queue=False, **_HIDDEN)
             plan.click(self.plans, fields, [table, status], concurrency_limit=None, **_HIDDEN)
             blocks.unload(self.stop)  # the page was closed
+            quality.change(steps_of, quality, steps, queue=False, **_HIDDEN)
         return blocks
 
 
@@ -446,6 +460,8 @@ def _server(page: Page, hosts: Hosts, folder: Path, port: int) -> Server:
 def _calls(blocks: gr.Blocks) -> dict[int, Call]:
     """What the page's buttons send, by the number of the action."""
     fields: dict[str, dict[str, Kind]] = {"generate": _FIELDS, "plans": _FIELDS, "stop": {}}
+    known = Kind(f"one of {', '.join(QUALITIES)}", lambda value: value in QUALITIES)
+    fields["steps_of"] = {"quality": known}
     calls = {}
     for number, function in blocks.fns.items():
         if any(event == "unload" for _, event in function.targets):

@@ -86,6 +86,22 @@ def test_a_lower_precision_is_seen_and_drawn(tmp_path):
         assert image.width > 3 * 64 and image.height > 2 * 64
 
 
+def test_less_work_is_seen():
+    error = {}
+    for name in ("heun", "ab2+reuse-fast", "high", "fast"):
+        arguments = ("--a", "float32+exact", "--b", f"float32+{name}")
+        if name not in ("high", "fast"):
+            arguments = ("--a", "float32", *arguments[2:])
+        done = run(
+            "--model", str(TINY), "--size", "64", "--seeds", "1", "--images", "0", *arguments
+        )
+        assert done.exit_code == 0, done.output
+        (row,) = (line.split() for line in done.stdout.splitlines() if line[:1].isdigit())
+        error[name] = float(row[1])
+    assert all(0 < one < 0.2 for one in error.values()), error
+    assert len(set(error.values())) == len(error)
+
+
 def test_what_changes_no_image_changes_none():
     done = run("--model", str(TINY), "--size", "64", "--a", "float32", "--b", "float32+no-kv")
     errors = [float(line.split()[1]) for line in done.stdout.splitlines() if line[:1].isdigit()]
@@ -98,6 +114,8 @@ def test_what_changes_no_image_changes_none():
         ("float16", "'float16' is not known"),
         ("float32+bfloat16", "float32 and bfloat16 contradict"),
         ("kv+no-kv", "kv and no-kv contradict"),
+        ("euler+ab2", "euler and ab2 contradict"),
+        ("high+fast", "high and fast contradict"),
         ("", "'' is not known"),
     ],
 )

@@ -113,6 +113,22 @@ class TestPictures:
         assert read_record("out/3.png").arguments["solver"] == "ab2"
         assert "outside the folder" in by_id()["4"]["error"]
 
+    def test_a_lines_quality_decides_over_options(self, pipe):
+        edit = {"prompt": "A cat.", "width": 32, "seed": 1, "num_inference_steps": 4}
+        write({**edit, "quality": "fast"}, {**edit, "quality": "fast", "reuse": 0}, edit)
+        assert made("--solver", "heun", "--quality", "high").startswith("3 done")
+        for number, own in enumerate(
+            (
+                {"quality": "fast"},
+                {"quality": "fast", "reuse": 0},
+                {"quality": "high", "solver": "heun"},
+            ),
+            1,
+        ):
+            (image,) = pipe(**CALL | edit | own)
+            assert np.abs(np.array(image, dtype=int) - pixels(f"out/{number}.png")).max() <= 1
+            assert read_record(f"out/{number}.png").arguments["quality"] == own["quality"]
+
     def test_every_argument_of_a_call_is_a_key(self):
         arguments = set(inspect.signature(OmniGenPipeline.__call__).parameters) - {"self"}
         assert arguments - set(KEYS) == set(REFUSED_KEYS)

@@ -56,7 +56,7 @@ EVERY_OPTION = """
 --use-input-image-size-as-output --joint-cfg-infer --no-kv-cache
 --keep-kv-cache --offload-model --num-images-per-prompt 2 --seed 9
 --latents noise.safetensors --output-type pil --out a.png --quiet --memory 8GiB
---solver ab2 --time-shift 2 --timesteps 0,0.25
+--solver ab2 --time-shift 2 --timesteps 0,0.25 --reuse 0.001 --quality fast
 --mask-image m.png --mask-blur 3 --strength 0.5
 --guidance-interval 0 0.5 --image-guidance-interval 0.25 1
 """
@@ -331,6 +331,8 @@ class TestArguments:
             "solver": "ab2",
             "time_shift": 2.0,
             "timesteps": [0.0, 0.25],
+            "reuse": 0.001,
+            "quality": "fast",
             "guidance_interval": (0.0, 0.5),
             "image_guidance_interval": (0.25, 1.0),
             "num_images_per_prompt": 2,

@@ -46,6 +46,10 @@ def test_bytes_are_those_of_the_pipeline(seed):
             kinds = (ALL_BRANCHES, StepKind(branches=(0,)))
             kinds = tuple(rng.choice(kinds) for _ in range(len(call.schedule)))
             call.schedule = StepSchedule(kinds, None, rng.choice(SOLVERS))
+        elif place % 6 == 1:
+            computed = [step % 3 < 2 for step in range(len(call.schedule))]
+            kinds = tuple(replace(ALL_BRANCHES, computed=one) for one in computed)
+            call.schedule = StepSchedule(kinds, None, SOLVERS[place % 5], order=1 + place % 2)
         if place % 4 == 0:
             as_edit(call)
         found = peaks(call, plan)

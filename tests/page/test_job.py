@@ -19,6 +19,7 @@ from PIL import Image
 
 from omnigen_fast.cli.main import main
 from omnigen_fast.errors import MemoryBudgetError, OmniGenError, RequestError
+from omnigen_fast.fewer_steps import QUALITIES, preset
 from omnigen_fast.page.gallery import gallery
 from omnigen_fast.page.job import (
     TABLE_HEADERS,
@@ -245,9 +246,15 @@ class TestSave:
             self.save(tmp_path)
         assert not list(tmp_path.iterdir())
 
-    def test_made_again_to_the_same_bytes(self, pipe, tmp_path):
-        end = course(pipe, EDIT)[-1]
-        path = save(end.image, EDIT.call(), str(TINY), "float32", tmp_path)
+    @pytest.mark.parametrize("quality", QUALITIES)
+    def test_made_again_to_the_same_bytes(self, pipe, tmp_path, quality):
+        fields = replace(EDIT, quality=quality)
+        end = course(pipe, fields)[-1]
+        path = save(end.image, fields.call(), str(TINY), "float32", tmp_path)
+        recorded = read_record(path).arguments
+        stands_for = {name: one for name, one in preset(quality).items() if name in recorded}
+        assert recorded.items() >= {**stands_for, "num_inference_steps": 3}.items()
+        assert recorded.get("quality", "exact") == quality
         again = tmp_path / "again.png"
         options = ["--model", str(TINY), "--device", "cpu", "--recorded-images", "--quiet"]
         result = CliRunner().invoke(

@@ -18,6 +18,7 @@ from PIL import Image
 
 from omnigen_fast.cli.main import main
 from omnigen_fast.errors import RequestError
+from omnigen_fast.fewer_steps import preset
 from omnigen_fast.page.record import (
     MAX_BYTES,
     Record,
@@ -107,11 +108,16 @@ class TestRoundTrip:
     def test_options_come_back_where_they_are_used(self):
         options = {"guidance_interval": [0.0, 0.5], "image_guidance_interval": [0.25, 1.0]}
         options |= {"solver": "ab2", "time_shift": 2.0, "timesteps": [0.0, 0.5]}
-        options |= {"mask_blur": 3, "strength": 0.5}
+        options |= {"mask_blur": 3, "strength": 0.5, "reuse": 0.01, "quality": "high"}
         used = replace(RECORD, arguments=ARGUMENTS | options)
         Image.new("RGB", (8, 8)).save("a.png", pnginfo=png_info(used))
         assert read_record("a.png") == used
         assert not fields().keys() & options.keys()
+
+    @pytest.mark.parametrize("value", [None, True, [0.1], {}], ids=str)
+    def test_a_reuse_of_another_type_is_refused(self, value):
+        with pytest.raises(RequestError, match="reuse must be a name or a number"):
+            read_record(with_text(json.dumps(fields(reuse=value))))
 
     @pytest.mark.parametrize("value", [None, "01", [True, 1], [None], {}], ids=str)
     def test_options_of_another_type_are_refused(self, value):
@@ -127,6 +133,20 @@ class TestRoundTrip:
         found = read_record("a.png").arguments
         assert found["guidance_interval"] == [0.0, 0.5] and found["timesteps"] == [0.0, 0.25]
         assert found["solver"] == "heun" and "time_shift" not in found
+
+    def test_a_quality_is_recorded_with_what_it_stands_for(self):
+        again = [*MODEL, "--model", str(TINY), "--from", "a.png"]
+        made(*SMALL, "--prompt", "A cat.", "--seed", "3", "--quality", "high", "--solver", "heun")
+        found = read_record("a.png").arguments
+        assert found["quality"] == "high" and found["reuse"] == preset("high")["reuse"]
+        assert found["solver"] == "heun" and found["num_inference_steps"] == 1  # as was given
+        made(*again, out="b.png")
+        assert read_record("b.png") == read_record("a.png")
+        # a quality given anew decides about all that it stands for
+        made(*again, "--quality", "exact", "--steps", "2", out="b.png")
+        found = read_record("b.png").arguments
+        assert found["num_inference_steps"] == 2
+        assert not found.keys() & {"quality", "solver", "reuse"}
 
     def test_a_mask_comes_back_and_is_opened_only_if_asked(self):
         Image.new("L", (32, 32), 255).save("mask.png")

@@ -40,6 +40,8 @@ _LINE: dict[str, Any] = {
     "seed": 7,
     "output_type": "pil",
     "solver": "heun",
+    "reuse": 0.01,
+    "quality": "fast",
     "guidance_interval": [0.1, 0.9],
     "mask_image": "image.png",
     "strength": 0.5,
@@ -78,6 +80,8 @@ _DEFAULTS: dict[str, Any] = {
     "output_type": "latent",
     "solver": "euler",
     "time_shift": 1.0,
+    "reuse": "off",
+    "quality": "exact",
     "mask_blur": 0,
     "strength": 1.0,
 }

@@ -76,6 +76,8 @@ _ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "solver": ("euler", "heun", "midpoint", "ab2", "dpmpp2m", "dpm", None, 5),
     "time_shift": (1.0, 3, 0.5, 0, -1, float("inf"), None, "3", 1e300, 1e-300),
     "timesteps": (None, [0.0, 0.5], [0, 0.3, 0.9], [0.5, 0.2], [], [1.0], [0.0] * 5000, "abc", 1),
+    "reuse": ("off", "careful", "fast", 0, 1e-3, 1000.0, -1, "no", None, float("nan"), [0.1]),
+    "quality": ("exact", "high", "fast", "best", None, 5, ["high"]),
     "mask_image": ("bytes", "array", "mode F", "cut", "sliver", "bfloat16", None, 5, "nowhere.png"),
     "mask_blur": (0, 1, 8, 1 << 20, -1, 1.0, None),
     "strength": (1.0, 0.5, 0.01, 0, 2, -1, None, float("nan")),

@@ -87,6 +87,8 @@ class Records(Kind):
                 "guidance_interval": [0.1, 0.9],
                 "solver": "heun",
                 "timesteps": [0.0, 0.5],
+                "reuse": "careful",
+                "quality": "high",
                 "mask_blur": 2,
                 "strength": 0.75,
             },
