@@ -105,6 +105,7 @@ ORDER = [
     "batch.lines",
     "batch.results",
     "batch.run",
+    "batch.on_ray",
     "page.job",
     "page.line",
     "page.bodies",
@@ -124,6 +125,7 @@ ORDER = [
     "cli.serve",
     "cli.main",
     "app",
+    "ray",
 ]
 USE_KERNELS = {"for_diffusers.enable", "call", "model", "denoise", "graph"}
 USE_PROFILES = {
