@@ -3,10 +3,11 @@
     python -m bench.docs            # rewrites what is out of date
     python -m bench.docs --check    # names it instead, and fails if there is any
 
-Five kinds of text are generated: the output below a command in a line of its own (`    $ ...`),
+Six kinds of text are generated: the output below a command in a line of its own (`    $ ...`),
 the tables in docs/benchmarks.md, and the summary of them in README.md, both of the result file that
-docs/benchmarks.md links to; and the tables in docs/reliability.md, of tests/fuzz/results.json and
-tests/soak/results.json; and the server's errors in docs/serving.md.
+docs/benchmarks.md links to; the tables of the server there, of bench/results/serve-load.json; the
+tables in docs/reliability.md, of tests/fuzz/results.json and tests/soak/results.json; and the
+server's errors in docs/serving.md.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from . import report
+from . import report, serve_load
 from .common import ROOT
 
 README, BENCHMARKS = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
@@ -42,6 +43,8 @@ def refreshed(path: Path) -> str:
     text = _with_output(path.read_text(encoding="utf-8"))
     if path == BENCHMARKS:
         text = _between(text, (report.BEGIN, report.END), report.markdown(result()))
+        served = json.loads(serve_load.RESULT.read_text(encoding="utf-8"))
+        text = _between(text, (serve_load.BEGIN, serve_load.END), serve_load.markdown(served))
     if path == README:
         text = _between(text, RATIOS, ratios(result()))
     if path == RELIABILITY:
