@@ -392,10 +392,10 @@ def markdown(result: dict[str, Any]) -> str:
     own, first = rows[OWN], rows[FIRST_COME]
     lines = [
         f"{at['cpu']}, {result['cores']} cores, PyTorch threads: {at['threads']}, {at['date']}; "
-        f"bundled model, {result['dtype']}; {own['requests']} requests, {result['requests_per_second']:.2f} per second, which is "
-        f"{result['load']:.0%} of what the server can do without packing. Alone, a short one takes "
-        f"{short * 1000:.0f} ms and a long one {long * 1000:.0f} ms. Times are in seconds, from "
-        "arrival to answer:",
+        f"bundled model, {result['dtype']}; {own['requests']} requests, "
+        f"{result['requests_per_second']:.2f} per second, which is {result['load']:.0%} of what "
+        f"the server can do without packing. Alone, a short one takes {short * 1000:.0f} ms and a "
+        f"long one {long * 1000:.0f} ms. Times are in seconds, from arrival to answer:",
         "",
         "| server | short: mean | p50 | p95 | p99 | long: mean | p50 | p95 | p99 | per second "
         "| fairness | worst slowdown |",
@@ -436,6 +436,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     from .plots import COLOURS
 
@@ -443,10 +444,13 @@ def plot(result: dict[str, Any], path: Path) -> None:
     for axis, size in zip(axes, ("short", "long")):
         for colour, (name, row) in zip(COLOURS, result["variants"].items()):
             times = row["times"][size]
-            shares = [(i + 1) / len(times) for i in range(len(times))]
-            axis.step(times, shares, where="post", color=colour, label=name)
+            shares = [i / len(times) for i in range(len(times) + 1)]
+            axis.step([times[0], *times], shares, where="post", color=colour, label=name)
         axis.axvline(result["alone_seconds"][size], color="#8c8c8c", linestyle=":")
         axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set_xlabel("seconds from arrival to answer")
         axis.set_title(f"{size} requests (dotted: alone)")
         axis.grid(alpha=0.3)
