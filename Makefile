@@ -8,7 +8,7 @@ PEER := .peers/original
 SEED := 0
 FIRST := 0
 
-.PHONY: test test-failed fuzz soak test-browser chromium demo bench peers dist lint format clean
+.PHONY: test test-failed fuzz soak test-browser test-ray chromium demo bench peers dist lint format clean
 
 $(READY): setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -33,7 +33,7 @@ test: lint
 # What failed, one after the other: some tests bound a time, which a busy machine exceeds.
 test-failed: lint
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --last-failed --last-failed-no-failures none \
-		tests tests/browser
+		tests tests/browser tests/on_ray
 
 # N inputs (of KIND, or of all kinds together) made by mutation, in a process for each core. Failing
 # ones are in fuzz-output; RESULT names a file for the numbers.
@@ -57,6 +57,14 @@ test-browser: chromium $(VENV)/.ready-browser
 $(VENV)/.ready-browser: $(READY)
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt \
 		--editable '.[app,browser]'
+	touch $@
+
+# A batch and a server on Ray clusters of this machine, which the tests start and stop.
+test-ray: $(VENV)/.ready-ray
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/on_ray
+
+$(VENV)/.ready-ray: $(READY)
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[ray]'
 	touch $@
 
 chromium:

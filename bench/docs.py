@@ -20,7 +20,7 @@ from typing import Any
 from omnigen_fast import fewer_steps, profiles
 from omnigen_fast.memory.overview import cards
 
-from . import report
+from . import report, serve_load
 from .common import ROOT
 from .kernels import bounds
 
@@ -53,6 +53,8 @@ def refreshed(path: Path) -> str:
     if path == BENCHMARKS:
         text = _between(text, (report.BEGIN, report.END), report.markdown(result()))
         text = _between(text, (bounds.BEGIN, bounds.END), bounds.markdown())
+        served = json.loads(serve_load.RESULT.read_text(encoding="utf-8"))
+        text = _between(text, (serve_load.BEGIN, serve_load.END), serve_load.markdown(served))
     if path == README:
         text = _between(text, RATIOS, ratios(result()))
     if path == PRECISION:

@@ -14,7 +14,7 @@ from .common import full_config
 from .counts import count
 from .documented import DEVICES, documented_cell, predicted_seconds
 
-_COLOURS = ("#1b6ca8", "#e08e45", "#7a9e48", "#9b6bb3")
+COLOURS = ("#1b6ca8", "#e08e45", "#7a9e48", "#9b6bb3")
 _GREY = "#8c8c8c"
 _STEPS = 50  # of the pictures that the original documents
 
@@ -115,7 +115,7 @@ def _sizes(result: dict[str, Any], path: Path) -> Path:
         if any(_ok(cell, name) for cell in cells)
     ]
     groups = [f"{cell['size'].replace(', ', chr(10))}\n{cell['column']}" for cell in cells]
-    colours = dict(zip(names, _COLOURS))
+    colours = dict(zip(names, COLOURS))
     figure, axes = _figure(max(8.0, 1.35 * len(cells)), 7.4, 2)
     for axis, what in zip(axes.flat, ("seconds", "GB")):
         series: dict[str, list[float | None]] = {}
@@ -170,7 +170,7 @@ def _limits(result: dict[str, Any], path: Path) -> Path:
     figure, axes = _figure(8, 1.6 + 0.42 * len(rows), 1)
     axis = axes[0, 0]
     shares = [row["limit_seconds"] / row["seconds"] * 100 for row in rows]
-    axis.barh([row["name"] for row in rows], shares, color=_COLOURS[0], height=0.7)
+    axis.barh([row["name"] for row in rows], shares, color=COLOURS[0], height=0.7)
     for place, (row, share) in enumerate(zip(rows, shares)):
         axis.annotate(
             f"{share:.0f} %   ({row['seconds'] / steps:.0%} of the step)",
@@ -237,7 +237,7 @@ def _predicted(found: Sequence[Prediction], path: Path) -> Path:
                 for one, mine, cell in zip(documented, seconds, cells)
             ],
         }
-        _bars(axis, names, series, labels, {ours: _COLOURS[0], theirs: _COLOURS[1]})
+        _bars(axis, names, series, labels, {ours: COLOURS[0], theirs: COLOURS[1]})
         axis.set_ylabel("seconds, lower is better")
         axis.set_title(f"{device}: a picture of {_STEPS} steps, bfloat16, default settings")
         axis.legend(frameon=False, fontsize=9)

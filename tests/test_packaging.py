@@ -189,7 +189,8 @@ def test_metadata(metadata, in_wheel):
     assert not any(one.startswith("License ::") for one in classifiers)
     assert "OmniGen" in metadata["Keywords"]
     assert metadata.get_all("Project-URL") == ["Paper, https://arxiv.org/abs/2409.11340"]
-    assert set(metadata.get_all("Provides-Extra")) == {"app", "bench", "browser", "dev", "serve"}
+    extras = {"app", "bench", "browser", "dev", "ray", "serve"}
+    assert set(metadata.get_all("Provides-Extra")) == extras
     assert metadata["Description-Content-Type"] == "text/markdown"
     assert metadata.get_payload().strip() == (ROOT / "README.md").read_text().strip()
 
@@ -260,7 +261,7 @@ def test_workflow_runs_ci_on_every_python(monkeypatch):
 
 def test_make_uses_the_interpreter_that_is_named():
     environment = {**os.environ, "PYTHON": "python3.99"}
-    for target in ("test", "test-browser", "dist"):
+    for target in ("test", "test-browser", "test-ray", "dist"):
         command = ["make", "--dry-run", "--always-make", target]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr

@@ -109,6 +109,7 @@ ORDER = [
     "batch.lines",
     "batch.results",
     "batch.run",
+    "batch.on_ray",
     "page.job",
     "page.line",
     "page.bodies",
@@ -128,6 +129,7 @@ ORDER = [
     "cli.serve",
     "cli.main",
     "app",
+    "ray",
 ]
 USE_KERNELS = {"for_diffusers.enable", "call", "quantised", "linear", "model", "denoise", "graph"}
 USE_PROFILES = {

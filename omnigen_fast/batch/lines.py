@@ -114,6 +114,12 @@ class Job:
         if self.latents is not None and self.record.latents is not None:
             yield self.latents, self.record.latents
 
+    def with_files(self, copies: Mapping[str, str]) -> Job:
+        """The same line, reading copies of its files; `copies` has their paths by the files'."""
+        mask, latents = (path and copies[path] for path in (self.mask, self.latents))
+        images = tuple(copies[path] for path in self.images)
+        return replace(self, images=images, mask=mask, latents=latents)
+
 
 @dataclass(frozen=True)
 class BadLine:

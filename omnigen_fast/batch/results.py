@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import stat
 import sys
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Literal
 
-from ..errors import OmniGenError
+from ..errors import OmniGenError, RequestError
 from ..request import MAX_IMAGES
+from ..whole_files import write_whole
 
 NAME = "results.jsonl"
 _MAX_BYTES = 64 << 10  # of a line; what is longer we did not write
@@ -46,7 +50,29 @@ class Entry:
         return self.line if self.id is None else self.id
 
 
-class Results:
+class Earlier:
+    """What became of the lines of a folder so far.
+
+    Args:
+        folder: of the files.
+        latest: the last entry of each line, by `Entry.key`.
+    """
+
+    def __init__(self, folder: Path, latest: dict[str | int, Entry]) -> None:
+        self.folder = folder
+        self._latest = latest
+
+    def latest(self, key: str | int) -> Entry | None:
+        """What became of a line when it last ran, by `Entry.key`."""
+        return self._latest.get(key)
+
+    def is_done(self, entry: Entry) -> bool:
+        """Whether an entry's files are there."""
+        names = entry.names()
+        return bool(names) and all(os.path.isfile(self.folder / name) for name in names)
+
+
+class Results(Earlier):
     """The results of a folder, locked while they are open.
 
     Args:
@@ -69,7 +95,7 @@ class Results:
             raise OSError(f"{self.path} can't be opened: {error.strerror or error}") from error
         try:
             _lock(self._file, folder)
-            self._latest = self._read()
+            super().__init__(folder, self._read())
         except BaseException:
             self.close()
             raise
@@ -89,14 +115,13 @@ class Results:
         """Closes the file, which unlocks the folder."""
         os.close(self._file)
 
-    def latest(self, key: str | int) -> Entry | None:
-        """What became of a line when it last ran, by `Entry.key`."""
-        return self._latest.get(key)
+    def earlier(self) -> Earlier:
+        """The results so far, as another process can read them."""
+        return Earlier(self.folder.absolute(), dict(self._latest))
 
-    def is_done(self, entry: Entry) -> bool:
-        """Whether an entry's files are there."""
-        names = entry.names()
-        return bool(names) and all(os.path.isfile(self.path.parent / name) for name in names)
+    def entries(self) -> list[Entry]:
+        """The last entry of each line, in the order of the lines."""
+        return sorted(self._latest.values(), key=lambda entry: entry.line)
 
     def append(self, entry: Entry) -> None:
         """Writes an entry to the disk, whole or not at all; raises OSError if that fails."""
@@ -129,6 +154,27 @@ class Results:
         elif text:
             os.ftruncate(self._file, whole)
         return latest
+
+
+def check_table(path: Path) -> None:
+    """Raises OmniGenError now if `write_table` could not write such a file."""
+    if path.suffix.lower() != ".parquet":
+        raise RequestError(f"--results {path} must end in .parquet; results.jsonl is always there")
+    if importlib.util.find_spec("pyarrow") is None:
+        raise OmniGenError("--results needs pyarrow; install it with: pip install pyarrow")
+
+
+def write_table(entries: Iterable[Entry], path: Path) -> None:
+    """Writes entries as a Parquet file, whole or not at all; raises OSError if that fails."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    types = {"int": pa.int64(), "float": pa.float64()}
+    columns = [
+        (one.name, types.get(str(one.type).split()[0], pa.string())) for one in fields(Entry)
+    ]
+    table = pa.Table.from_pylist([asdict(entry) for entry in entries], pa.schema(columns))
+    write_whole(path, partial(pq.write_table, table))
 
 
 def _next_line(file: BinaryIO) -> bytes:

@@ -20,7 +20,7 @@ from ..page.record import Record, check_unchanged
 from ..request import DEFAULT_NEGATIVE_PROMPT, latent_shape
 from ..weights.files import read_single_tensor
 from .lines import BadLine, Job
-from .results import Entry, Results
+from .results import Earlier, Entry, Results
 
 if TYPE_CHECKING:
     from ..pipeline import OmniGenPipeline
@@ -35,6 +35,40 @@ class Save(Protocol):
 
     def __call__(self, job: Job, result: Any, record: Record) -> Sequence[Path]:
         """Returns the files; `result` is what a call returns, `record` has the seed."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a call returned for a line."""
+
+    job: Job
+    result: Any
+    record: Record  # with the seed that was given or drawn
+    seconds: float  # of the call, divided by its lines
+
+    def saved(self, save: Save) -> Entry:
+        """Writes the pictures; returns the line's entry. Raises OSError if that fails."""
+        job, seed = self.job, self.record.arguments["seed"]
+        files = save(job, self.result, self.record)
+        entry = Entry(job.number, job.id, "done", job.digest, files[0].name, len(files))
+        return replace(entry, seed=seed, seconds=round(self.seconds, 3))
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A line for which no call returned anything."""
+
+    job: Job
+    error: str
+
+    @property
+    def entry(self) -> Entry:
+        job = self.job
+        return Entry(job.number, job.id, "failed", job.digest, error=self.error)
+
+    def saved(self, save: Save) -> Entry:
+        """The line's entry; there is nothing to write."""
+        return self.entry
 
 
 @dataclass(frozen=True)
@@ -54,30 +88,31 @@ class _Ready:
 
 def pending(
     lines: Iterable[Job | BadLine],
-    results: Results,
+    earlier: Earlier,
     retry_failed: bool,
-    passed: Callable[[str], None],
+    passed: Callable[[int, str, Entry | None], None],
 ) -> Iterator[Job]:
-    """The lines that are to be carried out; bad ones get their entry.
+    """The lines that are to be carried out.
 
     Args:
         lines: of the batch.
-        results: of earlier runs.
+        earlier: results of earlier runs.
         retry_failed: whether to try lines again that failed as they stand.
-        passed: called with "kept" or "failed" for each line that needs no work.
+        passed: called for each line that needs no work with its number, "kept" or "failed", and the
+            entry that a bad line has yet to get.
     """
     for line in lines:
-        entry = results.latest(line.number if line.id is None else line.id)
+        entry = earlier.latest(line.number if line.id is None else line.id)
         if entry is not None and entry.digest != line.digest:
             entry = None  # the line asked for something else then
         if isinstance(line, BadLine):
-            if entry is None or entry.status != "failed" or entry.error != line.error:
-                results.append(Entry(line.number, line.id, "failed", line.digest, error=line.error))
-            passed("failed")
+            known = entry is not None and (entry.status, entry.error) == ("failed", line.error)
+            bad = Entry(line.number, line.id, "failed", line.digest, error=line.error)
+            passed(line.number, "failed", None if known else bad)
         elif entry is not None and entry.status == "failed" and not retry_failed:
-            passed("failed")
-        elif entry is not None and entry.status == "done" and results.is_done(entry):
-            passed("kept")
+            passed(line.number, "failed", None)
+        elif entry is not None and entry.status == "done" and earlier.is_done(entry):
+            passed(line.number, "kept", None)
         else:
             yield line
 
@@ -114,14 +149,28 @@ def run(
         counts[status] += 1
         advanced(status)
 
-    todo = pending(lines, results, retry_failed, count)
+    def passed(_number: int, status: str, entry: Entry | None) -> None:
+        if entry is not None:
+            results.append(entry)
+        count(status)
+
+    for jobs in groups(pending(lines, results, retry_failed, passed)):
+        for outcome in carry_out(load(), jobs):
+            entry = outcome.saved(save)
+            results.append(entry)
+            count(entry.status)
+    return counts
+
+
+def groups(jobs: Iterator[Job]) -> Iterator[list[Job]]:
+    """Lines that could run together; reads `WINDOW` ahead in search of them."""
     window: deque[Job] = deque()
     while True:
-        while len(window) < WINDOW and (job := next(todo, None)) is not None:
+        while len(window) < WINDOW and (job := next(jobs, None)) is not None:
             window.append(job)
         if not window:
-            return counts
-        _Runner(load(), results, save, count).carry_out(_like_first(window))
+            return
+        yield _like_first(window)
 
 
 def _like_first(window: deque[Job]) -> list[Job]:
@@ -137,102 +186,102 @@ def _like_first(window: deque[Job]) -> list[Job]:
     return found
 
 
-@dataclass(frozen=True)
-class _Runner:
-    pipe: OmniGenPipeline
-    results: Results
-    save: Save
-    count: Callable[[str], None]
+def carry_out(pipe: OmniGenPipeline, jobs: Sequence[Job]) -> Iterator[Made | Failed]:
+    """Carries out lines of a group, in calls of as many as it pays to join.
 
-    def carry_out(self, jobs: Sequence[Job]) -> None:
-        """Carries out lines with the same settings, in calls of as many as it pays to join."""
-        ready = [one for job in jobs if (one := self._ready(job)) is not None]
-        for size in dict.fromkeys(one.size for one in ready):
-            like = [one for one in ready if one.size == size]
-            count = self._together(like)
-            for first in range(0, len(like), count):
-                self._make(like[first : first + count])
+    Raises OSError if the weights can't be read.
+    """
+    ready = []
+    for job in jobs:
+        one = _ready(pipe, job)
+        if isinstance(one, Failed):
+            yield one
+        else:
+            ready.append(one)
+    for size in dict.fromkeys(one.size for one in ready):
+        like = [one for one in ready if one.size == size]
+        count = _together(pipe, like)
+        for first in range(0, len(like), count):
+            yield from _make(pipe, like[first : first + count])
 
-    def _ready(self, job: Job) -> _Ready | None:
-        """None for a line that no call takes; it then has its entry."""
+
+def _ready(pipe: OmniGenPipeline, job: Job) -> _Ready | Failed:
+    try:
+        latents = None if job.latents is None else read_single_tensor(job.latents)
+        call = _arguments([job], job.shared(), latents)
+        decision = pipe.plan(**call, seed=job.record.arguments["seed"])
+    except Exception as error:  # one line must not stop the others
+        return _failed(job, error)
+    workload = decision.estimate.workload
+    return _Ready(job, (workload.height, workload.width), decision.cost.seconds)
+
+
+def _together(pipe: OmniGenPipeline, like: Sequence[_Ready]) -> int:
+    """How many of some lines to run in one call."""
+    count = len(like)
+    while count > 1:
+        part = like[:count]
         try:
-            latents = None if job.latents is None else read_single_tensor(job.latents)
-            call = _arguments([job], job.shared(), latents)
-            decision = self.pipe.plan(**call, seed=job.record.arguments["seed"])
-        except Exception as error:  # one line must not stop the others
-            self._failed(job, error)
-            return None
-        workload = decision.estimate.workload
-        return _Ready(job, (workload.height, workload.width), decision.cost.seconds)
+            call = _arguments([one.job for one in part], part[0].shared())
+            seconds = pipe.plan(**call).cost.seconds
+        except OmniGenError:  # does not fit
+            seconds = math.inf
+        if seconds < _GAIN * sum(one.seconds for one in part):
+            break
+        count //= 2
+    return count
 
-    def _together(self, like: Sequence[_Ready]) -> int:
-        """How many of some lines to run in one call."""
-        count = len(like)
-        while count > 1:
-            part = like[:count]
-            try:
-                call = _arguments([one.job for one in part], part[0].shared())
-                seconds = self.pipe.plan(**call).cost.seconds
-            except OmniGenError:  # does not fit
-                seconds = math.inf
-            if seconds < _GAIN * sum(one.seconds for one in part):
-                break
-            count //= 2
-        return count
 
-    def _make(self, together: Sequence[_Ready]) -> None:
-        """Runs lines in one call, or one by one if that fails."""
-        start = time.perf_counter()
-        seeds = [_seed(one.job) for one in together]
-        result = None
-        try:
-            result = self._call(together, seeds)
-        except OSError:  # weights that can't be read: no other line could do better
-            raise
-        except Exception as error:  # one line must not stop the others
-            if len(together) == 1:
-                self._failed(together[0].job, error)
-                return
-        if result is None:  # not in the handler: the traceback holds the call's tensors
-            for one in together:
-                self._make([one])
+def _make(pipe: OmniGenPipeline, together: Sequence[_Ready]) -> Iterator[Made | Failed]:
+    """Runs lines in one call, or one by one if that fails."""
+    start = time.perf_counter()
+    seeds = [_seed(one.job) for one in together]
+    result = None
+    try:
+        result = _call(pipe, together, seeds)
+    except OSError:  # weights that can't be read: no other line could do better
+        raise
+    except Exception as error:  # one line must not stop the others
+        failed = _failed(together[0].job, error)
+    if result is None:  # not in the handler: the traceback holds the call's tensors
+        if len(together) == 1:
+            yield failed
             return
-        seconds = (time.perf_counter() - start) / len(together)
-        first = 0
-        for one, seed in zip(together, seeds):
-            self._done(one.job, result[first : first + one.job.pictures], seed, seconds)
-            first += one.job.pictures
-
-    def _call(self, together: Sequence[_Ready], seeds: Sequence[int]) -> Any:
-        """What a call for some lines returns, line by line."""
-        jobs = [one.job for one in together]
-        noise = [self._noise(one, seed) for one, seed in zip(together, seeds)]
-        for job in jobs:
-            for path, file in job.files():
-                check_unchanged(file, path)
-        arguments = _arguments(jobs, together[0].shared(), torch.cat(noise))
-        return self.pipe(**arguments, progress=False)
-
-    def _noise(self, one: _Ready, seed: int) -> Tensor:
-        """Initial latents of a line, the same as if it ran alone."""
-        device = self.pipe.device
-        if one.job.latents is not None:
-            return read_single_tensor(one.job.latents).to(device)
-        return seeded_noise(seed, latent_shape(one.job.pictures, *one.size), device)
-
-    def _done(self, job: Job, result: Any, seed: int, seconds: float) -> None:
+        for one in together:
+            yield from _make(pipe, [one])
+        return
+    seconds = (time.perf_counter() - start) / len(together)
+    first = 0
+    for one, seed in zip(together, seeds):
+        job = one.job
         record = replace(job.record, arguments={**job.record.arguments, "seed": seed})
-        files = self.save(job, result, record)
-        entry = Entry(job.number, job.id, "done", job.digest, files[0].name, len(files))
-        self.results.append(replace(entry, seed=seed, seconds=round(seconds, 3)))
-        self.count("done")
+        yield Made(job, result[first : first + job.pictures], record, seconds)
+        first += job.pictures
 
-    def _failed(self, job: Job, error: Exception) -> None:
-        text = first_line(error)
-        if not isinstance(error, OmniGenError):
-            text = printable(f"{type(error).__name__}: {text}")
-        self.results.append(Entry(job.number, job.id, "failed", job.digest, error=text))
-        self.count("failed")
+
+def _call(pipe: OmniGenPipeline, together: Sequence[_Ready], seeds: Sequence[int]) -> Any:
+    """What a call for some lines returns, line by line."""
+    jobs = [one.job for one in together]
+    noise = [_noise(pipe, one, seed) for one, seed in zip(together, seeds)]
+    for job in jobs:
+        for path, file in job.files():
+            check_unchanged(file, path)
+    arguments = _arguments(jobs, together[0].shared(), torch.cat(noise))
+    return pipe(**arguments, progress=False)
+
+
+def _noise(pipe: OmniGenPipeline, one: _Ready, seed: int) -> Tensor:
+    """Initial latents of a line, the same as if it ran alone."""
+    if one.job.latents is not None:
+        return read_single_tensor(one.job.latents).to(pipe.device)
+    return seeded_noise(seed, latent_shape(one.job.pictures, *one.size), pipe.device)
+
+
+def _failed(job: Job, error: Exception) -> Failed:
+    text = first_line(error)
+    if not isinstance(error, OmniGenError):
+        text = printable(f"{type(error).__name__}: {text}")
+    return Failed(job, text)
 
 
 def _arguments(

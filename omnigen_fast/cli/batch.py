@@ -6,14 +6,14 @@ import os
 import signal
 import sys
 from collections import Counter
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
 from ..batch.lines import KEYS, Job, Source
-from ..batch.results import Results
+from ..batch.results import Results, check_table, write_table
 from ..errors import OmniGenError, RequestError
 from ..fewer_steps import left_to_preset
 from ..page.record import RECORDED_PRECISION, Record, recorded_precision
@@ -23,6 +23,7 @@ from .files import SUFFIXES, UserPath, make_folder, save_result
 from .generate import generate, given_options, load_pipeline, parse_loras
 
 if TYPE_CHECKING:
+    from ..batch.on_ray import Cluster
     from ..pipeline import OmniGenPipeline
 
 _NOT_SHARED = {"out", "picture", "trusts_images"}  # options of generate
@@ -42,6 +43,25 @@ _NOT_SHARED = {"out", "picture", "trusts_images"}  # options of generate
     help="Also read files outside that folder. Only for batch files that you trust.",
 )
 @click.option("--retry-failed", is_flag=True, help="Try lines again that failed before.")
+@click.option(
+    "--results",
+    "table",
+    metavar="FILE.parquet",
+    type=UserPath(path_type=Path),
+    help="In the end, also write what became of each line as a table.",
+)
+@click.option(
+    "--ray",
+    "address",
+    metavar="ADDRESS",
+    help="Run on a Ray cluster: its address, auto, or local for one on this machine.",
+)
+@click.option(
+    "--ray-actors",
+    "actors",
+    type=click.IntRange(1),
+    help="How many models to keep there.  [default: one per GPU, or per machine without any]",
+)
 @click.pass_context
 def batch(
     context: click.Context,
@@ -50,6 +70,9 @@ def batch(
     image_folder: Path | None,
     any_path: bool,
     retry_failed: bool,
+    table: Path | None,
+    address: str | None,
+    actors: int | None,
     quiet: bool,
     **options: Any,
 ) -> None:
@@ -65,6 +88,9 @@ def batch(
             raise OSError("standard output is closed; redirect it, for example to /dev/null")
         options |= left_to_preset({name: context.params[name] for name in given_options(context)})
         loras, defaults = parse_loras(options["lora"]), _defaults(options)
+        cluster = _cluster(address, actors, options["device"])
+        if table is not None:
+            check_table(table)
         with _opened(file) as lines_file, _results(out) as results:
             if os.path.samestat(os.fstat(lines_file.fileno()), os.stat(results.path)):
                 raise RequestError(f"{file} is where the results go; give another folder")
@@ -76,7 +102,9 @@ def batch(
                 defaults=defaults,
                 any_path=any_path,
             )
-            counts = _run(source, lines_file, results, options, loras, quiet, retry_failed)
+            counts = _run(source, lines_file, results, options, loras, quiet, retry_failed, cluster)
+            if table is not None:
+                write_table(results.entries(), table)
         click.echo(_summary(counts, results.path))
     except KeyboardInterrupt:
         click.echo("interrupted; the same command goes on from here", err=True)
@@ -98,9 +126,11 @@ def _run(
     loras: list[tuple[str, float]],
     quiet: bool,
     retry_failed: bool,
+    cluster: Cluster | None,
 ) -> Counter[str]:
     from tqdm import tqdm
 
+    from ..batch import on_ray, run
     from ..batch.run import run
 
     @cache
@@ -114,15 +144,52 @@ def _run(
         name = job.id + SUFFIXES[job.output_type][0]
         return save_result(result, job.output_type, source.out / name, record)
 
+    load = partial(_load, options, loras)
     with tqdm(total=None if quiet else _count_lines(file), disable=quiet, unit="line") as bar:
-        return run(
-            load,
-            source.lines(file),
-            results,
-            save,
-            retry_failed=retry_failed,
-            advanced=lambda _: bar.update(),
+
+        def advanced(_status: str) -> None:
+            bar.update()
+
+        if cluster is not None:
+            load, path = partial(_load, *_absolute(options, loras)), Path(file.name)
+            return on_ray.run(load, source, path, results, _save, cluster, retry_failed, advanced)
+        lines, save = source.lines(file), partial(_save, source.out)
+        return run.run(
+            cache(load), lines, results, save, retry_failed=retry_failed, advanced=advanced
         )
+
+
+def _load(options: dict[str, Any], loras: list[tuple[str, float]]) -> OmniGenPipeline:
+    names = ("device", "dtype", "revision", "cache_dir", "local_files_only", "memory")
+    chosen = {name: options[name] for name in names}
+    return load_pipeline(options["model"], options["vae_path"], loras, **chosen)
+
+
+def _absolute(
+    options: dict[str, Any], loras: list[tuple[str, float]]
+) -> tuple[dict[str, Any], list[tuple[str, float]]]:
+    """What `_load` takes, where another working directory changes nothing."""
+
+    def absolute(name: str | None) -> str | None:
+        return os.path.abspath(name) if name and os.path.exists(name) else name
+
+    paths = {name: absolute(options[name]) for name in ("model", "vae_path", "cache_dir")}
+    return {**options, **paths}, [(absolute(lora) or lora, weight) for lora, weight in loras]
+
+
+def _save(folder: Path, job: Job, result: Any, record: Record) -> list[Path]:
+    name = job.id + SUFFIXES[job.output_type][0]
+    return save_result(result, job.output_type, folder / name, record)
+
+
+def _cluster(address: str | None, actors: int | None, device: str | None) -> Cluster | None:
+    if address is None:
+        if actors is not None:
+            raise RequestError("--ray-actors is for a batch on Ray; give --ray as well")
+        return None
+    from ..batch.on_ray import Cluster
+
+    return Cluster(address, actors, device)
 
 
 def _opened(file: Path) -> BinaryIO:
