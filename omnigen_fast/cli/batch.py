@@ -131,18 +131,6 @@ def _run(
     from tqdm import tqdm
 
     from ..batch import on_ray, run
-    from ..batch.run import run
-
-    @cache
-    def load() -> OmniGenPipeline:
-        names = ["device", "dtype", "revision", "cache_dir", "local_files_only", "memory"]
-        names += RECORDED_PRECISION
-        chosen = {name: options[name] for name in names}
-        return load_pipeline(options["model"], options["vae_path"], loras, **chosen)
-
-    def save(job: Job, result: Any, record: Record) -> list[Path]:
-        name = job.id + SUFFIXES[job.output_type][0]
-        return save_result(result, job.output_type, source.out / name, record)
 
     load = partial(_load, options, loras)
     with tqdm(total=None if quiet else _count_lines(file), disable=quiet, unit="line") as bar:
@@ -160,7 +148,8 @@ def _run(
 
 
 def _load(options: dict[str, Any], loras: list[tuple[str, float]]) -> OmniGenPipeline:
-    names = ("device", "dtype", "revision", "cache_dir", "local_files_only", "memory")
+    names = ["device", "dtype", "revision", "cache_dir", "local_files_only", "memory"]
+    names += RECORDED_PRECISION
     chosen = {name: options[name] for name in names}
     return load_pipeline(options["model"], options["vae_path"], loras, **chosen)
 
