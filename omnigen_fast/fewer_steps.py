@@ -52,7 +52,11 @@ def left_to_preset(given: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         RequestError: an unknown quality.
     """
-    chosen = preset(given.get("quality", QUALITIES[0]))
+    return not_given(preset(given.get("quality", QUALITIES[0])), given)
+
+
+def not_given(chosen: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a preset's arguments that a caller has not given; see `left_to_preset`."""
     taken = set(given)
     if given.get("timesteps") is not None:
         taken |= {"num_inference_steps", "time_shift"}

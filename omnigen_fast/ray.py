@@ -39,6 +39,9 @@ class Arguments(BaseModel):
         [], description="FILE, FOLDER or hub id; a config file may list several."
     )
     dtype: str = Field("bfloat16", description="bfloat16 or float32.")
+    weights: str | None = Field(None, description="bfloat16, int8, fp8, nf4 or auto.")
+    compute: str | None = Field(None, description="int8 or fp8; by default as dtype.")
+    vae_dtype: str = Field("float32", description="float32 or bfloat16.")
     memory: str = Field("auto", description="Device memory of a replica: auto, 8GiB, ...")
     condition_cache: str = Field("2GiB", description="Memory for conditions, see `serve`.")
     replicas: int = Field(
@@ -62,6 +65,7 @@ class Arguments(BaseModel):
     max_images: int = Field(4, description="Pictures of a request.")
     max_steps: int = Field(100, description="Steps of a request.")
     steps: int = Field(50, description="Steps of a request that does not say how many.")
+    quality: str = Field("exact", description="Of a request that names none: exact, high or fast.")
     timeout_seconds: float = Field(600, gt=0, description="After which a request ends.")
     drain_seconds: float = Field(60, ge=0, description="For accepted requests when a replica ends.")
     policy: str = Field("shortest", description="shortest or fcfs.")
@@ -109,6 +113,7 @@ def app(arguments: Arguments) -> serve.Application:
         max_images=arguments.max_images,
         max_steps=arguments.max_steps,
         steps=min(arguments.steps, arguments.max_steps),
+        quality=arguments.quality,
     )
     deployment = serve.deployment(
         serve.ingress()(Replica),
@@ -139,6 +144,9 @@ def _load(arguments: Arguments) -> OmniGenPipeline:
         arguments.vae_path,
         device=None if arguments.gpus else "cpu",
         dtype=arguments.dtype,
+        weights=arguments.weights,
+        compute=arguments.compute,
+        vae_dtype=arguments.vae_dtype,
         revision=arguments.revision,
         local_files_only=arguments.local_files_only,
         condition_cache_bytes=arguments.condition_cache,

@@ -119,6 +119,7 @@ ORDER = [
     "cli.process",
     "cli.failure",
     "cli.files",
+    "cli.precision",
     "cli.generate",
     "cli.batch",
     "cli.plan",

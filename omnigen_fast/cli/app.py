@@ -9,6 +9,7 @@ import click
 from ..errors import OmniGenError
 from .failure import failure
 from .files import PATH_OR_NAME, UserPath
+from .precision import precision_options
 from .process import die_of
 
 
@@ -22,6 +23,7 @@ from .process import die_of
 )
 @click.option("--device", help="cuda, cuda:1, cpu, ...; the current GPU if there is one.")
 @click.option("--dtype", default="bfloat16", show_default=True, help="bfloat16 or float32.")
+@precision_options
 @click.option("--local-files-only", is_flag=True, help="Do not download from the hub.")
 @click.option(
     "--host", default="127.0.0.1", show_default=True, help="Address of this machine to listen at."
@@ -47,6 +49,9 @@ def app(
     model: str,
     device: str | None,
     dtype: str,
+    weights: str | None,
+    compute: str | None,
+    vae_dtype: str,
     local_files_only: bool,
     host: str,
     allowed_hosts: tuple[str, ...],
@@ -64,7 +69,14 @@ def app(
         raise failure(OmniGenError(message)) from error
     try:
         number = serve(
-            model, device, dtype, local_files_only, host, port, allowed_hosts, share, out_dir
+            model,
+            {"device": device, "dtype": dtype, "weights": weights, "compute": compute}
+            | {"vae_dtype": vae_dtype, "local_files_only": local_files_only},
+            host,
+            port,
+            allowed_hosts,
+            share,
+            out_dir,
         )
     except (OmniGenError, OSError) as error:
         raise failure(error) from error

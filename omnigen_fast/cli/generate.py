@@ -30,6 +30,7 @@ from ..request import MAX_IMAGES, OUTPUT_TYPES
 from ..solvers import SOLVERS
 from .failure import failure
 from .files import PATH_OR_NAME, SUFFIXES, UserPath, check_writable, save_result
+from .precision import precision_options
 
 if TYPE_CHECKING:
     from ..pipeline import OmniGenPipeline
@@ -72,9 +73,7 @@ def parse_reuse(_context: click.Context, _option: click.Parameter, text: str) ->
 @click.option("--local-files-only", is_flag=True, help="Do not download from the hub.")
 @click.option("--device", help="cuda, cuda:1, cpu, ...; the current GPU if there is one.")
 @click.option("--dtype", default="bfloat16", show_default=True, help="bfloat16 or float32.")
-@click.option("--weights", help="How they are stored: bfloat16, int8, fp8, nf4 or auto.")
-@click.option("--compute", help="What layers multiply in: int8 or fp8; default: --dtype.")
-@click.option("--vae-dtype", default="float32", show_default=True, help="float32 or bfloat16.")
+@precision_options
 @click.option("--lora", multiple=True, help="A LoRA: FILE, FOLDER or hub id, or LORA:WEIGHT.")
 @click.option("--prompt", multiple=True, help="May be repeated for a batch.")
 @click.option(

@@ -8,8 +8,10 @@ import os
 import click
 
 from ..errors import OmniGenError, RequestError
+from ..fewer_steps import QUALITIES
 from .failure import failure
 from .files import PATH_OR_NAME
+from .precision import precision_options
 
 _PACKAGES = {"fastapi", "uvicorn", "pydantic", "python_multipart", "prometheus_client"}
 _KEY_VARIABLE = "OMNIGEN_API_KEY"
@@ -34,6 +36,7 @@ _KEY_VARIABLE = "OMNIGEN_API_KEY"
 @click.option("--local-files-only", is_flag=True, help="Do not download from the hub.")
 @click.option("--device", help="cuda, cuda:1, cpu, ...; the current GPU if there is one.")
 @click.option("--dtype", default="bfloat16", show_default=True, help="bfloat16 or float32.")
+@precision_options
 @click.option(
     "--memory", default="auto", show_default=True, help="Device memory to use: auto, 8GiB, ..."
 )
@@ -113,6 +116,13 @@ _KEY_VARIABLE = "OMNIGEN_API_KEY"
     help="For accepted requests, once SIGTERM has come.",
 )
 @click.option(
+    "--quality",
+    default=QUALITIES[0],
+    show_default=True,
+    type=click.Choice(QUALITIES),
+    help="Of a request that names none; below exact: less work.",
+)
+@click.option(
     "--policy",
     default="shortest",
     show_default=True,
@@ -142,6 +152,9 @@ def serve(
     local_files_only: bool,
     device: str | None,
     dtype: str,
+    weights: str | None,
+    compute: str | None,
+    vae_dtype: str,
     memory: str,
     condition_cache: str,
     lora: tuple[str, ...],
@@ -155,6 +168,7 @@ def serve(
     max_images: int,
     max_steps: int,
     steps: int,
+    quality: str,
     timeout_seconds: float,
     drain_seconds: float,
     policy: str,
@@ -186,6 +200,9 @@ def serve(
             vae_path,
             device=device,
             dtype=dtype,
+            weights=weights,
+            compute=compute,
+            vae_dtype=vae_dtype,
             revision=revision,
             cache_dir=cache_dir,
             local_files_only=local_files_only,
@@ -213,6 +230,7 @@ def serve(
             max_images=max_images,
             max_steps=max_steps,
             steps=min(steps, max_steps),
+            quality=quality,
             log_prompts=log_prompts,
         )
         opened = listen(host, [port], f"port {port} is in use; give another --port")

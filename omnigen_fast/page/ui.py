@@ -12,7 +12,7 @@ import threading
 import traceback
 from abc import ABCMeta
 from base64 import b64encode
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -371,9 +371,7 @@ _Image = ABCMeta.__new__(
 
 def serve(
     model: str,
-    device: str | None,
-    dtype: str,
-    local_files_only: bool,
+    loading: Mapping[str, Any],
     host: str,
     port: int | None,
     allowed_hosts: tuple[str, ...],
@@ -382,6 +380,14 @@ def serve(
 ) -> int | None:
     """Loads the model and serves the page; returns the signal that ended it.
 
+    Args:
+        model: folder or hub id.
+        loading: other arguments of `from_pretrained`.
+        host, port: to listen at; the first free port from 7860 on without one.
+        allowed_hosts: names that are answered besides those of this machine.
+        share: whether to ask for a public link.
+        out_dir: folder for pictures.
+
     Raises OmniGenError for options that can't be used.
     """
     if out_dir.exists() and not out_dir.is_dir():
@@ -389,9 +395,7 @@ def serve(
     names = [*allowed_hosts, *([] if host in ("0.0.0.0", "::") else [host])]
     Hosts.of(names)
     with listen(host, port) as opened:
-        pipe = OmniGenPipeline.from_pretrained(
-            model, device=device, dtype=dtype, local_files_only=local_files_only
-        )
+        pipe = OmniGenPipeline.from_pretrained(model, **loading)
         page = Page(pipe, model, out_dir)
         # apart from those of other programs, and gone with this one
         folder = tempfile.mkdtemp(prefix="omnigen-fast-", dir=os.environ.get("GRADIO_TEMP_DIR"))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from ..errors import RequestError
+from ..fewer_steps import QUALITIES, preset
 from ..web.hosts import Hosts
 
-_HIGH_STEPS = {"auto": 1.0, "high": 1.0, "hd": 1.0, "standard": 1.0, "medium": 2 / 3, "low": 1 / 3}
+# OpenAI's names, but for "auto"
+_QUALITIES = {"high": "exact", "hd": "exact", "standard": "high", "medium": "high", "low": "fast"}
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,8 @@ class Options:
         max_pixels: of one picture, and of an input image after it is shrunk.
         max_images: pictures of one request.
         max_steps: of one request.
-        steps: of a request that does not say how many.
+        steps: of a request that does not say how many, at full quality.
+        quality: of a request that names none: "exact", "high" or "fast".
         max_upload_bytes: of the body of an edit.
         max_uploads: that are received at a time.
         log_prompts: whether the log shows prompts.
@@ -37,6 +41,7 @@ class Options:
     max_images: int = 4
     max_steps: int = 100
     steps: int = 50
+    quality: str = QUALITIES[0]
     max_upload_bytes: int = 128 << 20
     max_uploads: int = 8
     log_prompts: bool = False
@@ -49,11 +54,14 @@ class Options:
             raise RequestError(
                 f"steps must be at most max_steps={self.max_steps}, got {self.steps}"
             )
+        preset(self.quality)
         if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable()):
             raise RequestError("the API key must be of printable ASCII characters")
         if self.api_key == "":
             raise RequestError("the API key is empty; set its variable, or give --no-key")
 
-    def steps_of(self, quality: str | None) -> int:
-        """Steps of a request that gives no number."""
-        return max(1, round(self.steps * _HIGH_STEPS[quality or "auto"]))
+    def arguments_of(self, quality: str | None) -> dict[str, Any]:
+        """The preset's arguments for a request, with as large a share of the steps as it has."""
+        chosen = preset(_QUALITIES.get(quality or "auto", self.quality))
+        share = chosen["num_inference_steps"] / preset(QUALITIES[0])["num_inference_steps"]
+        return {**chosen, "num_inference_steps": max(1, round(self.steps * share))}

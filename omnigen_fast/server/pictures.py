@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import IO, TYPE_CHECKING, Any
 
 from ..config import ModelConfig
+from ..fewer_steps import not_given
 from ..request import DEFAULT_SIDE, PLACEHOLDER
 from ..serving.work import Ticket
 from .errors import error
@@ -53,13 +54,11 @@ def call_arguments(
     arguments["num_images_per_prompt"] = _bounded("n", given.n or 1, options.max_images)
     if given.stream and (given.n or 1) > 1:
         raise error("invalid_value", "n must be 1 with stream; send several requests", param="n")
-    steps = given.num_inference_steps
     if given.timesteps is not None:
         _bounded("timesteps", len(given.timesteps), options.max_steps, "the number of ")
-    elif steps is None:
-        arguments["num_inference_steps"] = options.steps_of(given.quality)
-    else:
-        _bounded("num_inference_steps", steps, options.max_steps)
+    elif given.num_inference_steps is not None:
+        _bounded("num_inference_steps", given.num_inference_steps, options.max_steps)
+    arguments |= not_given(options.arguments_of(given.quality), arguments)
     side = math.isqrt(options.max_pixels)
     if given.max_input_image_size is None:
         arguments["max_input_image_size"] = min(DEFAULT_SIDE, side, config.max_image_side)

@@ -31,7 +31,7 @@ class Common(BaseModel):
         None, description="WIDTHxHEIGHT, multiples of 16, or auto.", examples=["1024x1024"]
     )
     quality: Literal["auto", "low", "medium", "high", "standard", "hd"] | None = Field(
-        None, description="Sets the steps: low a third, medium two thirds of those of high."
+        None, description="high computes every step, medium and low fewer; see fewer-steps.md."
     )
     background: Literal["auto", "opaque"] | None = Field(None, description="No transparency.")
     moderation: Literal["auto", "low"] | None = Field(None, description="Without effect.")
@@ -61,6 +61,7 @@ class Common(BaseModel):
     solver: Annotated[str, Field(max_length=32)] | None = None
     time_shift: Finite | None = None
     timesteps: Annotated[list[Finite], Field(max_length=1000)] | None = None
+    reuse: Annotated[str, Field(max_length=32)] | Finite | None = None
     separate_cfg_infer: bool | None = None
     use_kv_cache: bool | None = None
     offload_kv_cache: bool | None = None
@@ -95,6 +96,7 @@ EXTENSIONS = (
     "solver",
     "time_shift",
     "timesteps",
+    "reuse",
     "separate_cfg_infer",
     "use_kv_cache",
     "offload_kv_cache",

@@ -80,6 +80,19 @@ class TestGenerations:
         request = {"height": 32, "width": 32, "num_images_per_prompt": 2, "seed": answer.seed}
         same(pictures(answer), own(prompt=PROMPT, num_inference_steps=1, **request))
 
+    @pytest.mark.parametrize(
+        ("quality", "preset"), [("hd", "exact"), ("high", "exact"), ("medium", "high")]
+    )
+    def test_quality_is_a_preset(self, client, own, quality, preset):
+        answer = client.images.generate(
+            prompt=PROMPT, size="32x32", quality=quality, extra_body={"seed": 7}
+        )
+        request = {"prompt": PROMPT, "height": 32, "width": 32}  # and the server's --steps
+        same(pictures(answer), own(**request, quality=preset))
+        if preset != "exact":
+            (one,), (other,) = pictures(answer), own(**request)
+            assert not np.array_equal(np.asarray(one), np.asarray(other))
+
     @pytest.mark.parametrize("kind", ["jpeg", "webp"])
     def test_other_files(self, client, own, kind):
         (found,) = pictures(
