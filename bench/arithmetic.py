@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from omnigen_fast import OmniGenPipeline, forms
-from omnigen_fast.engine import Running
 from omnigen_fast.memory.plan import MemoryPlan
+from omnigen_fast.running import Running
 
 from .common import full_config, interleave, machine, random_weights, spread, write_result
 from .models import TOKENIZER

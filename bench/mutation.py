@@ -41,7 +41,10 @@ ROOMS = {  # their modules, and pytest's arguments
         "weights/store weights/files weights/names weights/checkpoint weights/lora*",
         "tests/weights tests/memory/test_plans.py",
     ),
-    "engine": ("engine", "tests/test_engine.py tests/test_engine_places.py tests/test_graph.py"),
+    "engine": (
+        "engine holdings running",
+        "tests/test_engine.py tests/test_engine_places.py tests/test_graph.py",
+    ),
 }
 OPTIONS = shlex.split("-s --tb=no -p no:cacheprovider --hypothesis-profile=ci")
 FORK = multiprocessing.get_context("fork")

@@ -1,4 +1,4 @@
-"""Engine: what is where, and calls carried out step by step.
+"""Engine: calls carried out step by step.
 
 It holds the weights, the autoencoder, the caches and captured steps, and moves them as plans want.
 Calls are values: `start` one under a plan, `step` it until it is finished, then `finish` or `drop`
@@ -7,16 +7,14 @@ it. Several may be under way; a step of one may follow a step of another, or run
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from .cache import Cache, ConditionCache, Entry
 from .call import Call
-from .config import ModelConfig
 from .denoise import (
     CachedVelocity,
     Loop,
@@ -26,112 +24,29 @@ from .denoise import (
     StepValues,
     Velocity,
 )
-from .errors import BusyError, OmniGenError
-from .graph import Runner, StepGraphs
+from .errors import OmniGenError
+from .graph import Runner
+from .holdings import Holdings
 from .images import InputImage
-from .linear import Weight
-from .memory.device import held_bytes
 from .memory.plan import MemoryPlan
 from .model import Transformer
 from .packing import Member, Pack
 from .precision import Precision
+from .running import Running, left_by_steps
 from .sequence import EncodedBranch, lay_out_all
-from .solvers import MULTISTEP
-from .streamed_cache import StreamedCache
-from .streaming import HostMemory, lane_for, spread
 from .surroundings import isolated
 from .vae.vae import Vae
 from .weights.checkpoint import Checkpoint
-from .weights.lora import Loras, merged
-from .weights.store import LayerStore, without_storage
+from .weights.store import LayerStore
 
 _KEPT_IMAGES = 256  # latents of input images; one of 1024 px takes 262 KB
 
 
-@dataclass(eq=False)  # two of one request are two
-class Running:
-    """A call that a plan carries out; its state between two steps."""
-
-    call: Call
-    plan: MemoryPlan
-    cache: Cache
-    entries: tuple[Entry, ...]
-    loop: Loop | None  # None once its steps are over
-    runner: Runner | None
-
-    @property
-    def latents(self) -> Tensor:
-        """[pictures, 4, height / 8, width / 8], float32; the next step starts from it."""
-        return self.call.latents if self.loop is None else self.loop.values.latents
-
-    def save(self) -> None:
-        """Gives the call what the latest step has left, so that another plan can go on from it."""
-        self.call.latents.copy_(self.latents)
-        left = [] if self.loop is None else _left_by_steps(self.call, self.loop.values)
-        if not self.call.history:
-            self.call.history = [torch.empty_like(one) for one in left]
-        for kept, one in zip(self.call.history, left):
-            kept.copy_(one)
-
-    @property
-    def finished(self) -> bool:
-        """Whether all steps were taken, or the call was stopped."""
-        return self.call.finished
-
-    @property
-    def like(self) -> Hashable | None:
-        """Equal for calls whose next steps `Engine.step_together` can take; None for none."""
-        loop, call = self.loop, self.call
-        if loop is None or call.finished or self.plan.cache != "device":
-            return None
-        kind = call.schedule.kinds[call.steps_done]
-        if loop.values.solver is not None or loop.values.mask is not None or not kind.computed:
-            return None
-        size = tuple(loop.values.latents.shape[2:])
-        return size, self.plan.branches_per_pass, self.plan.mlp_rows
-
-
-class Engine:
+class Engine(Holdings):
     """Carries out calls with one model on one device.
 
     Not for several threads at once: whoever drives it takes care of that.
-
-    Args:
-        checkpoint: where the weights come from.
-        vae: on its device already.
-        precision: of weights, arithmetic and cache.
-        device: where to run.
-        condition_cache_bytes: how much memory to keep for the conditions of earlier calls.
-        capture_steps: whether steps are captured where they can be.
     """
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        vae: Vae,
-        precision: Precision,
-        device: torch.device,
-        condition_cache_bytes: int,
-        capture_steps: bool,
-    ) -> None:
-        self.checkpoint = checkpoint
-        self.vae = vae
-        self.device = device
-        self.precision = precision
-        self.loras = Loras()
-        self.cache_bytes = condition_cache_bytes
-        self.capture_steps = capture_steps
-        self.image_latents: OrderedDict[tuple[str, int | None], Tensor] = OrderedDict()
-        self.host = HostMemory(device)
-        self.cache = self._new_cache()
-        self.streamed: StreamedCache | None = None
-        self.graphs = self._new_graphs()
-        self._model: Transformer | None = None
-        self._store: LayerStore | None = None
-        self._stale: set[str] = set()  # parameters that may not be what the adapters make of them
-        self._running: list[Running] = []
-        self._pack: Pack | None = None  # of the latest steps that were taken together
-        self._fingerprint: tuple[tuple[tuple[int, int], ...], Tensor] | None = None
 
     @classmethod
     def of(
@@ -154,55 +69,6 @@ class Engine:
         engine._model = model
         engine._store = LayerStore(model, precision, engine._read, engine.host)
         return engine
-
-    # What is there
-
-    @property
-    def config(self) -> ModelConfig:
-        return self.checkpoint.config
-
-    @property
-    def model(self) -> Transformer:
-        """The transformer; loaded again if a change of dtype has failed."""
-        if self._model is None:
-            self.load(self.precision, 0)
-        assert self._model is not None
-        return self._model
-
-    @property
-    def store(self) -> LayerStore:
-        """Which of its layers are where."""
-        assert self.model is not None and self._store is not None
-        return self._store
-
-    @property
-    def arrangement(self) -> MemoryPlan:
-        """Where the weights are now, as a plan."""
-        resident = 0 if self._store is None else self._store.resident
-        plan = MemoryPlan.plain(resident)
-        return replace(plan, vae_resident=self.vae.resident)
-
-    def held_bytes(self) -> int:
-        """Bytes on the device that this engine holds and that a plan's estimate includes.
-
-        Not the crops and image latents that are kept: most are of other calls.
-        """
-        return held_bytes(self._kept(), self.device, weights=self._weights())
-
-    def _weights(self) -> Iterator[Tensor]:
-        if self._model is not None:
-            yield from self._model.parameters()
-        yield from self.vae.autoencoder.parameters()
-
-    def _kept(self) -> Iterator[Tensor]:
-        if self._store is not None:
-            yield from self._store.tensors()
-        yield from (self.cache.keys, self.cache.values)
-        if self.streamed is not None:
-            yield from self.streamed.tensors()
-        yield from self.graphs.tensors()
-
-    # Calls
 
     @isolated
     def start(self, call: Call, plan: MemoryPlan, own_rows: bool = False) -> Running:
@@ -341,154 +207,6 @@ class Engine:
         self.streamed = self._pack = None
         self._running.clear()
 
-    @isolated
-    def free(self) -> None:
-        """Gives up what another plan may need the memory of and no call under way uses."""
-        self._pack = None
-        self.image_latents.clear()
-        if self._model is not None:
-            self._model.forget_crops()
-        if not self._running:
-            self.graphs.clear()
-            self.cache.clear()
-            if self.streamed is not None:
-                self.streamed.free()
-            if self._store is not None:
-                self._store.stop()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-    @isolated
-    def forget(self) -> None:
-        """Drops what is kept between calls: keys and values, image latents, positions, captures."""
-        self.image_latents.clear()
-        if self._model is not None:
-            self._model.forget_crops()
-        self.cache = self._new_cache()
-        self.streamed = None
-        self.graphs.clear()
-
-    # Weights
-
-    @isolated
-    def load(self, precision: Precision, resident: int) -> None:
-        """Reads the weights, loaded adapters included; those that were there go first."""
-        assert not self._running
-        self.graphs.clear()
-        if self._store is not None:
-            self._store.stop()
-        self._model = self._store = None
-        if precision != self.precision:
-            self.cache.clear()
-            self.streamed = None
-        model = _load(self.checkpoint, precision, self.device, resident)
-        if precision != self.precision:
-            self.precision = precision
-            self.cache = self._new_cache()
-        self._model = model
-        self._store = LayerStore(model, precision, self._read, self.host)
-        self.refresh(Loras().changed(self.loras))
-
-    @isolated
-    def refresh(self, parameters: Iterable[str] = ()) -> None:
-        """Sets some weights, by our names, to what the loaded adapters make of them.
-
-        If that fails, the next call or change of adapters does it first.
-        """
-        self._stale.update(parameters)
-        if not self._stale:
-            return
-        self._weights_changed()
-        self.store.refresh(sorted(self._stale))
-        self._stale.clear()
-        self._fingerprint = None
-
-    @isolated
-    def to(self, device: torch.device) -> None:
-        """Moves everything to a device; what is kept is dropped."""
-        self.host = HostMemory(device)
-        self.store.to(device, self.host)
-        self._fingerprint = None
-        self.vae.to(device)
-        self.device = device
-        self.graphs = self._new_graphs()
-        self.forget()
-
-    @isolated
-    def take_vae(self, vae: Vae) -> None:
-        """Uses another VAE; what was made with the old one is dropped.
-
-        Raises:
-            OmniGenError: calls are under way.
-        """
-        if self._running:
-            raise OmniGenError("a call is under way and uses the VAE; finish it first")
-        vae.place(self.vae.resident)
-        vae.to(self.device)
-        self.vae = vae
-        self.forget()
-
-    def _read(self, names: Iterable[str], device: torch.device) -> Iterator[tuple[str, Weight]]:
-        """Parameters with the adapters that are loaded now."""
-        return merged(self.checkpoint, self.loras.applied(), self.precision, device, names)
-
-    def _notice_changes(self) -> None:
-        """Drops what depends on weights that somebody else has written to since the last call."""
-        if self._running:
-            return  # what they use stays; noticed by the first call after them
-        before, now = self._fingerprint, self.model.fingerprint()
-        self._fingerprint = now
-        if before is None:
-            return
-        if before[0] != now[0] or not torch.equal(before[1], now[1]):
-            self._weights_changed()
-
-    def _weights_changed(self) -> None:
-        """Drops the keys and values and the captures that were made with other weights."""
-        self.cache.clear()
-        if self.streamed is not None:
-            self.streamed.clear()
-        self.graphs.clear()
-
-    # Places
-
-    def arrange(self, plan: MemoryPlan, call: Call) -> None:
-        """Puts weights and caches where a plan wants them; frees first, then fills.
-
-        Raises:
-            BusyError: other calls are under way and the plan moves what they use.
-        """
-        here = self.arrangement
-        precision = plan.precision or self.precision
-        loaded = self._model is not None and precision == self.precision
-        stays = loaded and (
-            (plan.resident_layers, plan.vae_resident) == (here.resident_layers, here.vae_resident)
-        )
-        if self._running:
-            if not (stays and plan.cache == "device"):
-                raise BusyError(
-                    "another call is under way and this one's plan moves what it uses; finish it "
-                    "first"
-                )
-        else:
-            if not stays:
-                self.graphs.clear()
-                self._fingerprint = None  # what moves is not changed
-            steps = call.schedule.evaluations
-            shape = (call.request.latent_shape, steps, replace(plan, kept_bytes=0))
-            self.graphs.expect(shape if plan.capture else None)
-            if plan.cache == "ring":
-                self.cache.clear()
-            elif self.streamed is not None:
-                self.streamed.clear()
-            if plan.cache == "none":
-                self.cache.clear()
-            if not loaded:
-                self.load(precision, plan.resident_layers)
-            self.vae.place(plan.vae_resident)
-            self.store.arrange(plan.resident_layers)
-        self.cache.budget_bytes = plan.kept_bytes
-
     def _prepared(self, call: Call, plan: MemoryPlan, own_rows: bool) -> Running:
         """Computes all that does not depend on the noise, or finds it kept."""
         schedule, entries = call.schedule, call.entries(plan)
@@ -526,7 +244,7 @@ class Engine:
                 schedule=schedule,
                 mask=mask,
             )
-            for one, kept in zip(_left_by_steps(call, values), call.history):
+            for one, kept in zip(left_by_steps(call, values), call.history):
                 one.copy_(kept)
             values.seek(schedule.first(call.steps_done))
             images = self._latents_of(plan, _images(entries)) if plan.cache == "none" else {}
@@ -619,34 +337,6 @@ class Engine:
             kept.popitem(last=False)
         return latents
 
-    def _streamed_cache(self) -> StreamedCache:
-        if self.streamed is None:
-            self.streamed = StreamedCache(
-                self.config,
-                self.precision.cache_dtype,
-                self.device,
-                self.cache_bytes,
-                self.host,
-                lane_for(self.device),
-            )
-        return self.streamed
-
-    def _new_cache(self, layers: int | None = None) -> ConditionCache:
-        # one layer that every layer overwrites is of no use to later requests
-        kept_bytes = self.cache_bytes if layers is None else 0
-        dtype = self.precision.cache_dtype
-        return ConditionCache(self.config, dtype, self.device, kept_bytes, layers)
-
-    def _new_graphs(self) -> StepGraphs:
-        return StepGraphs.on(self.device) if self.capture_steps else StepGraphs()
-
-
-def _left_by_steps(call: Call, values: StepValues) -> list[Tensor]:
-    """What a step reads of the ones before it, beside the latents."""
-    solver, reuse = values.solver, values.reuse
-    found = [solver.history] if solver is not None and call.schedule.solver in MULTISTEP else []
-    return found if reuse is None else [*found, reuse.kept]
-
 
 def _unheld_copy(entry: Entry, held: Sequence[Entry]) -> Entry:
     """The first of an entry and its copies that no call holds; those before it are held."""
@@ -677,19 +367,3 @@ def finite(tensor: Tensor) -> bool:
 
 def _strip_store(plan: MemoryPlan) -> torch.device | None:
     return torch.device("cpu") if plan.strips_on_host else None
-
-
-def _load(
-    checkpoint: Checkpoint, precision: Precision, device: torch.device, resident: int
-) -> Transformer:
-    """The model with `resident` layers on the device; the others have no storage."""
-    config = checkpoint.config
-    here = spread(resident, config.num_layers)
-    weights = {
-        f"layers.{layer}.{name}": value
-        for layer in range(config.num_layers)
-        if layer not in here
-        for name, value in without_storage(config, precision).items()
-    }
-    names = [name for name in checkpoint.sources if name not in weights]
-    return Transformer(config, weights | checkpoint.read_stored(precision, device, names))

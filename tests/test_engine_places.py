@@ -53,7 +53,7 @@ class TestCalls:
             latents = running.latents.clone()
             engine.drop(running)
             assert torch.equal(call.latents, latents)
-        assert (call.history is not None) == (solver == "ab2")
+        assert bool(call.history) == (solver == "ab2")
         last = engine.start(call, PLAN)
         assert last.finished and last.loop is None
         last.save()

@@ -77,6 +77,8 @@ ORDER = [
     "for_diffusers.calls",
     "for_diffusers.enable",
     "call",
+    "running",
+    "holdings",
     "engine",
     "run",
     "loras",

@@ -19,13 +19,14 @@ from omnigen_fast.kernels import ops
 from torch import Tensor
 
 from omnigen_fast.config import PATCH, TOKEN_PIXELS, ModelConfig
-from omnigen_fast.engine import Engine, Running
+from omnigen_fast.engine import Engine
 from omnigen_fast.linear import Weight
 from omnigen_fast.memory.plan import MemoryPlan
 from omnigen_fast.model import Transformer
 from omnigen_fast.pipeline import OmniGenPipeline
 from omnigen_fast.precision import Precision
 from omnigen_fast.processor import Processor
+from omnigen_fast.running import Running
 from omnigen_fast.sequence import EncodedBranch
 from omnigen_fast.vae.vae import Vae
 from omnigen_fast.weights.checkpoint import stored
