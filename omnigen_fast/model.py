@@ -335,8 +335,9 @@ class Transformer(nn.Module):
         by_dtype: dict[torch.dtype, list[Tensor]] = {self.dtype: [self.norm.new_empty(0)]}
         for one in samples:
             by_dtype.setdefault(one.dtype, []).append(one)
-        bits = torch.cat([torch.cat(some).view(torch.uint8) for some in by_dtype.values()])
-        return tuple((one.data_ptr(), one._version) for one in held), bits
+        bits = [torch.cat(some).view(torch.uint8) for some in by_dtype.values()]
+        joined = bits[0] if len(bits) == 1 else torch.cat(bits)
+        return tuple((one.data_ptr(), one._version) for one in held), joined
 
     def move(self, device: torch.device | str) -> None:
         """Moves what has storage; layers that are streamed have none."""

@@ -189,7 +189,7 @@ def test_metadata(metadata, in_wheel):
     assert not any(one.startswith("License ::") for one in classifiers)
     assert "OmniGen" in metadata["Keywords"]
     assert metadata.get_all("Project-URL") == ["Paper, https://arxiv.org/abs/2409.11340"]
-    extras = {"app", "bench", "browser", "dev", "ray", "serve"}
+    extras = {"app", "bench", "browser", "dev", "gguf", "ray", "serve"}
     assert set(metadata.get_all("Provides-Extra")) == extras
     assert metadata["Description-Content-Type"] == "text/markdown"
     assert metadata.get_payload().strip() == (ROOT / "README.md").read_text().strip()

@@ -198,10 +198,12 @@ class Vae:
 
         if strip_rows is None:
             pixels = normalized(image.pixels, self.device).unsqueeze(0).to(self.dtype)
-            moments = self.autoencoder.encode(pixels).latent_dist.parameters
+            posterior = self.autoencoder.encode(pixels).latent_dist
         else:
             moments = strips.encode(self.autoencoder, image.pixels, strip_rows, store, recompute)
-        posterior = DiagonalGaussianDistribution(moments.float())
+            posterior = DiagonalGaussianDistribution(moments)
+        if self.dtype != torch.float32:
+            posterior = DiagonalGaussianDistribution(posterior.parameters.float())
         noise = content_noise(image.digest, posterior.mean.shape).to(self.device)
         latents = posterior.mean + posterior.std * noise
         return ((latents - self._shift) * self._scale)[0]
