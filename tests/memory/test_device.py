@@ -37,7 +37,9 @@ def in_a_new_process(function):
     def test():
         child = multiprocessing.get_context("spawn").Process(target=_run, args=(test.__name__,))
         child.start()
-        child.join()
+        child.join(300)
+        if child.is_alive():
+            child.kill()
         assert child.exitcode == 0
 
     test.inside = function
