@@ -149,12 +149,14 @@ class DiffusersMethods(Equivalents):
         """
         from tqdm import tqdm
 
+        from .progress import Bar
+
         signature = inspect.signature(tqdm.__init__)
         own = [one for name, one in signature.parameters.items() if name not in _BAR_OWN]
         signature = signature.replace(parameters=own)
         config = own_names("set_progress_bar_config", signature, (), config)
         try:
-            with tqdm(total=1, **{**config, "disable": False, "file": io.StringIO()}):
+            with Bar(total=1, **{**config, "disable": False, "file": io.StringIO()}):
                 pass
         except Exception as error:  # tqdm checks nothing: whatever fails first
             raise RequestError(f"the progress bar can't use these: {first_line(error)}") from error

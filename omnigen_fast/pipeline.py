@@ -381,6 +381,8 @@ class OmniGenPipeline(LoraMethods, DiffusersMethods):
             reuse=reuse,
             quality=quality,
         )
+        from .progress import progress_bar
+
         memory = self._memory if memory is None else memory
         precision = self._precision(dtype, memory)
         with self._exclusive():
@@ -388,7 +390,7 @@ class OmniGenPipeline(LoraMethods, DiffusersMethods):
                 self.engine.refresh()
             self._latest = request
             call = self._start(request, precision)
-            with _progress_bar(request.steps, progress, self._bar) as bar:
+            with progress_bar(progress, {**self._bar, "total": request.steps}) as bar:
                 after_step = self._after_step(call, callback_on_step_end, given, bar)
                 images = generate(self.engine, call, memory, after_step, self._remember)
         with naming_memory("after the last step", SMALLER):
@@ -584,12 +586,6 @@ def _replace(latents: Tensor, given: Tensor, changed: Any) -> None:
 def _survives_fork(device: torch.device) -> bool:
     """Whether a forked child can compute: neither a GPU nor threads of OpenMP follow it."""
     return device.type == "cpu" and torch.get_num_threads() == 1
-
-
-def _progress_bar(steps: int, show: bool, config: Mapping[str, Any]) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(total=steps, **(dict(config) if show else {"disable": True}))
 
 
 def check_callback(callback: Any, inputs: Any) -> Sequence[str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import io
+import threading
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from test_both_worlds import (
     latents,
     offloads,
 )
+from tqdm import tqdm
 
 from omnigen_fast import OmniGenError, OmniGenPipeline, RequestError
 from omnigen_fast.equivalents import ARGUMENTS, ATTRIBUTES
@@ -239,6 +242,35 @@ class TestProgressBar:
         assert words in in_one_line(found.value)
         latents(pipe, TEXT, progress=True)  # as before
         assert "100%" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+    def test_a_line_that_fails_blocks_no_other_thread(self, load_pipe, error):
+        class Broken(io.StringIO):
+            def write(self, text):
+                raise error
+
+        pipe = load_pipe()
+        expected = latents(pipe, TEXT, progress=False)
+        pipe.set_progress_bar_config(file=Broken())
+        with pytest.raises(error):
+            latents(pipe, TEXT, progress=True)
+        pipe.set_progress_bar_config(file=io.StringIO())
+        for shown in (True, False):
+            assert torch.equal(in_another_thread(latents, pipe, TEXT, progress=shown), expected)
+
+    def test_one_that_is_not_shown_waits_for_none(self, load_pipe):
+        pipe = load_pipe()
+        with tqdm.get_lock():
+            in_another_thread(latents, pipe, TEXT, progress=False)
+
+
+def in_another_thread(function, *args, **kwargs):
+    found = []
+    thread = threading.Thread(target=lambda: found.append(function(*args, **kwargs)), daemon=True)
+    thread.start()
+    thread.join(120)
+    assert found, "the call does not end, or failed"
+    return found[0]
 
 
 class TestArguments:

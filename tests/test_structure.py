@@ -18,6 +18,7 @@ ORDER = [
     "whole_files",
     "equivalents",
     "surroundings",
+    "progress",
     "regular_files",
     "config_settings",
     "config",

@@ -128,12 +128,12 @@ def _run(
     retry_failed: bool,
     cluster: Cluster | None,
 ) -> Counter[str]:
-    from tqdm import tqdm
-
     from ..batch import on_ray, run
+    from ..progress import progress_bar
 
     load = partial(_load, options, loras)
-    with tqdm(total=None if quiet else _count_lines(file), disable=quiet, unit="line") as bar:
+    count = None if quiet else _count_lines(file)
+    with progress_bar(not quiet, {"total": count, "unit": "line"}) as bar:
 
         def advanced(_status: str) -> None:
             bar.update()
