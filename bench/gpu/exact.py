@@ -85,6 +85,7 @@ def _row_checks(make: _Maker, tiny: bool) -> Iterator[_Check]:
             weight = make.rows(rows, columns)
             parts = quantised("weight", weight, form).arguments
             yield f"dequantise_{form}_", (weight, *parts), (0,), None
+    yield from _quantised_checks(make, hidden, inner)
     for images, groups, height, width in ((1, (3,), 64, 48), (2, (3, 2), 6, 34)):
         latents = make.rows(images, 4, height, width, dtype=torch.float32)
         prediction = make.rows(sum(groups), height * width // 4, 16)
@@ -94,6 +95,30 @@ def _row_checks(make: _Maker, tiny: bool) -> Iterator[_Check]:
         step = make.integers((3, 40)[:images], torch.int64)
         values = (latents, prediction, coefficient, starts, lengths, step, 2)
         yield "guidance_step_", values, (0,), None
+
+
+def _quantised_checks(make: _Maker, hidden: int, inner: int) -> Iterator[_Check]:
+    """In int8; the reference in float64 knows no float8."""
+
+    def written(rows: int, width: int) -> tuple[Tensor, Tensor]:
+        values = torch.zeros(rows, width, dtype=torch.int8, device=make.device)
+        return values, make.rows(rows, dtype=torch.float32)
+
+    for rows in (1, 63, 65):
+        x, weight = make.rows(rows, hidden), make.rows(hidden)
+        yield "quantise_", (x, *written(rows, hidden)), (1, 2), None
+        yield "rms_norm_quantise_", (x, weight, 1e-5, *written(rows, hidden)), (3, 4), None
+        sums = (make.rows(rows, hidden), x, weight, 1e-5, *written(rows, hidden))
+        yield "add_rms_norm_quantise_", sums, (0, 4, 5), None
+        gates = make.rows(rows, 2 * inner)
+        yield "swiglu_quantise_", (gates, *written(rows, inner)), (1, 2), None
+        factors = [
+            torch.randint(-127, 128, (some, hidden), device=make.device).to(torch.int8)
+            for some in (rows, inner)
+        ]
+        scales = [make.rows(some, dtype=torch.float32).abs() for some in (rows, inner)]
+        product = (factors[0], scales[0], factors[1], scales[1], make.rows(rows, inner))
+        yield "scaled_mm_", product, (4,), None
 
 
 def _attention_checks(make: _Maker, tiny: bool) -> Iterator[_Check]:
@@ -142,7 +167,9 @@ def _errors(found: Tensor, plain: Tensor, exact: Tensor) -> tuple[float, float, 
     """
     if not exact.numel():
         return 0.0, 0.0, True
-    tiny, earned, shown = 2 * torch.finfo(torch.float32).eps, True, []
+    # between two integers, either is right
+    tiny = 2 * torch.finfo(torch.float32).eps if exact.is_floating_point() else 1 / 127
+    exact, earned, shown = exact.double(), True, []
     for norm in (torch.linalg.vector_norm, lambda x: x.abs().max()):
         size = norm(exact).item()
         kernel, reference_ = (norm(x.double() - exact).item() for x in (found, plain))
@@ -167,7 +194,8 @@ def _check_one(check: _Check, dtype: torch.dtype, run: Run, inside: Callable) ->
         more["out"], whole = inside(nothing)
         untouched.append(whole)
     for place in written:
-        if name != "guidance_step_":  # whose latents must be contiguous
+        # latents must be contiguous, and so must one number a row
+        if name != "guidance_step_" and copies[place].dim() > 1:
             copies[place], whole = inside(copies[place])
             untouched.append(whole)
     with by_kernels(run):

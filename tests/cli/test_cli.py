@@ -49,7 +49,9 @@ WITHOUT_OPTION = {
 }
 EVERY_OPTION = """
 --model owner/name --vae-path vae --revision v1 --cache-dir cache
---local-files-only --device cuda:1 --dtype float32 --lora one --lora two:0.5
+--local-files-only --device cuda:1 --dtype float32
+--weights int8 --compute int8 --vae-dtype bfloat16
+--lora one --lora two:0.5
 --prompt x --image a --image b --negative-prompt y --height 64 --width 80
 --num-inference-steps 7 --guidance-scale 2.5 --no-img-guidance
 --img-guidance-scale 1.5 --max-input-image-size 512
@@ -301,6 +303,9 @@ class TestArguments:
             {
                 "device": "cuda:1",
                 "dtype": "float32",
+                "weights": "int8",
+                "compute": "int8",
+                "vae_dtype": "bfloat16",
                 "revision": "v1",
                 "cache_dir": "cache",
                 "local_files_only": True,

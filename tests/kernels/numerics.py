@@ -29,22 +29,24 @@ def integers(*values: int) -> Tensor:
 def inside(x: Tensor, gap: int = 8) -> tuple[Tensor, Callable[[], bool]]:
     """`x` as rows `gap` elements apart in a buffer of NaN, and whether that NaN still stands.
 
-    What reads beside the rows returns NaN, what writes there is found out.
+    What reads beside the rows returns NaN, what writes there is found out. Integers have the least
+    one instead.
     """
+    beside = torch.nan if x.is_floating_point() else torch.iinfo(x.dtype).min
     width = x[:1].numel() if x.shape[0] else x.shape[1:].numel()
     stride = width + gap
-    buffer = torch.full((2 * _GUARD + x.shape[0] * stride,), torch.nan, dtype=x.dtype)
-    buffer = buffer.to(x.device)
+    length = 2 * _GUARD + x.shape[0] * stride
+    buffer = torch.full((length,), beside, dtype=x.dtype, device=x.device)
     inner = [1]
-    for length in reversed(x.shape[2:]):
-        inner.insert(0, inner[0] * length)
+    for size in reversed(x.shape[2:]):
+        inner.insert(0, inner[0] * size)
     view = buffer.as_strided(x.shape, (stride, *inner), _GUARD)
     view.copy_(x)
 
     def untouched() -> bool:
         rest = buffer.clone()
-        rest.as_strided(x.shape, (stride, *inner), _GUARD).fill_(torch.nan)
-        return bool(rest.isnan().all())
+        rest.as_strided(x.shape, (stride, *inner), _GUARD).fill_(beside)
+        return bool((rest.isnan() if x.is_floating_point() else rest == beside).all())
 
     return view, untouched
 
