@@ -100,7 +100,7 @@ class TestReading:
         opened.clear()
         monkeypatch.setattr(files, "open_file", lambda *where: opened.append(where) or real(*where))
         Checkpoint.open(TINY).read(torch.bfloat16, CPU)
-        assert len(opened) == 2  # for the headers, and for the values
+        assert len(opened) == 3  # for the headers, what they say of forms, and the values
 
     @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's /proc")
     def test_equal_dtype_is_the_mapped_file(self, folder):
