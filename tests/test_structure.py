@@ -122,7 +122,7 @@ ORDER = [
     "cli.process",
     "cli.failure",
     "cli.files",
-    "cli.precision",
+    "cli.loading",
     "cli.generate",
     "cli.batch",
     "cli.plan",

@@ -8,23 +8,13 @@ import click
 
 from ..errors import OmniGenError
 from .failure import failure
-from .files import PATH_OR_NAME, UserPath
-from .precision import precision_options
+from .files import UserPath
+from .loading import loading_options
 from .process import die_of
 
 
 @click.command()
-@click.option(
-    "--model",
-    default="Shitao/OmniGen-v1",
-    show_default=True,
-    type=PATH_OR_NAME,
-    help="Folder or hub id.",
-)
-@click.option("--device", help="cuda, cuda:1, cpu, ...; the current GPU if there is one.")
-@click.option("--dtype", default="bfloat16", show_default=True, help="bfloat16 or float32.")
-@precision_options
-@click.option("--local-files-only", is_flag=True, help="Do not download from the hub.")
+@loading_options("vae_path", "revision", "cache_dir")
 @click.option(
     "--host", default="127.0.0.1", show_default=True, help="Address of this machine to listen at."
 )

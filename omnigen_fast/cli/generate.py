@@ -30,7 +30,7 @@ from ..request import MAX_IMAGES, OUTPUT_TYPES
 from ..solvers import SOLVERS
 from .failure import failure
 from .files import PATH_OR_NAME, SUFFIXES, UserPath, check_writable, save_result
-from .precision import precision_options
+from .loading import loading_options
 
 if TYPE_CHECKING:
     from ..pipeline import OmniGenPipeline
@@ -56,24 +56,7 @@ def parse_reuse(_context: click.Context, _option: click.Parameter, text: str) ->
 
 
 @click.command()
-@click.option(
-    "--model",
-    default="Shitao/OmniGen-v1",
-    show_default=True,
-    type=PATH_OR_NAME,
-    help="Folder or hub id.",
-)
-@click.option(
-    "--vae-path",
-    type=PATH_OR_NAME,
-    help="Folder, file or hub id of the VAE; default: the model's own.",
-)
-@click.option("--revision", help="Branch, tag or commit on the hub.")
-@click.option("--cache-dir", type=PATH_OR_NAME, help="Folder for files from the hub.")
-@click.option("--local-files-only", is_flag=True, help="Do not download from the hub.")
-@click.option("--device", help="cuda, cuda:1, cpu, ...; the current GPU if there is one.")
-@click.option("--dtype", default="bfloat16", show_default=True, help="bfloat16 or float32.")
-@precision_options
+@loading_options()
 @click.option("--lora", multiple=True, help="A LoRA: FILE, FOLDER or hub id, or LORA:WEIGHT.")
 @click.option("--prompt", multiple=True, help="May be repeated for a batch.")
 @click.option(

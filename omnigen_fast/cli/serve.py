@@ -10,33 +10,15 @@ import click
 from ..errors import OmniGenError, RequestError
 from ..fewer_steps import QUALITIES
 from .failure import failure
-from .files import PATH_OR_NAME
-from .precision import precision_options
+from .loading import loading_options
 
 _PACKAGES = {"fastapi", "uvicorn", "pydantic", "python_multipart", "prometheus_client"}
 _KEY_VARIABLE = "OMNIGEN_API_KEY"
 
 
 @click.command()
-@click.option(
-    "--model",
-    default="Shitao/OmniGen-v1",
-    show_default=True,
-    type=PATH_OR_NAME,
-    help="Folder or hub id.",
-)
+@loading_options()
 @click.option("--model-name", help="By which clients ask for it; by default as --model.")
-@click.option(
-    "--vae-path",
-    type=PATH_OR_NAME,
-    help="Folder, file or hub id of the VAE; default: the model's own.",
-)
-@click.option("--revision", help="Branch, tag or commit on the hub.")
-@click.option("--cache-dir", type=PATH_OR_NAME, help="Folder for files from the hub.")
-@click.option("--local-files-only", is_flag=True, help="Do not download from the hub.")
-@click.option("--device", help="cuda, cuda:1, cpu, ...; the current GPU if there is one.")
-@click.option("--dtype", default="bfloat16", show_default=True, help="bfloat16 or float32.")
-@precision_options
 @click.option(
     "--memory", default="auto", show_default=True, help="Device memory to use: auto, 8GiB, ..."
 )
