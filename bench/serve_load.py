@@ -6,9 +6,9 @@ Requests of mixed sizes and tasks arrive at random moments, whether or not earli
 (an open loop), drawn from a seed: four in five are short, the others take so many steps that they
 last ten times as long.
 The same requests go to the same server with its own policy, with first come, first served, and with
-either of them without packing, in turns. Then many requests of one size arrive at once, which shows what packing
-gains. The command fails if the servers' pictures differ. It writes bench/results/serve-load.json,
-which docs/benchmarks.md shows, and a plot.
+either of them without packing, in turns. Then many requests of one size arrive at once, which shows
+what packing gains. The command fails if the servers' pictures differ. It writes
+bench/results/serve-load.json, which docs/benchmarks.md shows, and a plot.
 """
 
 from __future__ import annotations
@@ -41,7 +41,6 @@ BEGIN, END = "<!-- serve-load: begin -->", "<!-- serve-load: end -->"
 
 VARIANTS = {
     "shortest first, packed": (),
-    "first come, first served": ("--policy", "fcfs"),
     "shortest first": ("--no-packing",),
     "first come, first served, packed": ("--policy", "fcfs"),
     "first come, first served": ("--policy", "fcfs", "--no-packing"),
@@ -413,8 +412,8 @@ def markdown(result: dict[str, Any]) -> str:
         tail = own["long"]["p99"] / other["long"]["p99"]
         lines += [
             "",
-            f"Against *{name}*, short requests take {ratio:.1f} times less on average, and the 99th "
-            f"percentile of long ones is {tail:.2f} times as high.",
+            f"Against *{name}*, short requests take {ratio:.1f} times less on average, and the "
+            f"99th percentile of long ones is {tail:.2f} times as high.",
         ]
     lines += [
         "",
