@@ -17,8 +17,8 @@ _log = logging.getLogger("omnigen_fast")
 _LEAST_BYTES = 1 << 20  # of a budget: planning with less says what is missing
 
 
-class _Handle(torch.nn.Module):
-    """What ComfyUI's manager takes for the model; the weights are the pipeline's."""
+class OmniGen(torch.nn.Module):
+    """What ComfyUI's manager takes for the model, and names in its log; it has no weights."""
 
 
 class Patcher(ModelPatcher):
@@ -31,7 +31,7 @@ class Patcher(ModelPatcher):
     def __init__(self, pipe: OmniGenPipeline) -> None:
         self._pipe = pipe
         self.wanted_bytes = 1  # of the call that comes, at its fastest
-        super().__init__(_Handle(), load_device=pipe.device, offload_device=torch.device("cpu"))
+        super().__init__(OmniGen(), load_device=pipe.device, offload_device=torch.device("cpu"))
 
     def model_size(self) -> int:
         return max(self.wanted_bytes, self.loaded_size())

@@ -40,11 +40,14 @@ def local_models() -> dict[str, str]:
     """Folders of models by their names, NAME or OWNER/NAME, in ComfyUI's model folders."""
     found: dict[str, str] = {}
     for root in folder_paths.get_folder_paths(FOLDER):
-        for folder in (*_folders(root), *(two for one in _folders(root) for two in _folders(one))):
-            if any(os.path.isfile(os.path.join(folder, config)) for config in _CONFIGS):
-                name = Path(folder).relative_to(root).as_posix()
-                found.setdefault(name, folder)
+        for folder in _folders(root):
+            for one in (folder,) if _is_model(folder) else filter(_is_model, _folders(folder)):
+                found.setdefault(Path(one).relative_to(root).as_posix(), one)
     return dict(sorted(found.items()))
+
+
+def _is_model(folder: str) -> bool:
+    return any(os.path.isfile(os.path.join(folder, config)) for config in _CONFIGS)
 
 
 def _folders(root: str) -> Iterator[str]:
