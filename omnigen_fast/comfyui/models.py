@@ -28,6 +28,7 @@ LORAS = "loras"
 PUBLISHED = "Shitao/OmniGen-v1"
 OWN = "as stored"  # of weights: the form of the file
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_SUFFIXES = (".safetensors", ".json")
 _CONFIGS = ("config.json", "transformer/config.json")  # the original's layout, diffusers'
 
 
@@ -87,13 +88,10 @@ def find_model(name: str, hub_id: str = "") -> str:
     return local[name]
 
 
-def fingerprint(folder: str) -> tuple[tuple[str, int, int], ...]:
-    """Names, sizes and times of a local model's files; empty for other models."""
-    paths = sorted(one for one in Path(folder).rglob("*") if one.suffix in _SUFFIXES)
-    return tuple((str(one), *_stamp(one)) for one in paths)
-
-
-_SUFFIXES = (".safetensors", ".json")
+def fingerprint(path: str) -> str:
+    """Another text if a LoRA's file or one of a model's folder changes."""
+    found = [path] if os.path.isfile(path) else Path(path).rglob("*")
+    return str(sorted((str(one), *_stamp(one)) for one in found if str(one).endswith(_SUFFIXES)))
 
 
 def _stamp(path: str | Path) -> tuple[int, int]:
@@ -113,7 +111,7 @@ class Lora:
         return f"{self.path} ({self.stamp[0]}, {self.stamp[1]})"
 
 
-@dataclass
+@dataclass(eq=False)
 class Loaded:
     """A pipeline that several models of a workflow share: they differ in their LoRAs."""
 
@@ -136,7 +134,7 @@ class Loaded:
         return self._preview
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Model:
     """What nodes hand on: a pipeline, and the LoRAs to run it with."""
 

@@ -93,7 +93,8 @@ class LoadModel(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, model: str, **_others: Any) -> Any:
         """A local model whose files have changed is opened again."""
-        return str(fingerprint(local_models()[model]) if model in local_models() else ())
+        folder = local_models().get(model)
+        return folder and fingerprint(folder)
 
     @classmethod
     def execute(
@@ -133,7 +134,7 @@ class LoadLora(io.ComfyNode):
     def fingerprint_inputs(cls, lora: str, **_others: Any) -> Any:
         """A file that has changed is read again."""
         path = folder_paths.get_full_path(LORAS, lora)
-        return str(path and fingerprint(path))
+        return path and fingerprint(path)
 
     @classmethod
     def execute(cls, model: Model, lora: str, strength: float) -> io.NodeOutput:
