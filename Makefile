@@ -8,7 +8,7 @@ PEER := .peers/original
 SEED := 0
 FIRST := 0
 
-.PHONY: test test-failed fuzz soak test-browser test-ray chromium demo bench peers dist lint format clean
+.PHONY: test test-failed fuzz soak test-browser test-ray test-comfyui chromium demo bench peers dist lint format clean
 
 $(READY): setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -66,6 +66,12 @@ test-ray: $(VENV)/.ready-ray
 $(VENV)/.ready-ray: $(READY)
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[ray]'
 	touch $@
+
+# The nodes in a real ComfyUI: COMFYUI is its folder, and COMFYUI_PYTHON an interpreter that has both
+# its requirements and this package.
+test-comfyui: $(READY)
+	OMP_NUM_THREADS=1 COMFYUI='$(COMFYUI)' COMFYUI_PYTHON='$(COMFYUI_PYTHON)' \
+		$(VENV)/bin/python -m pytest tests/in_comfyui
 
 chromium:
 	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || { \

@@ -22,6 +22,7 @@ from .memory.device import held_bytes
 from .memory.plan import MemoryPlan
 from .model import Transformer
 from .packing import Pack
+from .parameters import layer_parts, stored_bytes
 from .precision import Precision
 from .running import Running
 from .streamed_cache import StreamedCache
@@ -144,6 +145,36 @@ class Holdings:
         self.cache = self._new_cache()
         self.streamed = None
         self.graphs.clear()
+
+    @isolated
+    def release(self, nbytes: int | None = None) -> int:
+        """Gives up memory of the device that the next call takes again: caches, layers, the rest.
+
+        Args:
+            nbytes: how much is wanted; None for all.
+
+        Returns:
+            Bytes that are free now; less than what is wanted if no more is held.
+
+        Raises:
+            BusyError: calls are under way.
+        """
+        if self._running:
+            raise BusyError("a call is under way and uses the weights; finish it first")
+        before = self.held_bytes()
+        wanted = before if nbytes is None else nbytes
+        self.forget()
+        if self._store is not None and (short := wanted - before + self.held_bytes()) > 0:
+            size = stored_bytes(layer_parts(self.config, self.precision))
+            self._store.give_up(max(0, self._store.resident + (-short // size)))
+        if nbytes is None or self.held_bytes() > max(0, before - wanted):
+            if self._store is not None:
+                self._store.stop()
+            self._model = self._store = None
+            self.vae.place(False)
+        self._fingerprint = None  # what is read again is not changed
+        self.free()
+        return max(0, before - self.held_bytes())
 
     @isolated
     def load(self, precision: Precision, resident: int) -> None:

@@ -480,6 +480,25 @@ class OmniGenPipeline(LoraMethods, DiffusersMethods):
             self.processor.clear()
             self.engine.forget()
 
+    def release_memory(self, nbytes: int | None = None) -> int:
+        """Gives up memory of the device, for another model; the next call loads what it needs.
+
+        What is kept between calls goes first, then layers, then all weights.
+
+        Args:
+            nbytes: how much is wanted; None for all.
+
+        Returns:
+            Bytes that are free now, and were not before.
+
+        Raises:
+            OmniGenError: called from the pipeline's own callback.
+        """
+        if nbytes is not None:
+            nbytes = checked_integer("nbytes", nbytes, 0, _MAX_BYTES, " bytes")
+        with self._exclusive():
+            return self.engine.release(nbytes)
+
     @property
     def last_plan(self) -> MemoryPlan | None:
         """The plan by which the last call ran; None before the first."""

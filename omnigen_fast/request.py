@@ -282,6 +282,14 @@ def make_request(
     )
 
 
+def with_placeholders(prompt: str, images: int) -> str:
+    """The prompt; images that it does not name come first, in their order."""
+    if not images or PLACEHOLDER.search(prompt):
+        return prompt
+    tags = "".join(f"<img><|image_{i + 1}|></img>" for i in range(images))
+    return f"{tags} {prompt}" if prompt.strip() else prompt
+
+
 def _prompts_and_images(prompt: Any, input_images: Any) -> tuple[list[str], list[list[Any]]]:
     """The prompts and the list of images of each."""
     if isinstance(prompt, str):

@@ -10,6 +10,7 @@ import click
 from .. import __version__
 from .app import app
 from .batch import batch
+from .comfyui import comfyui
 from .convert import convert
 from .demo import demo
 from .env import env
@@ -33,7 +34,7 @@ def main() -> None:
 
 def _add_commands() -> None:
     """Adds this package's commands and those of entry points, such as the benchmarks."""
-    for command in (generate, batch, show, plan, convert, demo, app, serve, env):
+    for command in (generate, batch, show, plan, convert, demo, app, serve, comfyui, env):
         main.add_command(command)
     for entry in entry_points(group="omnigen_fast.commands"):
         main.add_command(entry.load(), entry.name)

@@ -42,7 +42,11 @@ _ATTRIBUTES: Mapping[str, str] = {
         _PEFT,
     ),
     **dict.fromkeys(
-        ("plan", "make_call", "engine", "last_plan", "last_report", "clear_cache"), _OURS_ALONE
+        (
+            *("plan", "make_call", "engine", "last_plan", "last_report", "clear_cache"),
+            "release_memory",
+        ),
+        _OURS_ALONE,
     ),
     "summary": "call omnigen_fast.summary(pipe)",
     "model": "the transformer is pipe.transformer",

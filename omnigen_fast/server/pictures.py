@@ -11,7 +11,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from ..config import ModelConfig
 from ..fewer_steps import not_given
-from ..request import DEFAULT_SIDE, PLACEHOLDER
+from ..request import DEFAULT_SIDE, with_placeholders
 from ..serving.work import Ticket
 from .errors import error
 from .options import Options
@@ -50,7 +50,7 @@ def call_arguments(
         for name in EXTENSIONS
         if (value := getattr(given, name, None)) is not None and name not in ("height", "width")
     }
-    arguments["prompt"] = _placed(given.prompt, len(images))
+    arguments["prompt"] = with_placeholders(given.prompt, len(images))
     arguments["num_images_per_prompt"] = _bounded("n", given.n or 1, options.max_images)
     if given.stream and (given.n or 1) > 1:
         raise error("invalid_value", "n must be 1 with stream; send several requests", param="n")
@@ -85,14 +85,6 @@ def call_arguments(
             raise error("invalid_value", text, param="size")
         arguments |= {"width": width, "height": height}
     return arguments
-
-
-def _placed(prompt: str, images: int) -> str:
-    """The prompt; images that it does not name come first, in their order."""
-    if not images or PLACEHOLDER.search(prompt):
-        return prompt
-    tags = "".join(f"<img><|image_{i + 1}|></img>" for i in range(images))
-    return f"{tags} {prompt}" if prompt.strip() else prompt
 
 
 def _size(given: Common) -> tuple[int, int] | None:

@@ -78,6 +78,15 @@ class LayerStore:
         if streams:
             self._start([layer for layer in range(layers) if layer not in wanted])
 
+    def give_up(self, resident: int) -> None:
+        """Takes layers off the device until at most `resident` are on it.
+
+        Until the next `arrange`, which brings what it wants, the others can't be used.
+        """
+        self.stop()
+        for layer in self._resident - spread(resident, len(self._model.layers)):
+            self._drop(layer)
+
     def refresh(self, names: Iterable[str]) -> None:
         """Reads parameters again after their values have changed."""
         if self._model.stream is not None:

@@ -1,0 +1,1 @@
+"""Stands in for the few calls of ComfyUI that the nodes make; written for these tests."""

@@ -1,0 +1,3 @@
+"""The size of previews."""
+
+MAX_PREVIEW_RESOLUTION = 512
