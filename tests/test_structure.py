@@ -78,6 +78,7 @@ ORDER = [
     "for_diffusers.calls",
     "for_diffusers.enable",
     "call",
+    "compilation",
     "running",
     "holdings",
     "engine",
