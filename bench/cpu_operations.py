@@ -1,28 +1,30 @@
 """The CPU's operations in C++ against PyTorch's: each alone, and in whole pictures.
 
-    python -m bench.cpu_operations [--threads N] [--rounds 9]
+    python -m bench.cpu_operations [--threads N] [--rounds 9] [--pictures 3] [--inductor]
 
 Both run in turns in one process, and the shortest time of each counts, in seconds of the processor
-rather than of the clock: the ratios hold on a machine that is shared. The last line is JSON.
+rather than of the clock: the ratios hold on a machine that is shared. `--inductor` adds a layer
+whose row operations torch.compile fuses. The last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from omnigen_fast.kernels import cpu, ops
+from torch import Tensor
 
 from omnigen_fast.compilation import compiler, folder
 from omnigen_fast.config import ModelConfig
 
 from .cases import COLUMNS, Task
-from .common import full_config, machine, small_config
+from .common import full_config, machine, small_config, write_result
 from .contenders import make_start
 from .cpu_peer import TARGETS
 from .models import load
@@ -94,6 +96,66 @@ def row_operations(config: ModelConfig) -> dict[str, Work]:
     }
 
 
+def layers(config: ModelConfig, rounds: int) -> dict[str, float]:
+    """A layer without its attention: PyTorch's row operations, those in C++, and inductor's.
+
+    "inductor" is one graph, which plans its own memory; "compile" is the time that it takes to
+    compile by the clock, if nothing is cached.
+    """
+    width, inner, heads = config.hidden_size, config.intermediate_size, config.num_heads
+    half, eps = config.head_dim // 2, config.rms_norm_eps
+    shapes = ((config.qkv_width, width), (width, width), (2 * inner, width), (width, inner))
+    qkv_proj, o_proj, gate_up_proj, down_proj = (
+        (torch.randn(shape) * shape[1] ** -0.5).to(_DTYPE).t() for shape in shapes
+    )
+    norm = torch.ones(width, dtype=_DTYPE)
+    residual, delta, normed = (torch.randn(_ROWS, width).to(_DTYPE) for _ in range(3))
+    qkv = torch.empty(_ROWS, config.qkv_width, dtype=_DTYPE)
+    gate_up = torch.empty(_ROWS, 2 * inner, dtype=_DTYPE)
+    angles = torch.rand(_ROWS, half)
+    cos, sin = angles.cos(), angles.sin()
+
+    def ours() -> None:
+        ops.add_rms_norm(residual, delta, norm, eps, out=normed)
+        torch.mm(normed, qkv_proj, out=qkv)
+        ops.rope_(qkv, cos, sin, heads, config.num_kv_heads)
+        normed.copy_(qkv[:, :width])
+        torch.mm(normed, o_proj, out=delta)
+        ops.add_rms_norm(residual, delta, norm, eps, out=normed)
+        torch.mm(normed, gate_up_proj, out=gate_up)
+        torch.mm(ops.swiglu(gate_up, out=gate_up[:, :inner]), down_proj, out=delta)
+
+    def normalised(x: Tensor) -> Tensor:
+        wide = x.float()
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        return (wide * scale).to(_DTYPE) * norm
+
+    def graph(residual: Tensor, delta: Tensor) -> Tensor:
+        total = residual + delta
+        product = torch.mm(normalised(total), qkv_proj).unflatten(1, (-1, 2 * half))
+        rotated = product[:, : heads + config.num_kv_heads]
+        a, b = rotated[..., :half].float(), rotated[..., half:].float()
+        c, s = cos[:, None], sin[:, None]
+        rotated = torch.cat([a * c - b * s, b * c + a * s], -1).to(_DTYPE)
+        total = total + torch.mm(rotated[:, :heads].flatten(1), o_proj)
+        gate, up = torch.mm(normalised(total), gate_up_proj).chunk(2, 1)
+        residual.copy_(total)
+        return torch.mm(F.silu(gate) * up, down_proj)
+
+    with torch.no_grad():
+        found = in_turns(ours, rounds)
+        compiled = torch.compile(graph, fullgraph=True, dynamic=True)
+        begin = time.perf_counter()
+        compiled(residual, delta)
+        found["compile"] = time.perf_counter() - begin
+        for _ in range(rounds):
+            start = time.process_time()
+            compiled(residual, delta)
+            taken = time.process_time() - start
+            found["inductor"] = min(taken, found.get("inductor", taken))
+    return found
+
+
 def pictures(rounds: int) -> list[dict[str, Any]]:
     """Whole pictures of the small random model, shown only if both are as one up to rounding."""
     ours, found = load("random:small", _DTYPE, torch.device("cpu")).ours, []
@@ -124,6 +186,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1, help="PyTorch's threads")
     parser.add_argument("--rounds", type=int, default=9, help="of each operation")
     parser.add_argument("--pictures", type=int, default=3, help="of each side; 0 for none")
+    parser.add_argument("--inductor", action="store_true", help="a layer by torch.compile, too")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     command = compiler()
@@ -146,15 +209,21 @@ def main() -> int:
         for name, work in row_operations(config).items():
             name = f"{name}, {_ROWS} rows, hidden {config.hidden_size}"
             rows.append({"name": name, **in_turns(work, arguments.rounds)})
+    if arguments.inductor:
+        for config in (small_config(), full_config()):
+            name = f"a layer without attention, {_ROWS} rows, hidden {config.hidden_size}"
+            rows.append({"name": name, **layers(config, arguments.rounds)})
     rows += pictures(arguments.pictures) if arguments.pictures else []
     for row in rows:
         seconds = {kernels: row[kernels] for kernels in ("reference", "cpp")}
         said = ", ".join(f"{name} {1e3 * one:.2f} ms" for name, one in seconds.items())
+        if "inductor" in row:
+            said += f", inductor {1e3 * row['inductor']:.2f} ms, compiled in {row['compile']:.0f} s"
         if "flops" in row:
             share = row["flops"] / row["cpp"] / rate
             said += f", {share:.0%} of the products' rate"
         print(f"{row['name']}: {said}, {row['reference'] / row['cpp']:.2f}x")
-    print(json.dumps(result))
+    write_result("cpu-operations", result)
     return 0
 
 
