@@ -136,7 +136,16 @@ ORDER = [
     "app",
     "ray",
 ]
-USE_KERNELS = {"for_diffusers.enable", "call", "quantised", "linear", "model", "denoise", "graph"}
+USE_KERNELS = {
+    "for_diffusers.enable",
+    "call",
+    "compilation",
+    "quantised",
+    "linear",
+    "model",
+    "denoise",
+    "graph",
+}
 USE_PROFILES = {
     "memory.estimate",
     "memory.seconds",
