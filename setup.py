@@ -23,6 +23,7 @@ setup(
         ],
         "omnigen_fast.bench": ["counts.json"],
         "omnigen_fast.bench.kernels": ["pipes.json"],
+        "omnigen_fast.kernels": ["cpu.cpp"],
         "omnigen_fast.profiles": ["*.json"],
     },
     include_package_data=False,  # the sdist has more than the wheel needs

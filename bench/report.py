@@ -72,12 +72,13 @@ def _world(result: dict[str, Any]) -> list[str]:
         for package, one in (peer.get("versions") or {}).items():
             if package != "torch":
                 versions += f", {package} {one} ({name})"
+    compiled = ", operations compiled" if result.get("compiled") else ""
     limits = result.get("limits", {})
     rate = limits.get("product_flops_per_second")
     said = [
         f"{result['device']}, {world['date']}, {versions}.",
-        f"Model: {result['model']}, {result['dtype']}, {result['steps']} steps a picture, median "
-        f"of {result['repeat']} after a warm-up, interleaved.",
+        f"Model: {result['model']}, {result['dtype']}{compiled}, {result['steps']} steps a "
+        f"picture, median of {result['repeat']} after a warm-up, interleaved.",
         f"Made with `{shlex.join(result['command'])}`.",
     ]
     if rate:
@@ -161,7 +162,16 @@ def _footnotes(result: dict[str, Any]) -> list[str]:
                 f"{name}: in float32 at most {worst:.0e} from ours ({len(checks)} checks), in the "
                 f"cells at most {max(apart, default=0):.0e} in {result['dtype']}."
             )
-    return [*said, *_reasons(result), *_beside(result)]
+    return [*said, *_reasons(result), *_warnings(result), *_beside(result)]
+
+
+def _warnings(result: dict[str, Any]) -> list[str]:
+    """Cells that stayed doubtful when they were measured again."""
+    return [
+        f"Warning: {cell['size']}, {cell['setting']}, {cell['column']}: {one}."
+        for cell in result["cells"]
+        for one in cell.get("warnings", ())
+    ]
 
 
 def _reasons(result: dict[str, Any]) -> list[str]:

@@ -1,7 +1,8 @@
 """The one door to the operations: callers import from here and never choose an implementation.
 
 `reference` says what each operation computes, `contract` what it demands of its arguments. Tensors
-on a CUDA device of capability 8.0 or later go to the Triton kernels, all others to the reference;
+on a CUDA device of capability 8.0 or later go to the Triton kernels, all others to the reference,
+or on a CPU to operations in C++ where a caller has asked for them (`cpu`);
 where a CUDA device can't have the kernels, one warning is logged and the reference runs. On meta
 tensors, which have no values, an operation only allocates what its kernel would. Called eagerly, an
 operation is a plain call. Under `torch.compile` it is a custom operator of the namespace
@@ -22,16 +23,18 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
 from types import SimpleNamespace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
-from . import contract, reference
+from . import contract, cpu, reference
 
 _log = logging.getLogger("omnigen_fast")
 
 _OLDEST = (8, 0)
+
+Kernels: TypeAlias = Literal["auto", "triton", "reference", "cpp"]
 
 
 @dataclass(frozen=True)
@@ -40,19 +43,20 @@ class Choice:
 
     Attributes:
         kernels: "auto" for Triton where the device has it, "triton" for Triton or an error,
-            "reference" for plain PyTorch everywhere.
+            "reference" for plain PyTorch everywhere, "cpp" as "auto", but on a CPU the operations
+            in C++ that `cpu.prepare` has made ready.
         attention: "triton", or "library" for PyTorch's attention (flash attention on CUDA) with
             the segments joined by their log-sum-exp. The library's reads group lengths on the
             host, so it waits for the device and can't be captured in a CUDA graph.
     """
 
-    kernels: Literal["auto", "triton", "reference"] = "auto"
+    kernels: Kernels = "auto"
     attention: Literal["triton", "library"] = "triton"
 
     def __post_init__(self) -> None:
-        if self.kernels not in ("auto", "triton", "reference"):
+        if self.kernels not in ("auto", "triton", "reference", "cpp"):
             raise ValueError(
-                f'kernels must be "auto", "triton" or "reference", got {self.kernels!r}'
+                f'kernels must be "auto", "triton", "reference" or "cpp", got {self.kernels!r}'
             )
         if self.attention not in ("triton", "library"):
             raise ValueError(f'attention must be "triton" or "library", got {self.attention!r}')
@@ -69,7 +73,7 @@ def choice() -> Choice:
 
 @contextlib.contextmanager
 def use(
-    kernels: Literal["auto", "triton", "reference"] | None = None,
+    kernels: Kernels | None = None,
     attention: Literal["triton", "library"] | None = None,
 ) -> Iterator[Choice]:
     """Sets the implementation for the calls inside, in this thread or task only.
@@ -127,6 +131,7 @@ class Operation:
 OPERATIONS: dict[str, Operation] = {}
 
 _REFERENCE = SimpleNamespace()
+_CPP = SimpleNamespace()
 # For meta tensors: a run of the model without values takes the memory that the kernels take.
 _SHAPES = SimpleNamespace()
 # Held here: the operators live as long as their library.
@@ -155,6 +160,7 @@ def _operation(
         OPERATIONS[name] = operation
         shaped = _shaped(operation)
         setattr(_REFERENCE, name, _checked(operation, run, check))
+        setattr(_CPP, name, _checked(operation, cpu.OPERATIONS.get(name, run), check))
         setattr(_SHAPES, name, shaped)
         schema = torch.library.infer_schema(run, op_name=name, mutates_args=writes)
         schema = schema.replace(", Tensor? out=None", "")  # a graph plans its own memory
@@ -286,9 +292,9 @@ def _implementation(x: Tensor) -> SimpleNamespace:
         return _REFERENCE  # whose check says so
     if x.device.type == "meta":
         return _SHAPES
-    if chosen.kernels == "auto":
+    if chosen.kernels in ("auto", "cpp"):
         if not x.is_cuda:
-            return _REFERENCE
+            return _CPP if chosen.kernels == "cpp" and x.device.type == "cpu" else _REFERENCE
         reason = _why_not(x.device.index)
         if reason is not None:
             _notice(reason)

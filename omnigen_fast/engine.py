@@ -56,6 +56,7 @@ class Engine(Holdings):
         vae: Vae,
         condition_cache_bytes: int,
         precision: Precision | None = None,
+        compile: bool | None = None,
     ) -> Engine:
         """An engine over a model that is on its device already; captures steps where it can.
 
@@ -63,11 +64,13 @@ class Engine(Holdings):
             model: whose weights `checkpoint` reads again where they move or adapters come.
             checkpoint: see the class; so are the others.
             precision: None for the dtype of the model.
+            compile: see `Compilation`.
         """
         precision = precision or Precision.of(model.dtype)
-        engine = cls(checkpoint, vae, precision, model.device, condition_cache_bytes, True)
+        engine = cls(checkpoint, vae, precision, model.device, condition_cache_bytes, True, compile)
         engine._model = model
         engine._store = LayerStore(model, precision, engine._read, engine.host)
+        engine.prepare_operations()
         return engine
 
     @isolated
@@ -91,7 +94,8 @@ class Engine(Holdings):
             cache = self._new_cache(layers=1)
             running = Running(call, plan, cache, (), None, None)
         else:
-            running = self._prepared(call, plan, own_rows)
+            with self.compilation.operations():
+                running = self._prepared(call, plan, own_rows)
         self._running.append(running)
         return running
 
@@ -102,8 +106,9 @@ class Engine(Holdings):
             call = one.call
             if one.loop is None or one.runner is None or call.finished:
                 continue
-            for _ in range(call.schedule.per_step[call.steps_done]):
-                one.runner(call.schedule.kinds[call.steps_done])
+            with self.compilation.operations():
+                for _ in range(call.schedule.per_step[call.steps_done]):
+                    one.runner(call.schedule.kinds[call.steps_done])
             call.steps_done += 1
             call.finished = call.steps_done == len(call.schedule)
 
@@ -123,7 +128,8 @@ class Engine(Holdings):
             cache = running[0].cache
             assert isinstance(cache, ConditionCache)
             self._pack = Pack.of(self.model, cache, members, running[0].plan.mlp_rows)
-        self._pack.step([one.call.schedule.first(one.call.steps_done) for one in running])
+        with self.compilation.operations():
+            self._pack.step([one.call.schedule.first(one.call.steps_done) for one in running])
         for one in running:
             one.call.steps_done += 1
             one.call.finished = one.call.steps_done == len(one.call.schedule)

@@ -283,7 +283,7 @@ ATTRIBUTES: Mapping[str, str] = {
     "from_single_file": "from_pretrained loads a model folder",
     "download": "from_pretrained fetches a hub id; huggingface_hub.snapshot_download only fetches",
     "upgrade": "one pipeline does all tasks",
-    "compile": "steps are captured as CUDA graphs; nothing needs compiling",
+    "compile": "give compile to from_pretrained on a CPU; on a GPU steps are CUDA graphs",
     "forward_with_cfg": _LOOP,
     "forward_with_separate_cfg": _LOOP,
     "eval": "the model is always in inference mode",
@@ -304,7 +304,8 @@ _FIXED: Mapping[str, str] = {
     "scheduler": FIXED_SCHEDULE,
     "model": "load another pipeline with from_pretrained, or change weights in place",
     "transformer": "load another pipeline with from_pretrained, or change weights in place; no "
-    "torch.compile is needed, since steps are captured as CUDA graphs",
+    "torch.compile is needed: on a GPU steps are captured as CUDA graphs, on a CPU operations are "
+    "compiled (compile=True of from_pretrained)",
     "device": "call pipe.to(device)",
     "dtype": "call pipe.to(dtype), or give dtype to the call",
     "guidance_scale": "give it to the call; it stays the same in all steps",

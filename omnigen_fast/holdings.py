@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .cache import ConditionCache
 from .call import Call
+from .compilation import Compilation
 from .config import ModelConfig
 from .errors import BusyError, OmniGenError
 from .graph import StepGraphs
@@ -44,6 +45,7 @@ class Holdings:
         device: where to run.
         condition_cache_bytes: how much memory to keep for the conditions of earlier calls.
         capture_steps: whether steps are captured where they can be.
+        compile: whether a CPU's operations run in C++, see `Compilation`.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class Holdings:
         device: torch.device,
         condition_cache_bytes: int,
         capture_steps: bool,
+        compile: bool | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.vae = vae
@@ -62,6 +65,7 @@ class Holdings:
         self.loras = Loras()
         self.cache_bytes = condition_cache_bytes
         self.capture_steps = capture_steps
+        self.compilation = Compilation(compile)
         self.image_latents: OrderedDict[tuple[str, int | None], Tensor] = OrderedDict()
         self.host = HostMemory(device)
         self.cache = self._new_cache()
@@ -193,6 +197,7 @@ class Holdings:
             self.cache = self._new_cache()
         self._model = model
         self._store = LayerStore(model, precision, self._read, self.host)
+        self.prepare_operations()
         self.refresh(Loras().changed(self.loras))
 
     @isolated
@@ -217,8 +222,13 @@ class Holdings:
         self._fingerprint = None
         self.vae.to(device)
         self.device = device
+        self.prepare_operations()
         self.graphs = self._new_graphs()
         self.forget()
+
+    def prepare_operations(self) -> None:
+        """Has the operations ready that the model runs with where it is now."""
+        self.compilation.prepare(self.config, self.precision.arithmetic_dtype, self.device)
 
     @isolated
     def take_vae(self, vae: Vae) -> None:

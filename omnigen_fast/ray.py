@@ -42,6 +42,9 @@ class Arguments(BaseModel):
     weights: str | None = Field(None, description="bfloat16, int8, fp8, nf4 or auto.")
     compute: str | None = Field(None, description="int8 or fp8; by default as dtype.")
     vae_dtype: str = Field("float32", description="float32 or bfloat16.")
+    compile: bool | None = Field(
+        None, description="On a CPU, run operations in C++; by default for large models."
+    )
     memory: str = Field("auto", description="Device memory of a replica: auto, 8GiB, ...")
     condition_cache: str = Field("2GiB", description="Memory for conditions, see `serve`.")
     replicas: int = Field(
@@ -147,6 +150,7 @@ def _load(arguments: Arguments) -> OmniGenPipeline:
         weights=arguments.weights,
         compute=arguments.compute,
         vae_dtype=arguments.vae_dtype,
+        compile=arguments.compile,
         revision=arguments.revision,
         local_files_only=arguments.local_files_only,
         condition_cache_bytes=arguments.condition_cache,

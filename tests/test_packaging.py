@@ -165,6 +165,7 @@ def test_wheel_holds_the_data(in_wheel):
     }
     data |= {f"omnigen_fast/{name}" for name in _source_files() if fnmatch(name, "profiles/*.json")}
     data |= {"omnigen_fast/bench/counts.json", "omnigen_fast/bench/kernels/pipes.json"}
+    data.add("omnigen_fast/kernels/cpu.cpp")
     assert "omnigen_fast/models/shapes/model.safetensors" in data
     assert "omnigen_fast/example_images/cat.png" in data
     assert "omnigen_fast/profiles/rtx3090.json" in data

@@ -78,6 +78,7 @@ ORDER = [
     "for_diffusers.calls",
     "for_diffusers.enable",
     "call",
+    "compilation",
     "running",
     "holdings",
     "engine",
@@ -142,7 +143,16 @@ ORDER = [
     "app",
     "ray",
 ]
-USE_KERNELS = {"for_diffusers.enable", "call", "quantised", "linear", "model", "denoise", "graph"}
+USE_KERNELS = {
+    "for_diffusers.enable",
+    "call",
+    "compilation",
+    "quantised",
+    "linear",
+    "model",
+    "denoise",
+    "graph",
+}
 USE_PROFILES = {
     "memory.estimate",
     "memory.seconds",

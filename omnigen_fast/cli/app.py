@@ -42,6 +42,7 @@ def app(
     weights: str | None,
     compute: str | None,
     vae_dtype: str,
+    compile: bool | None,
     local_files_only: bool,
     host: str,
     allowed_hosts: tuple[str, ...],
@@ -61,7 +62,7 @@ def app(
         number = serve(
             model,
             {"device": device, "dtype": dtype, "weights": weights, "compute": compute}
-            | {"vae_dtype": vae_dtype, "local_files_only": local_files_only},
+            | {"vae_dtype": vae_dtype, "compile": compile, "local_files_only": local_files_only},
             host,
             port,
             allowed_hosts,

@@ -148,7 +148,7 @@ def _run(
 
 
 def _load(options: dict[str, Any], loras: list[tuple[str, float]]) -> OmniGenPipeline:
-    names = ["device", "dtype", "revision", "cache_dir", "local_files_only", "memory"]
+    names = ["device", "dtype", "compile", "revision", "cache_dir", "local_files_only", "memory"]
     names += RECORDED_PRECISION
     chosen = {name: options[name] for name in names}
     return load_pipeline(options["model"], options["vae_path"], loras, **chosen)

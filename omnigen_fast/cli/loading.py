@@ -46,6 +46,11 @@ _OPTIONS = {
     "vae_dtype": click.option(
         "--vae-dtype", default="float32", show_default=True, help="float32 or bfloat16."
     ),
+    "compile": click.option(
+        "--compile/--no-compile",
+        default=None,
+        help="On a CPU, run operations in C++, built here; default: for large models.",
+    ),
 }
 
 
