@@ -32,6 +32,7 @@ from .weights.checkpoint import (
     layout_of,
     read_config,
 )
+from .weights.defaults import FILE as DEFAULTS_FILE
 from .weights.files import VAE_FILES, check_shapes, locate, resolve
 from .weights.foreign import ForeignWeights, Read, all_finite, open_foreign
 from .weights.names import ORIGINAL, TensorRows, layout_sources
@@ -125,6 +126,9 @@ def convert(
             write_safetensors(path, tensors, values_of_tensors(), form_metadata(weights))
         _write_json(os.path.join(folder, "config.json"), _config_values(values, config, dtype))
         shutil.copyfile(parts.tokenizer, os.path.join(folder, "tokenizer.json"))
+        defaults = os.path.join(os.path.dirname(parts.config), DEFAULTS_FILE)
+        if os.path.isfile(defaults):
+            shutil.copyfile(defaults, os.path.join(folder, DEFAULTS_FILE))
         os.mkdir(os.path.join(folder, "vae"))
         path = os.path.join(folder, "vae", "diffusion_pytorch_model.safetensors")
         values_of_vae = (_converted(value, name, torch.float32) for name, value in vae.items())

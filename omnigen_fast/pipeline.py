@@ -43,6 +43,7 @@ from .run import (
 from .surroundings import isolated
 from .vae.vae import Vae
 from .weights.checkpoint import Checkpoint
+from .weights.defaults import read_defaults
 from .weights.files import SDXL_VAE, VAE_FILES, check_inside, checked_path, locate, resolve
 
 # Called after each step with (pipeline, step, time, {"latents": ...}); may return new latents.
@@ -174,7 +175,8 @@ class OmniGenPipeline(LoraMethods, DiffusersMethods):
         checkpoint = Checkpoint.open(place, variant)
         if weights is None:
             precision = Precision.of(kind, checkpoint.form, compute)
-        processor = Processor.from_file(checkpoint.tokenizer_path, checkpoint.config)
+        words = read_defaults(checkpoint.folder).vocabulary
+        processor = Processor.from_file(checkpoint.tokenizer_path, checkpoint.config, words)
         hub["revision"] = None  # names a commit of the model, not of the VAE
         if vae_path is not None:
             vae_place = locate(vae_path, patterns=VAE_FILES, **hub)
@@ -226,6 +228,11 @@ class OmniGenPipeline(LoraMethods, DiffusersMethods):
     def dtype(self) -> torch.dtype:
         """Of the transformer's arithmetic."""
         return self.engine.precision.arithmetic_dtype
+
+    @property
+    def defaults(self) -> dict[str, int | float]:
+        """Arguments of a call that suit the model, by its omnigen_fast.json; empty without one."""
+        return dict(read_defaults(self.engine.checkpoint.folder).call)
 
     @property
     def interrupt(self) -> bool:

@@ -47,6 +47,7 @@ _OPTIONS = {
         "--vae-dtype", default="float32", show_default=True, help="float32 or bfloat16."
     ),
 }
+NAMES = tuple(_OPTIONS)
 
 
 def loading_options(*left_out: str) -> Callable[[_C], _C]:

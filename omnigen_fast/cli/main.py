@@ -10,6 +10,8 @@ import click
 from .. import __version__
 from .app import app
 from .batch import batch
+from .completion import completion
+from .config_file import add_config
 from .convert import convert
 from .demo import demo
 from .env import env
@@ -33,10 +35,11 @@ def main() -> None:
 
 def _add_commands() -> None:
     """Adds this package's commands and those of entry points, such as the benchmarks."""
-    for command in (generate, batch, show, plan, convert, demo, app, serve, env):
+    for command in (generate, batch, show, plan, convert, demo, app, serve, env, completion):
         main.add_command(command)
     for entry in entry_points(group="omnigen_fast.commands"):
         main.add_command(entry.load(), entry.name)
+    add_config(main)
 
 
 _add_commands()

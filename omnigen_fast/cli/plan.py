@@ -10,9 +10,10 @@ from ..guidance import typical_schedule
 from ..memory.plan import PROMPT_TOKENS, Switches, typical_workload
 from ..precision import AUTO, COMPUTES, STORAGES, Precision, check_capability
 from ..request import checked_side
+from .config_file import given_options
 from .failure import failure
 from .files import PATH_OR_NAME
-from .generate import given_options, parse_reuse
+from .generate import parse_reuse
 
 
 @click.command()

@@ -113,6 +113,11 @@ def check_inside(name: str, value: Any) -> None:
         raise RequestError(f"{name} must be a name inside the folder, got {brief(value)}")
 
 
+def shipped_folder(name: str) -> str:
+    """The folder of a model in `SHIPPED`."""
+    return os.path.join(_MODELS, name)
+
+
 def _local(name: str) -> str | None:
     """The folder of a bundled or local model; None for what must be on the hub."""
     if name in SHIPPED:
@@ -122,7 +127,7 @@ def _local(name: str) -> str | None:
                 UserWarning,
                 stacklevel=5,
             )
-        folder = os.path.join(_MODELS, name)
+        folder = shipped_folder(name)
         if not os.path.isfile(os.path.join(folder, "model.safetensors")):
             raise CheckpointError(
                 f"the model {name} is not in this copy of the package; train it with python -m "
