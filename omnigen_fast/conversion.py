@@ -17,6 +17,7 @@ from torch import Tensor
 from .config import ModelConfig
 from .errors import CheckpointError, OmniGenError, RequestError
 from .forms import Part
+from .model_defaults import FILE as DEFAULTS_FILE
 from .parameters import parameter_shapes
 from .processor import Processor
 from .quantised import QuantisedWeight, quantised
@@ -32,7 +33,6 @@ from .weights.checkpoint import (
     layout_of,
     read_config,
 )
-from .weights.defaults import FILE as DEFAULTS_FILE
 from .weights.files import VAE_FILES, check_shapes, locate, resolve
 from .weights.foreign import ForeignWeights, Read, all_finite, open_foreign
 from .weights.names import ORIGINAL, TensorRows, layout_sources

@@ -26,6 +26,7 @@ from .memory.overview import Report
 from .memory.plan import MemoryPlan
 from .memory.planner import Decision
 from .model import Transformer
+from .model_defaults import read_defaults
 from .precision import AUTO, Precision, check_capability
 from .processor import Processor
 from .request import Request, check_switch, checked_integer, make_request
@@ -43,7 +44,6 @@ from .run import (
 from .surroundings import isolated
 from .vae.vae import Vae
 from .weights.checkpoint import Checkpoint
-from .weights.defaults import read_defaults
 from .weights.files import SDXL_VAE, VAE_FILES, check_inside, checked_path, locate, resolve
 
 # Called after each step with (pipeline, step, time, {"latents": ...}); may return new latents.

@@ -13,9 +13,9 @@ from torch import Tensor
 from .engine import Engine
 from .errors import OmniGenError, RequestError, brief, first_line
 from .linear import Weight
+from .model_defaults import FILE as DEFAULTS_FILE
 from .quantised import QuantisedWeight, parts_of_weight
 from .weights.checkpoint import file_parts, form_metadata
-from .weights.defaults import FILE as DEFAULTS_FILE
 from .weights.lora import merged
 from .weights.writing import write_safetensors
 from .whole_files import temporary_folder

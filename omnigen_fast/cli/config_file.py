@@ -156,7 +156,7 @@ def _known(path: Path, where: str, name: str, names: Iterable[str]) -> str:
     wanted = name.replace("_", "-")
     if wanted in names:
         return wanted
-    near = get_close_matches(wanted[:60], names, 1)
+    near = get_close_matches(wanted[:60], names, 1, cutoff=0.65)
     way = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
     if not where and not name.startswith("["):
         way += " Options of one command go under its name, as in [generate]"

@@ -13,6 +13,7 @@ import click
 
 from ..errors import OmniGenError, RequestError
 from ..fewer_steps import QUALITIES
+from ..model_defaults import defaults_of
 from ..page import embedded
 from ..page.record import (
     Record,
@@ -26,7 +27,6 @@ from ..page.record import (
 )
 from ..request import MAX_IMAGES, OUTPUT_TYPES
 from ..solvers import SOLVERS
-from ..weights.defaults import defaults_of
 from .calls import OneCall, Saver, calls_of, show_picture
 from .config_file import given_options, quality_values
 from .failure import failure

@@ -14,6 +14,7 @@ from .completion import completion
 from .config_file import add_config
 from .convert import convert
 from .demo import demo
+from .doctor import doctor
 from .env import env
 from .generate import generate, show
 from .plan import plan
@@ -35,7 +36,19 @@ def main() -> None:
 
 def _add_commands() -> None:
     """Adds this package's commands and those of entry points, such as the benchmarks."""
-    for command in (generate, batch, show, plan, convert, demo, app, serve, env, completion):
+    for command in (
+        generate,
+        batch,
+        show,
+        plan,
+        convert,
+        demo,
+        app,
+        serve,
+        env,
+        doctor,
+        completion,
+    ):
         main.add_command(command)
     for entry in entry_points(group="omnigen_fast.commands"):
         main.add_command(entry.load(), entry.name)

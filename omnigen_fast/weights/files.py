@@ -21,11 +21,10 @@ from ..errors import (
     printable,
 )
 from ..forms import FORMS
+from ..model_defaults import SHIPPED, shipped_folder
 from ..regular_files import check_regular, read_json
 
 SDXL_VAE = "stabilityai/sdxl-vae"  # the original's fallback
-SHIPPED = ("shapes",)  # models bundled with this package
-_MODELS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "models")
 MODEL_FILES = ("*.json", "*.safetensors", "*/*.json", "*/*.safetensors")
 VAE_FILES = ("config.json", "diffusion_pytorch_model*.safetensors*")
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # safetensors' names
@@ -111,11 +110,6 @@ def check_inside(name: str, value: Any) -> None:
     parts = value.replace("\\", "/").split("/") if isinstance(value, str) else []
     if not any(parts) or ".." in parts or os.path.isabs(value) or "\0" in value:
         raise RequestError(f"{name} must be a name inside the folder, got {brief(value)}")
-
-
-def shipped_folder(name: str) -> str:
-    """The folder of a model in `SHIPPED`."""
-    return os.path.join(_MODELS, name)
 
 
 def _local(name: str) -> str | None:

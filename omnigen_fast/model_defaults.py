@@ -10,10 +10,10 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ..errors import CheckpointError, brief
-from ..regular_files import read_json
-from .files import SHIPPED, shipped_folder
+from .errors import CheckpointError, brief
+from .regular_files import read_json
 
+SHIPPED = ("shapes",)  # models bundled with this package
 FILE = "omnigen_fast.json"
 MAX_VOCABULARY = 240  # characters: it is part of a message
 _INTEGERS = ("height", "width", "max_input_image_size", "num_inference_steps")
@@ -26,6 +26,11 @@ class ModelDefaults:
 
     call: Mapping[str, int | float] = field(default_factory=dict)  # arguments of a call
     vocabulary: str | None = None  # a sentence on what it draws, if it knows only some words
+
+
+def shipped_folder(name: str) -> str:
+    """The folder of a model in `SHIPPED`."""
+    return os.path.join(os.path.dirname(os.path.abspath(__file__)), "models", name)
 
 
 def defaults_of(model: str) -> ModelDefaults:
