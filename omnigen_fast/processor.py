@@ -43,6 +43,7 @@ class Processor:
         self.config = config
         self._tokenizer = tokenizer
         self._vocabulary = vocabulary
+        self.strict_words = True  # off: unknown words are taken as one and the same word
         bos = tokenizer.token_to_id(_BOS)
         if bos is None:
             raise CheckpointError(
@@ -75,7 +76,7 @@ class Processor:
         It would draw something else without a word; other tokenizers know every text.
         """
         unknown_token = self._unknown_token
-        if unknown_token is None:
+        if unknown_token is None or not self.strict_words:
             return
         unknown: list[str] = []
         for piece in PLACEHOLDER.split(text)[::2]:
@@ -83,7 +84,7 @@ class Processor:
             unknown += [
                 piece[start:stop]
                 for token, (start, stop) in zip(found.ids, found.offsets)
-                if token == unknown_token
+                if token == unknown_token and any(map(str.isalnum, piece[start:stop]))
             ]
         if unknown:
             several = list(dict.fromkeys(map(brief, unknown)))

@@ -60,7 +60,7 @@ def default_path() -> Path:
 
 
 def add_config(group: click.Group) -> None:
-    """Gives every command of a group the option --config, and so its values from the file."""
+    """Gives every command with options --config, and so its values from the file."""
 
     def read(context: click.Context, _option: click.Parameter, path: Path | None) -> None:
         try:
@@ -70,7 +70,7 @@ def add_config(group: click.Group) -> None:
             raise failure(error) from error
 
     for command in group.commands.values():
-        if isinstance(command, click.Group):
+        if isinstance(command, click.Group) or not _options(command):
             continue
         option = click.Option(
             [f"--{_OPTION}"],

@@ -303,7 +303,7 @@ def generate(
                 images = find_images(made, picture)
             if trusts_images and mask_image is None:
                 mask_image = find_mask(made, picture)
-        arguments |= chosen_sides(context, size, aspect, arguments["height"])
+        arguments |= chosen_sides(context, size, aspect, arguments["height"], file=picture is None)
         if prompt_file is not None and "prompt" in given:
             raise RequestError("--prompt and --prompt-file can't be had together; give one of them")
         if not prompt and prompt_file is None:

@@ -16,7 +16,7 @@ from .config_file import given_options
 _C = TypeVar("_C", bound=Callable[..., Any])
 
 _ASPECT = re.compile(r"\s*(\d{1,4}(?:\.\d{1,4})?)\s*[:x/]\s*(\d{1,4}(?:\.\d{1,4})?)\s*")
-_TOLERANCE = 0.1  # of the ratio, where sides are rounded
+_TOLERANCE = 0.15  # of the ratio, where sides are rounded
 
 
 def aspect_option(command: _C) -> _C:
@@ -56,7 +56,11 @@ def sides(
 
 
 def chosen_sides(
-    context: click.Context, size: int | None, aspect: str | None, usual: int
+    context: click.Context,
+    size: int | None,
+    aspect: str | None,
+    usual: int,
+    file: bool = True,
 ) -> dict[str, int]:
     """Height and width, where options of the size decide them; typed ones before the file's.
 
@@ -64,13 +68,14 @@ def chosen_sides(
         context: of the command.
         size, aspect: options of it.
         usual: the size of an aspect without one.
+        file: whether the config file's options count.
     """
-    typed, given = given_options(context, file=False), given_options(context)
+    typed, given = given_options(context, file=False), given_options(context, file=file)
     sized = {"size", "aspect"} & given
     sided = {"height", "width"} & given
     if sized & typed and not sided & typed:
         sided = set()
-    elif sided & typed and not sized & typed:
+    elif not sized or (sided & typed and not sized & typed):
         size = aspect = None
     height, width = (
         context.params[name] if name in sided else None for name in ("height", "width")

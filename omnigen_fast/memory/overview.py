@@ -193,7 +193,8 @@ def _plans(profile: Profile, decision: Decision) -> Iterator[str]:
         for one in bounds or ()
     ]
     host = "" if profile.on_host else "    host"
-    yield f"      GB{host}        s{'   from     to' * bool(bounding)}  plan (predicted; * chosen, - does not fit)"
+    columns = f"      GB{host}        s{'   from     to' * bool(bounding)}"
+    yield f"{columns}  plan (predicted; * chosen, - does not fit)"
     for one in _selection(decision):
         mark = "-" if not decision.fits(one) else " "
         if one == decision.chosen:
