@@ -18,7 +18,7 @@ from .config import ModelConfig
 from .diffusers_methods import DiffusersMethods
 from .engine import Engine
 from .equivalents import named_arguments, own_names
-from .errors import OmniGenError, OutOfMemoryError, RequestError, brief, printable
+from .errors import OmniGenError, OutOfMemoryError, RequestError, brief, first_line, printable
 from .fewer_steps import left_to_preset, with_preset
 from .loras import LoraMethods
 from .memory.device import parse_memory
@@ -667,6 +667,12 @@ def check_weights(
     return Precision.of(dtype, weights, compute)
 
 
+def _devices() -> list[str]:
+    """Names of the devices of this machine."""
+    found = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    return [*found, *["mps"] * torch.backends.mps.is_available(), "cpu"]
+
+
 def check_device(device: str | torch.device | None) -> torch.device:
     if device is None:
         if torch.cuda.is_available():
@@ -679,6 +685,8 @@ def check_device(device: str | torch.device | None) -> torch.device:
     except OutOfMemoryError:
         raise
     except Exception as error:  # torch raises many kinds for absent devices
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise RequestError(f"device {device!r} can't be used: {first}") from error
+        reason = printable(first_line(error), 140)
+        raise RequestError(
+            f"device {brief(device)} can't be used: {reason}; here there is {', '.join(_devices())}"
+        ) from error
     return target

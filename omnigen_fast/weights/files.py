@@ -165,7 +165,7 @@ def _fetched(
     except Exception as error:  # network, permission, no such repository
         raise CheckpointError(
             f"{name} is not a local folder, and fetching it from the hub failed: "
-            f"{first_line(error)}"
+            f"{first_line(error)}; check name and network, or give a local folder"
         ) from error
 
 
@@ -215,7 +215,9 @@ def find_weights(
             "not read. Convert one you trust: safetensors.torch.save_file(torch.load("
             f"{pickles[0]!r}, weights_only=True), {name!r})"
         )
-    raise CheckpointError(f"{folder} has no {name}")
+    raise CheckpointError(
+        f"{folder} has no {name}; give the folder of a model, or a hub id (owner/name)"
+    )
 
 
 def _single(path: str) -> WeightFiles:
