@@ -352,13 +352,13 @@ def generate(
             local_files_only=local_files_only,
             memory=memory,
         )
-        arguments |= {
-            "input_images": _one_or_all(images) if any(images) else None,
-            "negative_prompt": _one_or_all(negative_prompt) if negative_prompt else None,
-            "mask_image": mask_image,
-            "latents": noise,
-            "output_type": output_type,
-        }
+        others: dict[str, Any] = {"latents": noise, "mask_image": mask_image}
+        others |= {"output_type": output_type, "input_images": None, "negative_prompt": None}
+        if any(images):
+            others["input_images"] = _one_or_all(images)
+        if negative_prompt:
+            others["negative_prompt"] = _one_or_all(negative_prompt)
+        arguments |= others
         if prompt_file is not None:
             for call in calls:  # a mistake in the last line is found before the first picture
                 with call.naming():
