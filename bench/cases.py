@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from omnigen_fast.config import TOKEN_PIXELS
 from omnigen_fast.errors import RequestError
 from omnigen_fast.images import InputImage
+from omnigen_fast.page.demo import INPUTS
 from omnigen_fast.request import DEFAULT_NEGATIVE_PROMPT, Guidance, Prompt
 
 COLUMNS = ("text", "one image", "two images")
@@ -19,6 +21,16 @@ PROMPTS = (
     "A curly-haired man in a red shirt is drinking tea.",
     "<img><|image_1|></img> Make it a winter evening, with snow on the roofs.",
     "The cup of <img><|image_1|></img> stands beside the cat of <img><|image_2|></img>.",
+)
+
+# What the bundled model can draw: parts of prompts, and files of `demo.INPUTS`.
+_COLOURS, _SHAPES = ("red", "yellow", "green", "blue", "purple"), ("circle", "square", "star")
+_BACKGROUNDS = ("white", "gray", "striped", "meadow")
+_KNOWN_IMAGES = ("star", "checkered")
+_KNOWN_PROMPTS = (
+    "A large {colour} {shape} at the top left on a {background} background.",
+    "<img><|image_1|></img> Add a small {colour} {shape} at the bottom left.",
+    "The object of <img><|image_1|></img> on the background of <img><|image_2|></img>",
 )
 
 
@@ -123,6 +135,7 @@ class Task:
         variant: requests of one cell differ by it in their prompts and in their images' content,
             so that no contender finds a condition that it has kept.
         setting: memory switches.
+        known: whether to ask for what the bundled model can draw: it knows only some words.
     """
 
     size: Size
@@ -130,6 +143,7 @@ class Task:
     steps: int
     variant: int = 0
     setting: Setting = field(default_factory=Setting)
+    known: bool = False
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
@@ -141,6 +155,8 @@ class Task:
 
     def prompt(self) -> Prompt:
         """Prompt, images and negative prompt; of equal length for all variants below 26."""
+        if self.known:
+            return self._known()
         mark = f" {chr(ord('A') + self.variant)}."
         draw = np.random.default_rng([self.variant, self.images])
         shape = (self.size.image, self.size.image, 3)
@@ -150,6 +166,21 @@ class Task:
             tuple(map(InputImage, pixels)),
             DEFAULT_NEGATIVE_PROMPT + mark,
         )
+
+    def _known(self) -> Prompt:
+        i = self.variant
+        words = {
+            "colour": _COLOURS[i % len(_COLOURS)],
+            "shape": _SHAPES[i % len(_SHAPES)],
+            "background": _BACKGROUNDS[i % len(_BACKGROUNDS)],
+        }
+        images = []
+        for name in _KNOWN_IMAGES[: self.images]:
+            with Image.open(INPUTS / f"{name}.png") as image:
+                side = (self.size.image, self.size.image)
+                images.append(InputImage(np.array(image.convert("RGB").resize(side))))
+        text = _KNOWN_PROMPTS[self.images].format(**words)
+        return Prompt(text, tuple(images), DEFAULT_NEGATIVE_PROMPT)
 
     def arguments(self) -> dict[str, Any]:
         """Arguments of the pipeline, but for the noise."""

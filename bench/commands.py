@@ -26,6 +26,7 @@ class _Failure(click.ClickException):
         self.exit_code = 2 if isinstance(error, RequestError) else 1
 
 
+_BUSY_SHARE = 0.5  # of the cores; above it, times are those of others too
 _PATH = UserPath(path_type=Path, dir_okay=False)
 
 
@@ -109,6 +110,8 @@ def _bench(options: dict[str, Any]) -> int:
         command=_command(),
     )
     path = options["json_path"] or _result_path(str(device), model)
+    if busy := _busy():
+        click.echo(busy, err=True)
     record = Record(path, {})
     status = 0
     try:
@@ -118,6 +121,8 @@ def _bench(options: dict[str, Any]) -> int:
         click.echo("interrupted; this is what was measured", err=True)
     if record.result.get("cells"):
         click.echo("\n".join(report.lines(record.result)))
+    if busy:
+        click.echo(busy)
     if record.lost is None:
         click.echo(f"wrote {path}")
     if status == 0 and options["md_path"] is not None:
@@ -141,6 +146,20 @@ def _bench(options: dict[str, Any]) -> int:
     if failed:
         click.echo(f"failed: {'; '.join(failed)}", err=True)
     return status or int(bool(failed))
+
+
+def _busy() -> str | None:
+    """A line if other programs take much of the processor, before anything is measured."""
+    try:
+        load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    except OSError:  # unobtainable
+        return None
+    if load < _BUSY_SHARE * cores:
+        return None
+    return (
+        f"The machine was busy at the start (load {load:.1f} on {cores} cores): these times are "
+        "too long and ratios may be wrong; repeat this when it is idle."
+    )
 
 
 def _add_profile(record: Any, device: Any, model: str, size: Any) -> None:
@@ -227,7 +246,7 @@ def _profile(options: dict[str, Any]) -> int:
 
 @click.command()
 @click.option(
-    "--model", default="random:small", show_default=True, type=PATH_OR_NAME, help="As for bench."
+    "--model", default="shapes", show_default=True, type=PATH_OR_NAME, help="As for bench."
 )
 @click.option("--device", help="cuda, cuda:1, cpu, ...; the first GPU if there is one.")
 @click.option(
@@ -240,7 +259,9 @@ def _profile(options: dict[str, Any]) -> int:
 @click.option(
     "--b", "second", default="bfloat16", show_default=True, help="Configuration to compare."
 )
-@click.option("--size", default="256", show_default=True, help="One size, as for bench --sizes.")
+@click.option(
+    "--size", help="One size, as for bench --sizes.  [default: the model's own, else 256]"
+)
 @click.option(
     "--images", type=click.IntRange(0, 2), default=1, show_default=True, help="Input images."
 )
@@ -265,13 +286,16 @@ def compare(**options: Any) -> None:
     offload-model), a solver, reuse (reuse-careful, reuse-fast) or a quality (exact, high, fast)
     with its own steps, as in bfloat16+no-kv+separate, int8 or float32+high.
     """
+    from omnigen_fast.model_defaults import defaults_of
+
     from .cases import parse_sizes
     from .models import is_random
 
     try:
         device, model = _target(options)
         is_random(model)
-        sizes = parse_sizes(options["size"])
+        own = defaults_of(model).call.get("height", 256)
+        sizes = parse_sizes(options["size"] or str(own))
         if len(sizes) != 1:
             raise RequestError(f"--size: give one size, got {options['size']!r}")
         sheet = options["sheet"]

@@ -5,9 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from omnigen_fast import profiles
+from omnigen_fast.config import released_sizes
+from omnigen_fast.memory.autoencoder import VaeShape
+from omnigen_fast.memory.device import less_margin
+from omnigen_fast.memory.plan import Switches, typical_workload
+from omnigen_fast.memory.planner import plan
+from omnigen_fast.precision import Precision
 
 from .cases import Task
-from .counts import ATTENTION, Counted
 
 # Devices whose tables the original documents.
 DEVICES = ("a800", "rtx3090")
@@ -38,8 +43,20 @@ def documented_cell(profile: profiles.Profile, task: Task) -> dict[str, Any] | s
     return None
 
 
-def predicted_seconds(counted: Counted, profile: profiles.Profile) -> float:
-    """PREDICTED, not measured: each launch by the roofline with rates attained on the device."""
-    return sum(
-        profile.seconds(one.bytes, one.flops, one.family == ATTENTION) for one in counted.operations
+def picture_seconds(profile: profiles.Profile, task: Task) -> float:
+    """PREDICTED: a whole picture with the autoencoder, under the original's default switches."""
+    workload = typical_workload(
+        task.size.output,
+        task.size.output,
+        images=task.images,
+        max_input_image_size=task.size.image,
+        steps=task.steps,
     )
+    switches = Switches(**_ORIGINALS | task.setting.arguments)
+    budget = less_margin(profile.memory_bytes)
+    precision = Precision.of("bfloat16")
+    found = plan(
+        *(released_sizes(), VaeShape(), precision, workload, profile, budget, switches),
+        kept_bytes=0,
+    )
+    return found.cost.seconds

@@ -21,6 +21,7 @@ from torch import Tensor
 from omnigen_fast.errors import RequestError
 from omnigen_fast.fewer_steps import QUALITIES, REUSES
 from omnigen_fast.forms import FORMS, PRODUCTS
+from omnigen_fast.model_defaults import defaults_of
 from omnigen_fast.solvers import SOLVERS
 
 from .cases import SWITCHES, Size, Task
@@ -149,7 +150,8 @@ def compare(
     Raises:
         RequestError, CheckpointError: the model can't be loaded.
     """
-    tasks = [Task(size, images, steps, seed % 26) for seed in range(seeds)]
+    known = defaults_of(model).vocabulary is not None
+    tasks = [Task(size, images, steps, seed % 26, known=known) for seed in range(seeds)]
     taken = []
     starts: list[Start] = []
     for one in pair:
@@ -235,6 +237,10 @@ def lines(result: dict[str, Any]) -> list[str]:
         f"{result['b']} against {result['a']}: {result['model']}, {result['size']}, "
         f"{result['images']} input images, {result['steps']} steps, {result['pictures']}",
         *aligned(rows),
+    ]
+    said += [
+        "latent error: the difference as a share of A's latents; of the way: of A's way from the",
+        "noise. PSNR, SSIM and the largest pixel difference are of the pictures",
     ]
     if "sheet" in result:
         said.append(f"wrote {result['sheet']}")

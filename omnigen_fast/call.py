@@ -85,7 +85,11 @@ def scheduled(
     """The steps of a request, and the branches of each picture that any of them runs.
 
     The coefficients are those of the request's own scales, inside the intervals of guidance.
+
+    Raises RequestError for prompts that the model can't read.
     """
+    for prompt in request.prompts:
+        processor.check_words(prompt.text)
     plain = StepSchedule((ALL_BRANCHES,) * request.steps, request.times, request.solver)
     each = request.images_per_prompt
     with_images = [bool(one.images) for one in request.prompts for _ in range(each)]

@@ -17,6 +17,7 @@ from torch import Tensor
 from .config import ModelConfig
 from .errors import CheckpointError, OmniGenError, RequestError
 from .forms import Part
+from .model_defaults import FILE as DEFAULTS_FILE
 from .parameters import parameter_shapes
 from .processor import Processor
 from .quantised import QuantisedWeight, quantised
@@ -125,6 +126,9 @@ def convert(
             write_safetensors(path, tensors, values_of_tensors(), form_metadata(weights))
         _write_json(os.path.join(folder, "config.json"), _config_values(values, config, dtype))
         shutil.copyfile(parts.tokenizer, os.path.join(folder, "tokenizer.json"))
+        defaults = os.path.join(os.path.dirname(parts.config), DEFAULTS_FILE)
+        if os.path.isfile(defaults):
+            shutil.copyfile(defaults, os.path.join(folder, DEFAULTS_FILE))
         os.mkdir(os.path.join(folder, "vae"))
         path = os.path.join(folder, "vae", "diffusion_pytorch_model.safetensors")
         values_of_vae = (_converted(value, name, torch.float32) for name, value in vae.items())

@@ -19,7 +19,7 @@ from .config import ModelConfig
 from .diffusers_methods import DiffusersMethods
 from .engine import Engine
 from .equivalents import named_arguments, own_names
-from .errors import OmniGenError, OutOfMemoryError, RequestError, brief, printable
+from .errors import OmniGenError, OutOfMemoryError, RequestError, brief, first_line, printable
 from .fewer_steps import left_to_preset, with_preset
 from .loras import LoraMethods
 from .memory.device import parse_memory
@@ -27,6 +27,7 @@ from .memory.overview import Report
 from .memory.plan import MemoryPlan
 from .memory.planner import Decision
 from .model import Transformer
+from .model_defaults import read_defaults
 from .precision import AUTO, Precision, check_capability
 from .processor import Processor
 from .request import Request, check_switch, checked_integer, make_request
@@ -181,7 +182,8 @@ class OmniGenPipeline(LoraMethods, DiffusersMethods):
         checkpoint = Checkpoint.open(place, variant)
         if weights is None:
             precision = Precision.of(kind, checkpoint.form, compute)
-        processor = Processor.from_file(checkpoint.tokenizer_path, checkpoint.config)
+        words = read_defaults(checkpoint.folder).vocabulary
+        processor = Processor.from_file(checkpoint.tokenizer_path, checkpoint.config, words)
         hub["revision"] = None  # names a commit of the model, not of the VAE
         if vae_path is not None:
             vae_place = locate(vae_path, patterns=VAE_FILES, **hub)
@@ -238,6 +240,11 @@ class OmniGenPipeline(LoraMethods, DiffusersMethods):
     def compiled(self) -> bool:
         """Whether a CPU's operations run in C++, see `compile` of `from_pretrained`."""
         return self.engine.compilation.active
+
+    @property
+    def defaults(self) -> dict[str, int | float]:
+        """Arguments of a call that suit the model, by its omnigen_fast.json; empty without one."""
+        return dict(read_defaults(self.engine.checkpoint.folder).call)
 
     @property
     def interrupt(self) -> bool:
@@ -691,6 +698,12 @@ def check_weights(
     return Precision.of(dtype, weights, compute)
 
 
+def _devices() -> list[str]:
+    """Names of the devices of this machine."""
+    found = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    return [*found, *["mps"] * torch.backends.mps.is_available(), "cpu"]
+
+
 def check_device(device: str | torch.device | None) -> torch.device:
     if device is None:
         if torch.cuda.is_available():
@@ -703,6 +716,8 @@ def check_device(device: str | torch.device | None) -> torch.device:
     except OutOfMemoryError:
         raise
     except Exception as error:  # torch raises many kinds for absent devices
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise RequestError(f"device {device!r} can't be used: {first}") from error
+        reason = printable(first_line(error), 140)
+        raise RequestError(
+            f"device {brief(device)} can't be used: {reason}; here there is {', '.join(_devices())}"
+        ) from error
     return target

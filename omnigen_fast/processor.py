@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import warnings
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .config import ModelConfig
-from .errors import CheckpointError, RequestError
+from .errors import CheckpointError, RequestError, brief
 from .guidance import Branch
 from .request import PLACEHOLDER
 from .sequence import EncodedBranch
@@ -23,15 +23,27 @@ _BEFORE = "<|user|>\nGenerate an image according to the following instructions\n
 _AFTER = "<|end|>\n<|assistant|>\n<|diffusion|>"
 _BOS = "<s>"
 _MAX_PLACEHOLDERS = 1024  # of a prompt: each is a piece of its own to tokenize and to embed
+_NAMED_WORDS = 3  # unknown ones that a message names at most
 _SPECIAL = ("<|user|>", "<|end|>", "<|assistant|>", "<|diffusion|>", "<img>", "</img>")
 
 
 class Processor:
-    """Tokenizes branches; caches the latest 256 texts."""
+    """Tokenizes branches; caches the latest 256 texts.
 
-    def __init__(self, tokenizer: Tokenizer, config: ModelConfig) -> None:
+    Args:
+        tokenizer: OmniGen's, or one of its kind.
+        config: sizes of the model.
+        vocabulary: a sentence on what the model can draw, for prompts with words that a word-level
+            tokenizer does not know.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, config: ModelConfig, vocabulary: str | None = None
+    ) -> None:
         self.config = config
         self._tokenizer = tokenizer
+        self._vocabulary = vocabulary
+        self.strict_words = True  # off: unknown words are taken as one and the same word
         bos = tokenizer.token_to_id(_BOS)
         if bos is None:
             raise CheckpointError(
@@ -49,12 +61,48 @@ class Processor:
         self._tokens = lru_cache(maxsize=256)(self._tokenize)
 
     @classmethod
-    def from_file(cls, path: str | os.PathLike[str], config: ModelConfig) -> Processor:
-        """Reads a `tokenizer.json`.
+    def from_file(
+        cls, path: str | os.PathLike[str], config: ModelConfig, vocabulary: str | None = None
+    ) -> Processor:
+        """Reads a `tokenizer.json`; the other arguments are those of the class.
 
         Raises CheckpointError if it is missing, malformed or not of OmniGen's kind.
         """
-        return cls(read_tokenizer(path), config)
+        return cls(read_tokenizer(path), config, vocabulary)
+
+    def check_words(self, text: str) -> None:
+        """Raises RequestError for a prompt with words that a word-level tokenizer does not know.
+
+        It would draw something else without a word; other tokenizers know every text.
+        """
+        unknown_token = self._unknown_token
+        if unknown_token is None or not self.strict_words:
+            return
+        unknown: list[str] = []
+        for piece in PLACEHOLDER.split(text)[::2]:
+            found = self._tokenizer.encode(piece, add_special_tokens=False)
+            unknown += [
+                piece[start:stop]
+                for token, (start, stop) in zip(found.ids, found.offsets)
+                if token == unknown_token and any(map(str.isalnum, piece[start:stop]))
+            ]
+        if unknown:
+            several = list(dict.fromkeys(map(brief, unknown)))
+            words = ", ".join(several[:_NAMED_WORDS]) + " and others" * (
+                len(several) > _NAMED_WORDS
+            )
+            raise RequestError(
+                f"the model does not know {words}. "
+                f"{self._vocabulary or 'Use words of its tokenizer.json.'}"
+            )
+
+    @cached_property
+    def _unknown_token(self) -> int | None:
+        """What a word-level tokenizer gives for words that it does not know."""
+        name = getattr(self._tokenizer.model, "unk_token", None)
+        if type(self._tokenizer.model).__name__ != "WordLevel" or name is None:
+            return None
+        return self._tokenizer.token_to_id(name)
 
     def encode(self, branch: Branch, noise_tokens: int, steps: int) -> EncodedBranch:
         """Tokenizes one branch.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,7 +15,7 @@ from .call import Call, Memory
 from .engine import Engine
 from .errors import MemoryBudgetError, OmniGenError, OutOfMemoryError, first_line
 from .memory.cost import Cost, Estimate
-from .memory.device import free_bytes, on_host, parse_memory, profile_of
+from .memory.device import free_bytes, on_host, parse_memory, process_peak_bytes, profile_of
 from .memory.overview import Report, StepCounts
 from .memory.plan import MemoryPlan, Switches, Workload, first_workload
 from .memory.planner import Candidate, Decision, describe, front, least_change
@@ -97,6 +98,8 @@ def _carry_out(
     on_gpu = engine.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(engine.device)
+    begun = call.steps_done
+    start = time.perf_counter()
     try:
         running = engine.start(call, plan)
         started(report)
@@ -117,8 +120,13 @@ def _carry_out(
         if call.request.edit is not None:
             result = call.request.edit.compose_(result)
     if on_gpu:
-        peak = torch.cuda.max_memory_reserved(engine.device)
-        started(replace(report, measured_bytes=peak))
+        torch.cuda.current_stream(engine.device).synchronize()
+        report = replace(report, measured_bytes=torch.cuda.max_memory_reserved(engine.device))
+    elif engine.device.type == "cpu":
+        report = replace(report, process_bytes=process_peak_bytes())
+    if not begun:
+        report = replace(report, measured_seconds=time.perf_counter() - start)
+    started(report)
     return result
 
 

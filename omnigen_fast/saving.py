@@ -13,6 +13,7 @@ from torch import Tensor
 from .engine import Engine
 from .errors import OmniGenError, RequestError, brief, first_line
 from .linear import Weight
+from .model_defaults import FILE as DEFAULTS_FILE
 from .quantised import QuantisedWeight, parts_of_weight
 from .weights.checkpoint import file_parts, form_metadata
 from .weights.lora import merged
@@ -27,7 +28,7 @@ _TOKENIZER_FILES = (
     "tokenizer.model",
 )
 _SAVED = {"model_index.json", "config.json", "vae", "transformer", "tokenizer", "scheduler"}
-_SAVED |= {"model.safetensors", *_TOKENIZER_FILES}
+_SAVED |= {"model.safetensors", DEFAULTS_FILE, *_TOKENIZER_FILES}
 
 
 def save(engine: Engine, folder: str | os.PathLike[str]) -> None:
@@ -95,6 +96,7 @@ def _write(engine: Engine, folder: str) -> None:
     else:
         _copy(source, folder, ["config.json"])
     _copy(os.path.dirname(engine.checkpoint.tokenizer_path), tokenizer, _TOKENIZER_FILES)
+    _copy(source, folder, [DEFAULTS_FILE])
     stem = "diffusion_pytorch_model" if diffusers else "model"
     _write_weights(engine, os.path.join(weights, f"{stem}.safetensors"))
     engine.vae.autoencoder.save_pretrained(os.path.join(folder, "vae"))

@@ -8,10 +8,12 @@ optional; conservative defaults are marked as such in `Profile.source`.
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -154,8 +156,68 @@ def load(name: str | Path) -> Profile:
         return _shipped(str(name))
     path = Path(name)
     if not path.is_file():
-        raise ProfileError(f"no profile {str(name)!r}: give a file, or one of {', '.join(names())}")
+        near = get_close_matches(re.sub(r"[^a-z0-9]", "", str(name).lower())[:60], names(), 1, 0.5)
+        way = f"{near[0]}, whose name is nearest, or " if near else ""
+        raise ProfileError(
+            f"no profile {str(name)!r}: give a file, or {way}one of {', '.join(names())}"
+        )
     return _read(path)
+
+
+def nearest(capability: str, memory_bytes: float) -> Profile:
+    """The bundled profile for a GPU that has none: of its generation, with about its memory.
+
+    Where none is of its generation, both count.
+
+    Args:
+        capability: of CUDA, such as "8.9".
+        memory_bytes: of the GPU.
+    """
+    every = [one for one in map(load, names()) if one.capability is not None]
+
+    def distance(one: Profile) -> tuple[bool, float]:
+        memory = abs(math.log(one.memory_bytes / memory_bytes))
+        generations = abs(float(one.capability or 0) - float(capability))
+        return one.capability != capability, memory + generations
+
+    return min(every, key=distance)
+
+
+def spread(profile: Profile) -> tuple[Profile, Profile] | None:
+    """The same GPU at the rates that bound a prediction; None where no range is known.
+
+    Returns:
+        At the limits of its data sheet, which no program exceeds; and with the H100's shares of
+        these limits, the lowest of those published for a bundled GPU, over half the link. Both
+        leave `fp32_flops_per_second` as it is.
+    """
+    if profile.on_host:
+        return None
+    peak, lowest = profile.bf16_flops_per_second, load("h100")
+    products, attention = (
+        rate / lowest.bf16_flops_per_second
+        for rate in (
+            lowest.attained_product_flops_per_second,
+            lowest.attained_attention_flops_per_second,
+        )
+    )
+    fastest = replace(
+        profile,
+        attained_product_flops_per_second=peak,
+        attained_attention_flops_per_second=peak,
+        attained_bandwidth_share=1.0,
+    )
+    slowest = replace(
+        profile,
+        attained_product_flops_per_second=min(
+            profile.attained_product_flops_per_second, products * peak
+        ),
+        attained_attention_flops_per_second=min(
+            profile.attained_attention_flops_per_second, attention * peak
+        ),
+        link_bytes_per_second=profile.link_bytes_per_second / 2,
+    )
+    return fastest, slowest
 
 
 @cache

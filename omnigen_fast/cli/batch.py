@@ -15,18 +15,20 @@ import click
 from ..batch.lines import KEYS, Job, Source
 from ..batch.results import Results, check_table, write_table
 from ..errors import OmniGenError, RequestError
-from ..fewer_steps import left_to_preset
 from ..page.record import RECORDED_PRECISION, Record, recorded_precision
 from ..whole_files import remove_left
+from .config_file import quality_values
 from .failure import failure
 from .files import SUFFIXES, UserPath, make_folder, save_result
-from .generate import generate, given_options, load_pipeline, parse_loras
+from .generate import generate, load_pipeline, model_values, parse_loras
+from .sizes import chosen_sides
 
 if TYPE_CHECKING:
     from ..batch.on_ray import Cluster
     from ..pipeline import OmniGenPipeline
 
-_NOT_SHARED = {"out", "picture", "trusts_images"}  # options of generate
+# options of generate
+_NOT_SHARED = {"out", "picture", "trusts_images", "prompt_file", "opens"}
 
 
 @click.command()
@@ -86,7 +88,9 @@ def batch(
     try:
         if sys.stdout is None:  # a file would be opened in its place, and get what libraries print
             raise OSError("standard output is closed; redirect it, for example to /dev/null")
-        options |= left_to_preset({name: context.params[name] for name in given_options(context)})
+        options |= quality_values(context) | model_values(context, options["model"])
+        size, aspect = options.pop("size"), options.pop("aspect")
+        options |= chosen_sides(context, size, aspect, options["height"])
         loras, defaults = parse_loras(options["lora"]), _defaults(options)
         cluster = _cluster(address, actors, options["device"])
         if table is not None:
@@ -218,14 +222,13 @@ def _made_with(options: dict[str, Any]) -> Record:
 
 def _defaults(options: dict[str, Any]) -> dict[str, Any]:
     """Values for what lines leave out."""
-    for name in ("prompt", "negative_prompt"):
+    for name in ("prompt", "negative_prompt", "seed"):
         if len(options[name]) > 1:
             option = name.replace("_", "-")
             raise RequestError(f"--{option} is for all lines; give it once, or in the lines")
     defaults = {name: options[name] for name in KEYS if name in options}
-    defaults["prompt"], defaults["negative_prompt"] = (
-        next(iter(options[name]), None) for name in ("prompt", "negative_prompt")
-    )
+    for name in ("prompt", "negative_prompt", "seed"):
+        defaults[name] = next(iter(options[name]), None)
     defaults["input_images"] = tuple(map(os.path.abspath, options["input_images"]))
     files = {name: options[name] for name in ("latents", "mask_image")}
     return {**defaults, **{name: path and os.path.abspath(path) for name, path in files.items()}}

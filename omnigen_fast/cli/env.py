@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Iterator
 
 import click
 
@@ -15,16 +16,8 @@ _PACKAGES = ("torch", "triton", "safetensors", "tokenizers", "diffusers", "pillo
 @click.command()
 def env() -> None:
     """Prints versions and devices, and what will run where."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    click.echo(f"omnigen_fast  {__version__}")
-    click.echo(f"python        {platform.python_version()} on {platform.platform()}")
-    for package in _PACKAGES:
-        try:
-            found = version(package)
-        except PackageNotFoundError:
-            found = "not installed"
-        click.echo(f"{package:<13} {found}")
+    for line in versions():
+        click.echo(line)
     import torch  # after the versions, which are there even if this fails
 
     from ..pipeline import check_device
@@ -39,3 +32,17 @@ def env() -> None:
     else:
         click.echo(f"cpu           {os.cpu_count()} cores, {torch.get_num_threads()} threads")
     click.echo(f"will run on   {check_device(None)}, transformer in bfloat16, VAE in float32")
+
+
+def versions() -> Iterator[str]:
+    """A line for each program and package that matters."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    yield f"omnigen_fast  {__version__}"
+    yield f"python        {platform.python_version()} on {platform.platform()}"
+    for package in _PACKAGES:
+        try:
+            found = version(package)
+        except PackageNotFoundError:
+            found = "not installed"
+        yield f"{package:<13} {found}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import Any
 import click
 
 from ..errors import RequestError
-from ..page.record import Record, png_info
+from ..page import embedded
+from ..page.record import Record
 from ..whole_files import write_whole
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tiff")
@@ -54,15 +56,27 @@ def make_folder(folder: Path, name: str = "--out") -> None:
         raise OSError(f"{name}: the folder {folder} can't be made: {reason}") from error
 
 
+def picture_paths(out: Path, count: int) -> list[Path]:
+    """The files of several pictures: NAME-1.png and so on; `out` itself for one."""
+    if count == 1:
+        return [out]
+    return [out.with_stem(f"{out.stem}-{i + 1}") for i in range(count)]
+
+
+def save_pictures(images: Sequence[Any], paths: Sequence[Path], record: Record | None) -> None:
+    """Writes pictures of one call, each with its place in the record if there is one."""
+    for i, (path, image) in enumerate(zip(paths, images)):
+        info: dict[str, Any] = {}
+        if record is not None:
+            info = embedded.saving(replace(record, index=i).text(), path.suffix)
+        write_whole(path, partial(image.save, **info))
+
+
 def save_result(result: Any, output_type: str, out: Path, record: Record | None) -> list[Path]:
     """Writes what a call returned, with its record if there is one; returns the files' paths."""
     if output_type == "pil":
-        paths = [out]
-        if len(result) > 1:
-            paths = [out.with_stem(f"{out.stem}-{i + 1}") for i in range(len(result))]
-        for i, (path, image) in enumerate(zip(paths, result)):
-            info = {"pnginfo": png_info(replace(record, index=i))} if record else {}
-            write_whole(path, partial(image.save, **info))
+        paths = picture_paths(out, len(result))
+        save_pictures(result, paths, record)
         return paths
     if output_type == "np":
         import numpy as np

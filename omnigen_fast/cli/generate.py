@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import secrets
-import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +12,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from ..errors import OmniGenError, RequestError
-from ..fewer_steps import QUALITIES, left_to_preset
+from ..fewer_steps import QUALITIES
+from ..model_defaults import defaults_of
+from ..page import embedded
 from ..page.record import (
     Record,
     find_images,
     find_mask,
-    printable,
     read_record,
     recorded_arguments,
     recorded_file,
@@ -28,23 +27,18 @@ from ..page.record import (
 )
 from ..request import MAX_IMAGES, OUTPUT_TYPES
 from ..solvers import SOLVERS
+from .calls import OneCall, Saver, calls_of, show_picture
+from .config_file import given_options, quality_values
 from .failure import failure
-from .files import PATH_OR_NAME, SUFFIXES, UserPath, check_writable, save_result
+from .files import PATH_OR_NAME, SUFFIXES, UserPath, check_writable
 from .loading import loading_options
+from .rerun import check_rerun
+from .sizes import aspect_option, chosen_sides
 
 if TYPE_CHECKING:
     from ..pipeline import OmniGenPipeline
 
 T = TypeVar("T")
-
-
-def given_options(context: click.Context) -> set[str]:
-    """The options given on the command line."""
-    return {
-        name
-        for name in context.params
-        if context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
-    }
 
 
 def parse_reuse(_context: click.Context, _option: click.Parameter, text: str) -> str | float:
@@ -59,6 +53,12 @@ def parse_reuse(_context: click.Context, _option: click.Parameter, text: str) ->
 @loading_options()
 @click.option("--lora", multiple=True, help="A LoRA: FILE, FOLDER or hub id, or LORA:WEIGHT.")
 @click.option("--prompt", multiple=True, help="May be repeated for a batch.")
+@click.option(
+    "--prompt-file",
+    type=UserPath(path_type=Path),
+    help="A prompt a line, made one after the other with the same seeds and images; - reads "
+    "standard input.",
+)
 @click.option(
     "--image",
     "input_images",
@@ -82,10 +82,22 @@ def parse_reuse(_context: click.Context, _option: click.Parameter, text: str) ->
     help="Below 1: start from the input image with noise, and leave out the first steps.",
 )
 @click.option("--negative-prompt", multiple=True, help="One for all prompts, or one for each.")
-@click.option("--height", default=1024, show_default=True, help="Pixels, a multiple of 16.")
-@click.option("--width", default=1024, show_default=True, help="Pixels, a multiple of 16.")
 @click.option(
-    "--num-inference-steps", "--steps", default=50, show_default=True, help="Denoising steps."
+    "--size", type=int, help="Height and width in pixels, a multiple of 16.  [default: the model's]"
+)
+@aspect_option
+@click.option(
+    "--height", default=1024, show_default="the model's, else 1024", help="Overrides --size."
+)
+@click.option(
+    "--width", default=1024, show_default="the model's, else 1024", help="Overrides --size."
+)
+@click.option(
+    "--num-inference-steps",
+    "--steps",
+    default=50,
+    show_default="the model's, else 50",
+    help="Denoising steps.",
 )
 @click.option(
     "--solver",
@@ -118,7 +130,12 @@ def parse_reuse(_context: click.Context, _option: click.Parameter, text: str) ->
     help="Below exact: less work. Chooses steps, solver, times, intervals and reuse, where no "
     "option does.",
 )
-@click.option("--guidance-scale", default=3.0, show_default=True, help="Strength of the prompt.")
+@click.option(
+    "--guidance-scale",
+    default=3.0,
+    show_default="the model's, else 3.0",
+    help="Strength of the prompt.",
+)
 @click.option(
     "--use-img-guidance/--no-img-guidance",
     default=True,
@@ -126,7 +143,10 @@ def parse_reuse(_context: click.Context, _option: click.Parameter, text: str) ->
     help="Guide by the input images separately from the text.",
 )
 @click.option(
-    "--img-guidance-scale", default=1.6, show_default=True, help="Strength of the input images."
+    "--img-guidance-scale",
+    default=1.6,
+    show_default="the model's, else 1.6",
+    help="Strength of the input images.",
 )
 @click.option(
     "--guidance-interval",
@@ -142,7 +162,12 @@ def parse_reuse(_context: click.Context, _option: click.Parameter, text: str) ->
     metavar="START STOP",
     help="Likewise for the input images.",
 )
-@click.option("--max-input-image-size", default=1024, show_default=True, help="Pixels per side.")
+@click.option(
+    "--max-input-image-size",
+    default=1024,
+    show_default="the model's, else 1024",
+    help="Pixels per side.",
+)
 @click.option(
     "--use-input-image-size-as-output", is_flag=True, help="Instead of --height and --width."
 )
@@ -166,8 +191,19 @@ def parse_reuse(_context: click.Context, _option: click.Parameter, text: str) ->
     show_default=True,
     help="Device memory to use: auto, 8GiB, ...",
 )
-@click.option("--num-images-per-prompt", default=1, show_default=True)
-@click.option("--seed", type=int, help="Makes the result reproducible.")
+@click.option(
+    "--num-images-per-prompt",
+    "--count",
+    default=1,
+    show_default=True,
+    help="Pictures of each prompt and seed; they share the work on the prompt.",
+)
+@click.option(
+    "--seed",
+    type=int,
+    multiple=True,
+    help="Makes the result reproducible. May be repeated: a picture for each seed.",
+)
 @click.option(
     "--latents",
     type=UserPath(exists=True, dir_okay=False),
@@ -181,13 +217,14 @@ def parse_reuse(_context: click.Context, _option: click.Parameter, text: str) ->
     help="pil: image files; np: a .npy file; pt, latent: a .safetensors file.",
 )
 @click.option("--out", required=True, type=UserPath(path_type=Path), help="File to write.")
+@click.option("--open", "opens", is_flag=True, help="Show the first picture afterwards.")
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 @click.option(
     "--from",
     "picture",
     metavar="FILE",
     type=PATH_OR_NAME,
-    help="Take options that are not given from the request in a PNG file.",
+    help="Take options that are not given from the request in a PNG, JPEG or WebP file.",
 )
 @click.option(
     "--recorded-images",
@@ -211,6 +248,11 @@ def generate(
     compile: bool | None,
     lora: tuple[str, ...],
     prompt: tuple[str, ...],
+    prompt_file: Path | None,
+    size: int | None,
+    aspect: str | None,
+    seed: tuple[int, ...],
+    opens: bool,
     input_images: tuple[str, ...],
     mask_image: str | None,
     negative_prompt: tuple[str, ...],
@@ -225,23 +267,28 @@ def generate(
 ) -> None:
     """Makes images from a prompt and writes them to --out.
 
-    Several images become NAME-1.png, NAME-2.png and so on. Existing files are replaced. PNG files
-    carry the request: `show` prints it, --from runs it again.
+    Several images become NAME-1.png, NAME-2.png and so on. Existing files are replaced. PNG, JPEG
+    and WebP files carry the request: `show` prints it, --from runs it again.
     """
     precision = {"weights": weights, "compute": compute, "vae_dtype": vae_dtype}
     try:
-        images, given = None, given_options(context)
-        chosen_by_preset = left_to_preset({name: context.params[name] for name in given})
+        images = None
+        given = given_options(context, file=picture is None)
+        chosen_by_preset = quality_values(context)
         arguments |= chosen_by_preset
-        if picture is not None:
+        if picture is None:
+            arguments |= model_values(context, model)
+        else:
             made = read_record(picture)
             if "quality" in given:
                 given |= {*chosen_by_preset, "timesteps"}
             chosen = model if "model" in given else None
-            _check_rerun(made, picture, given, chosen, trusts_images)
+            if prompt_file is not None:
+                made = replace(made, prompts=made.prompts[:1], input_images=made.input_images[:1])
+            check_rerun(made, picture, given, chosen, trusts_images)
             prompt = prompt or made.prompts
             negative_prompt = negative_prompt or made.negative_prompts or ()
-            if "height" in given or "width" in given:
+            if given & {"height", "width", "size", "aspect"}:
                 arguments["use_input_image_size_as_output"] = False
                 given.add("use_input_image_size_as_output")
             recorded = dict(made.arguments)
@@ -249,28 +296,36 @@ def generate(
             precision |= {
                 name: value for name, value in made.precision.items() if name not in given
             }
+            recorded_seed = recorded.pop("seed")
+            seed = seed if "seed" in given else (recorded_seed,)
             taken = recorded.keys() & arguments.keys() - given
             arguments |= {name: recorded[name] for name in taken}
             if trusts_images and not input_images:
                 images = find_images(made, picture)
             if trusts_images and mask_image is None:
                 mask_image = find_mask(made, picture)
-        if not prompt:
+        arguments |= chosen_sides(context, size, aspect, arguments["height"], file=picture is None)
+        if prompt_file is not None and "prompt" in given:
+            raise RequestError("--prompt and --prompt-file can't be had together; give one of them")
+        if not prompt and prompt_file is None:
             raise click.UsageError("Missing option '--prompt'.", context)
         _check_out(out, output_type)
+        if opens and output_type != "pil":
+            raise RequestError(f"--open shows pictures, --output-type {output_type} makes none")
         loras = parse_loras(lora)
+        carries = out.suffix.lower() in embedded.SUFFIXES
+        calls = calls_of(prompt, prompt_file, seed, draws=carries)
+        in_call = len(calls[0].prompts)
         if images is None:
-            images = _assign_images(input_images, len(prompt))
+            images = _assign_images(input_images, in_call)
         record = None
-        if out.suffix.lower() == ".png":
-            if arguments["seed"] is None:
-                arguments["seed"] = secrets.randbelow(1 << 32)  # recorded, to run it again
+        if carries:
             record = Record(
                 model=model,
-                prompts=prompt,
+                prompts=calls[0].prompts,
                 input_images=recorded_images(images, out.parent),
                 negative_prompts=negative_prompt or None,
-                arguments=recorded_arguments(arguments | {"dtype": dtype}),
+                arguments=recorded_arguments(arguments | {"dtype": dtype, "seed": calls[0].seed}),
                 loras=lora,
                 latents=recorded_file(latents, out.parent) if latents else None,
                 vae_path=vae_path,
@@ -278,7 +333,9 @@ def generate(
                 mask_image=recorded_file(mask_image, out.parent) if mask_image else None,
                 precision=recorded_precision(precision),
             )
-            replace(record, index=MAX_IMAGES - 1).text()  # raises now if it is too long to save
+            for call in calls:  # raises now if one is too long to save
+                text = replace(record, prompts=call.prompts, index=MAX_IMAGES - 1).text()
+                embedded.check_length(text, out.suffix)
         noise = None
         if latents:
             from ..weights.files import read_single_tensor
@@ -297,18 +354,31 @@ def generate(
             local_files_only=local_files_only,
             memory=memory,
         )
-        result = pipe(
-            prompt=_one_or_all(prompt),
-            input_images=_one_or_all(images) if any(images) else None,
-            negative_prompt=_one_or_all(negative_prompt) if negative_prompt else None,
-            mask_image=mask_image,
-            latents=noise,
-            output_type=output_type,
-            progress=not quiet,
-            **arguments,
-        )
-        for file in save_result(result, output_type, out, record):
-            click.echo(file)
+        others: dict[str, Any] = {"latents": noise, "mask_image": mask_image}
+        others |= {"output_type": output_type, "input_images": None, "negative_prompt": None}
+        if any(images):
+            others["input_images"] = _one_or_all(images)
+        if negative_prompt:
+            others["negative_prompt"] = _one_or_all(negative_prompt)
+        arguments |= others
+        if prompt_file is not None:
+            for call in calls:  # a mistake in the last line is found before the first picture
+                with call.naming():
+                    pipe.plan(_one_or_all(call.prompts), **arguments, seed=call.seed)
+        each = in_call * arguments["num_images_per_prompt"]
+        saver = Saver(out, output_type, each * len(calls))
+        for call in calls:
+            with call.naming():
+                result = pipe(
+                    prompt=_one_or_all(call.prompts),
+                    seed=call.seed,
+                    progress=not quiet,
+                    **arguments,
+                )
+            saver.add(result, record and _record_of(record, call))
+        saver.finish()
+        if opens:
+            show_picture(saver.paths[0])
     except (OmniGenError, OSError) as error:
         raise failure(error) from error
 
@@ -316,7 +386,7 @@ def generate(
 @click.command()
 @click.argument("file", type=PATH_OR_NAME)
 def show(file: str) -> None:
-    """Prints the request in a PNG file."""
+    """Prints the request in a PNG, JPEG or WebP file."""
     try:
         for line in read_record(file).lines():
             click.echo(line)
@@ -324,52 +394,19 @@ def show(file: str) -> None:
         raise failure(error) from error
 
 
-def _check_rerun(
-    record: Record,
-    picture: str,
-    given: set[str],
-    model: str | None,
-    trusts_images: bool,
-) -> None:
-    """Raises RequestError if the record names files that the caller has not confirmed.
+def model_values(context: click.Context, model: str) -> dict[str, Any]:
+    """The model's own defaults of options that neither the caller nor a quality gives."""
+    given = given_options(context)
+    own = dict(defaults_of(model).call)
+    if context.params.get("timesteps") is not None or context.params["quality"] != QUALITIES[0]:
+        own.pop("num_inference_steps", None)
+    return {name: value for name, value in own.items() if name not in given}
 
-    A picture must not choose which files are opened.
 
-    Args:
-        record: of the picture.
-        picture: its file.
-        given: options on the command line.
-        model: the model on the command line.
-        trusts_images: whether to open the recorded input images.
-    """
-    needed = [] if model is not None else [("model", record.model)]
-    if model in (None, record.model):
-        if "vae_path" not in given and record.vae_path is not None:
-            needed.append(("vae-path", record.vae_path))
-        if "revision" not in given and record.revision is not None:
-            needed.append(("revision", record.revision))
-    if "lora" not in given:
-        needed += [("lora", lora) for lora in record.loras]
-    if "latents" not in given and record.latents is not None:
-        needed.append(("latents", record.latents.path_from(picture)))
-    if not trusts_images and "input_images" not in given:
-        several = len(record.prompts) > 1
-        needed += [
-            ("image", f"{i}:" * several + image.path_from(picture))
-            for i, images in enumerate(record.input_images, 1)
-            for image in images
-        ]
-    if not trusts_images and "mask_image" not in given and record.mask_image is not None:
-        needed.append(("mask-image", record.mask_image.path_from(picture)))
-    if not needed:
-        return
-    options = " ".join(f"--{name} {shlex.quote(value)}" for name, value in needed)
-    images = {"image", "mask-image"} & dict(needed).keys()
-    also = ", or --recorded-images to open those it names" if images else ""
-    raise RequestError(
-        f"{picture} was made with {printable(options)}; a picture opens nothing by "
-        f"itself: give that, or others{also}"
-    )
+def _record_of(record: Record, call: OneCall) -> Record:
+    """The record of one of several calls."""
+    arguments = {**record.arguments, "seed": call.seed}
+    return replace(record, prompts=call.prompts, arguments=arguments)
 
 
 def _check_out(out: Path, output_type: str) -> None:

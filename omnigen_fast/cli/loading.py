@@ -52,6 +52,7 @@ _OPTIONS = {
         help="On a CPU, run operations in C++, built here; default: for large models.",
     ),
 }
+NAMES = tuple(_OPTIONS)
 
 
 def loading_options(*left_out: str) -> Callable[[_C], _C]:

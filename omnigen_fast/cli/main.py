@@ -11,8 +11,11 @@ from .. import __version__
 from .app import app
 from .batch import batch
 from .comfyui import comfyui
+from .completion import completion
+from .config_file import add_config
 from .convert import convert
 from .demo import demo
+from .doctor import doctor
 from .env import env
 from .generate import generate, show
 from .plan import plan
@@ -34,10 +37,24 @@ def main() -> None:
 
 def _add_commands() -> None:
     """Adds this package's commands and those of entry points, such as the benchmarks."""
-    for command in (generate, batch, show, plan, convert, demo, app, serve, comfyui, env):
+    for command in (
+        generate,
+        batch,
+        show,
+        plan,
+        convert,
+        demo,
+        app,
+        serve,
+        comfyui,
+        env,
+        doctor,
+        completion,
+    ):
         main.add_command(command)
     for entry in entry_points(group="omnigen_fast.commands"):
         main.add_command(entry.load(), entry.name)
+    add_config(main)
 
 
 _add_commands()

@@ -10,9 +10,11 @@ from ..guidance import typical_schedule
 from ..memory.plan import PROMPT_TOKENS, Switches, typical_workload
 from ..precision import AUTO, COMPUTES, STORAGES, Precision, check_capability
 from ..request import checked_side
+from .config_file import given_options
 from .failure import failure
 from .files import PATH_OR_NAME
-from .generate import given_options, parse_reuse
+from .generate import parse_reuse
+from .sizes import aspect_option, chosen_sides
 
 
 @click.command()
@@ -29,6 +31,7 @@ from .generate import given_options, parse_reuse
     help="Input images per prompt.",
 )
 @click.option("--size", default=1024, show_default=True, help="Height and width in pixels.")
+@aspect_option
 @click.option("--height", type=int, help="Overrides --size.")
 @click.option("--width", type=int, help="Overrides --size.")
 @click.option(
@@ -109,6 +112,7 @@ def plan(
     device: str | None,
     images: int,
     size: int,
+    aspect: str | None,
     height: int | None,
     width: int | None,
     max_input_image_size: int,
@@ -148,9 +152,11 @@ def plan(
         config = released_sizes()
         options = {"steps": ("num_inference_steps", steps), "reuse": ("reuse", reuse)}
         given = dict(options[name] for name in options.keys() & given_options(context))
+        square = {"height": size, "width": size}
+        sizes = square | chosen_sides(context, size, aspect, size)
         workload = typical_workload(
-            checked_side("height", size if height is None else height, config),
-            checked_side("width", size if width is None else width, config),
+            checked_side("height", sizes["height"], config),
+            checked_side("width", sizes["width"], config),
             images=images,
             max_input_image_size=max_input_image_size,
             schedule=typical_schedule({**preset(quality), **given}, [images > 0] * batch),

@@ -23,6 +23,7 @@ class Cost:
     denoise: tuple[Term, ...]
     decode: tuple[Term, ...]
     durations: tuple[Duration, ...]
+    kept_bytes: int = 0  # of each phase: room for conditions of other requests
 
     @property
     def phases(self) -> dict[str, tuple[Term, ...]]:
@@ -88,6 +89,7 @@ class Estimate:
             denoise=tuple(self.bytes.denoise(plan)),
             decode=tuple(self.bytes.decode(plan)),
             durations=tuple(self.seconds.durations(plan, current)),
+            kept_bytes=self.bytes.spare_bytes(plan),
         )
 
 

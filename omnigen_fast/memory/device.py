@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from ..errors import RequestError
-from ..profiles import Profile, by_device_name
+from ..profiles import Profile, by_device_name, nearest
 from ..profiles import load as load_profile
 
 if TYPE_CHECKING:
@@ -175,6 +175,16 @@ def less_margin(memory_bytes: float) -> int:
     return round(memory_bytes - max(_MARGIN_BYTES, _MARGIN_SHARE * memory_bytes))
 
 
+def process_peak_bytes(root: Path = Path("/")) -> int | None:
+    """The most that this process has had in memory so far; None where the system does not tell."""
+    try:
+        text = (root / "proc/self/status").read_text()
+    except OSError:
+        return None
+    found = re.search(r"^VmHWM:\s+(\d+) kB$", text, re.MULTILINE)
+    return int(found[1]) << 10 if found else None
+
+
 def free_host_bytes(root: Path = Path("/")) -> int:
     """What can still be allocated on the host, within the limits of the process's groups."""
     available = _meminfo(root).get("MemAvailable")
@@ -208,8 +218,14 @@ def profile_of(device: torch.device) -> Profile:
     found = by_device_name(properties.name)
     if found is None:
         # Choices depend more on how rates compare with the link's than on the rates themselves.
-        found = load_profile("a100-40gb" if properties.total_memory > 33e9 else "rtx3090")
-        found = replace(found, name=f"{properties.name} (rates of {found.name})", documented=())
+        capability = f"{properties.major}.{properties.minor}"
+        found = nearest(capability, properties.total_memory)
+        found = replace(
+            found,
+            name=f"{properties.name} (rates of {found.name}, the nearest profile)",
+            capability=capability,
+            documented=(),
+        )
     return replace(found, memory_bytes=float(properties.total_memory))
 
 

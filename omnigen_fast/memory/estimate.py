@@ -263,6 +263,12 @@ class ByteEstimate:
         row = self.row_bytes(plan)
         return row * max(plan.kept_bytes // row, self.cache_rows(plan))
 
+    def spare_bytes(self, plan: MemoryPlan) -> int:
+        """Of the cache on the device: what this request does not need."""
+        if plan.cache != "device":
+            return 0
+        return self.arena_bytes(plan) - self.row_bytes(plan) * self.cache_rows(plan)
+
     def loop_bytes(self, plan: MemoryPlan) -> int:
         """What every step reuses."""
         noise, value = self.workload.noise_tokens, self.precision.arithmetic_bytes
@@ -291,6 +297,27 @@ class ByteEstimate:
             names = COMPUTED[compute]
             size += rows * self.config.hidden_size * bool({*names} - {"down_proj"})
             size += gate_up // 2 * ("down_proj" in names)
+        return size
+
+    def host_bytes(self, plan: MemoryPlan) -> int:
+        """What a plan holds on the host of a GPU, most of it page-locked; without the process."""
+        positions = math.prod(parameter_shapes(self.config)["pos_embed"])
+        size = positions * self.precision.arithmetic_bytes
+        size += (self.config.num_layers - plan.resident_layers) * self.slot_bytes
+        size += self.vae_bytes * (not plan.vae_resident)
+        if plan.cache == "ring":
+            size += self.row_bytes(plan) * self.cache_rows(plan)
+        if plan.strips_on_host:
+            work, rows = self.workload, plan.strip_rows
+            size += max(
+                of(self.vae, *image, rows, host_store=False)
+                - of(self.vae, *image, rows, host_store=True)
+                for of, images in (
+                    (_encode_bytes, work.images),
+                    (_decode_bytes, [(work.height, work.width)]),
+                )
+                for image in images
+            )
         return size
 
     def encode_maps(self, plan: MemoryPlan) -> tuple[int, int]:

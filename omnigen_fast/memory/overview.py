@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ..config import ModelConfig, released_sizes
 from ..errors import MemoryBudgetError
 from ..forms import FORMS
+from ..parameters import parameter_shapes
 from ..precision import Precision
-from ..profiles import DocumentedCell, Profile
-from .autoencoder import VaeShape
-from .cost import Cost
+from ..profiles import DocumentedCell, Profile, spread
+from .autoencoder import VaeShape, weight_bytes
+from .cost import Cost, Estimate
 from .device import less_margin
 from .plan import MemoryPlan, Switches, Workload, typical_workload
 from .planner import Candidate, Decision, describe, gigabytes, plan
@@ -54,6 +56,8 @@ class Report:
     cached_share: float  # of the rows that a run without a cache computes, those saved
     steps: StepCounts | None = None  # None where another program decides about steps
     measured_bytes: int | None = None  # peak that the allocator reserved; None if unknown
+    process_bytes: int | None = None  # on a CPU: the process's peak since its start
+    measured_seconds: float | None = None  # without earlier attempts that ran out of memory
 
     def text(self, config: ModelConfig) -> str:
         """A few lines for printing."""
@@ -65,15 +69,30 @@ class Report:
             lines.append(str(self.steps))
         if self.predicted is not None:
             cost = self.predicted
+            peak = gigabytes(cost.peak_bytes - cost.kept_bytes)
+            kept = f", and {gigabytes(cost.kept_bytes)} for later calls" * bool(cost.kept_bytes)
             lines.append(
-                f"predicted: peak {gigabytes(cost.peak_bytes)} ({cost.peak_phase}, including the "
-                f"device's context), {cost.seconds:.1f} s"
+                f"predicted: peak {peak} ({cost.peak_phase}, including the device's "
+                f"context){kept}, {cost.seconds:.1f} s"
             )
-        if self.measured_bytes is None:
-            lines.append("measured peak: not measured on this device")
-        else:
+        if self.measured_bytes is not None:
             lines.append(f"measured peak: {gigabytes(self.measured_bytes)}, without the context")
+        elif self.process_bytes is not None:
+            peak = gigabytes(self.process_bytes)
+            lines.append(f"measured peak: {peak}, of the whole process since its start")
+        else:
+            lines.append("measured peak: not measured on this device")
+        if self.measured_seconds is not None:
+            lines.append(f"measured: {self.measured_seconds:.1f} s{self._against_predicted()}")
         return "\n".join(lines)
+
+    def _against_predicted(self) -> str:
+        if self.predicted is None or not self.measured_seconds or not self.predicted.seconds:
+            return ""
+        ratio = self.measured_seconds / self.predicted.seconds
+        if not 0.5 < ratio < 2:
+            return f", {ratio:.2g} times the prediction"
+        return f", {abs(ratio - 1):.0%} {'more' if ratio > 1 else 'less'} than predicted"
 
 
 _SHOWN = 12  # plans in a table
@@ -142,19 +161,13 @@ def report(
     config, vae = decision.estimate.config, decision.estimate.bytes.vae
     budget = decision.budget_bytes
     lines = [_headline(profile, workload, decision.budget_bytes), ""]
-    lines.append("      GB        s  plan (predicted; * chosen, - does not fit)")
-    for one in _selection(decision):
-        mark = "-" if not decision.fits(one) else " "
-        if one == decision.chosen:
-            mark = "*"
-        lines.append(
-            f"{mark} {one.peak_bytes / 1e9:6.2f} {one.seconds:8.1f}  {decision.describe(one.plan)}"
-        )
+    lines += _plans(profile, decision)
     lines += ["", "by how weights are stored, within the same memory", ""]
     lines.append("      GB        s  weights")
     stored = by_storage(profile, workload, budget, precision, config, vae)
     for storage, found in stored:
         lines.append(f"  {_cost(found)}  {storage}: {_resident(found, config)}")
+    lines += ["", "other formats than the first change pictures a little: docs/precision.md"]
     lines += [
         "",
         "under the original's settings, within the memory that it documents (ours predicted)",
@@ -166,9 +179,54 @@ def report(
         lines.append(
             f"  {_cost(setting.decision)}   {cell.text if cell else '-':<15}  {setting.name}"
         )
+    lines += ["", "documented: GB and time in the original's own guide; OOM: out of memory there"]
     if explain:
         lines += ["", decision.explain()]
     return "\n".join(lines)
+
+
+def _plans(profile: Profile, decision: Decision) -> Iterator[str]:
+    """The table of plans, and what its columns mean."""
+    estimate, bounds = decision.estimate, spread(profile)
+    bounding = [
+        Estimate(estimate.config, estimate.vae, estimate.precision, estimate.workload, one)
+        for one in bounds or ()
+    ]
+    host = "" if profile.on_host else "    host"
+    columns = f"      GB{host}        s{'   from     to' * bool(bounding)}"
+    yield f"{columns}  plan (predicted; * chosen, - does not fit)"
+    for one in _selection(decision):
+        mark = "-" if not decision.fits(one) else " "
+        if one == decision.chosen:
+            mark = "*"
+        line = f"{mark} {one.peak_bytes / 1e9:6.2f}"
+        if host:
+            line += f"  {estimate.bytes.host_bytes(one.plan) / 1e9:6.2f}"
+        line += f" {one.seconds:8.1f}"
+        line += "".join(f" {bound.seconds.of(one.plan):6.1f}" for bound in bounding)
+        yield f"{line}  {decision.describe(one.plan)}"
+    yield ""
+    yield "GB: peak on the device, with its context"
+    if host:
+        yield "host: GB of the host's memory, without the process itself"
+    yield "s: seconds at the rates that programs attain on the device (its profile has the sources)"
+    if bounding:
+        yield "from, to: at the limits of its data sheet; at the H100's shares of them, the lowest"
+        yield "that are published, and over half the link. Nothing here is measured"
+    else:
+        yield "no range is known: the rates are stand-ins, and other processors differ by far"
+    released, converted = (_on_disk(estimate, dtype) / 1e9 for dtype in ("float32", "bfloat16"))
+    yield (
+        f"disk: {released:.1f} GB as released (float32), {converted:.1f} GB after omnigen-fast "
+        "convert (bfloat16)"
+    )
+
+
+def _on_disk(estimate: Estimate, dtype: str) -> int:
+    """Bytes of a model folder: the weights in a dtype, and the autoencoder in float32."""
+    elements = sum(math.prod(shape) for shape in parameter_shapes(estimate.config).values())
+    value_bytes = Precision.of(dtype).arithmetic_bytes
+    return elements * value_bytes + weight_bytes(VaeShape())
 
 
 def by_storage(

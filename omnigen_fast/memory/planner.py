@@ -2,7 +2,8 @@
 
 No budget chooses a candidate that another one beats in both bytes and seconds. The others, the
 front, are sorted from the fastest to the smallest: the first that fits is chosen, and later ones
-are tried after an out-of-memory error.
+are tried after an out-of-memory error. Of candidates that differ only in how the autoencoder works
+on the device, and by less than a hundredth of the time, the smallest is enough.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
+from math import inf
 
 from ..config import ModelConfig
 from ..errors import MAX_MESSAGE, MemoryBudgetError
@@ -30,6 +32,8 @@ _KEPT_UNIT = 256 << 20  # small changes of free memory must not move the cache
 _MLP_CHOICES = (MLP_ROWS, 1024)
 _STRIP_CHOICES = ((None, False), (16, False), (16, True), (4, True))
 _LESS = 0.95  # the next attempt must need clearly less than what failed
+# Of the seconds: what the autoencoder may take longer, where that needs clearly less memory.
+_LONGER = 1.01
 
 
 @dataclass(frozen=True)
@@ -258,10 +262,12 @@ def _candidates(
     """(peak bytes, seconds, plan of the transformer, resident layers, plan of the VAE) of each.
 
     Bytes and seconds are sums of parts that many candidates share: thousands of sums rather than
-    thousands of estimates.
+    thousands of estimates. Those are left out whose autoencoder could work in clearly less memory
+    in about the time.
     """
     layers = _layer_choices(estimate, switches)
     autoencoders = [_VaeParts(estimate, one, current) for one in _vae_plans(estimate)]
+    fastest = min(vae.seconds for vae in autoencoders)
     for transformer in _transformer_plans(estimate, switches, capture):
         parts = _TransformerParts(estimate, transformer)
         for resident in layers:
@@ -274,6 +280,7 @@ def _candidates(
             seconds = estimate.seconds.of_transformer(
                 replace(transformer, resident_layers=resident), current
             )
+            costs = []
             for vae in autoencoders:
                 before = max(
                     parts.encode + vae.encode if vae.encode else 0,
@@ -281,7 +288,18 @@ def _candidates(
                     parts.denoise + vae.resident,
                 )
                 peak = weights + max(before + ring, parts.decode + vae.decode - freed)
-                yield peak, seconds + vae.seconds, transformer, resident, vae.plan
+                costs.append((peak, seconds + vae.seconds))
+            longest = _LONGER * (seconds + fastest)
+            # strips on the device: what crosses the link takes as long as the link lets it
+            near = (
+                peak
+                for vae, (peak, total) in zip(autoencoders, costs)
+                if total <= longest and vae.stays
+            )
+            least = min(near, default=inf) / _LESS
+            for vae, (peak, total) in zip(autoencoders, costs):
+                if peak < least or total > longest:
+                    yield peak, total, transformer, resident, vae.plan
 
 
 class _TransformerParts:
@@ -307,6 +325,7 @@ class _VaeParts:
 
     def __init__(self, estimate: Estimate, plan: MemoryPlan, current: MemoryPlan | None) -> None:
         self.plan = plan
+        self.stays = plan.vae_resident and not plan.strips_on_host
         self.resident = estimate.bytes.vae_bytes * plan.vae_resident
         maps = sum(estimate.bytes.encode_maps(plan))
         self.encode = estimate.bytes.vae_bytes + maps if maps else 0

@@ -1,6 +1,6 @@
 """Record: the request embedded in a saved picture, and how to read one from an untrusted file.
 
-A PNG file holds it as JSON in one uncompressed tEXt chunk. The text is untrusted: it is read up to
+A PNG, JPEG or WebP file holds it as JSON (see `embedded`). The text is untrusted: it is read up to
 a fixed length, without decoding the picture; only known names with values of the right type are
 accepted, and the pipeline checks them like any call; it never chooses which weights to load; and
 recorded input images are opened only if the caller asks for it and their content is unchanged.
@@ -12,24 +12,20 @@ import hashlib
 import json
 import os
 import re
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..errors import RequestError
+from .embedded import MAX_BYTES, read_text, saving
 
 if TYPE_CHECKING:
     from PIL.PngImagePlugin import PngInfo
 
-KEY = "omnigen_fast"
-MAX_BYTES = 1 << 20  # of the text; enough for the longest prompt that the model accepts
-_MAX_CHUNKS = 100_000  # looked through; a large picture has one for each 8 KiB to 64 KiB
 _MAX_INPUT_BYTES = 1 << 30  # of a recorded input image
 _MAX_BITS = 14_000  # of an integer; Python prints at most 4300 digits
-_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -147,24 +143,22 @@ def recorded_images(
 
 def png_info(record: Record) -> PngInfo:
     """The record as Pillow's `save(..., pnginfo=)` takes it."""
-    from PIL.PngImagePlugin import PngInfo
-
-    info = PngInfo()
-    info.add_text(KEY, record.text())
-    return info
+    return saving(record.text(), ".png")["pnginfo"]
 
 
 def read_record(path: str | os.PathLike[str]) -> Record:
-    """Reads the request from a PNG file.
+    """Reads the request from a PNG, JPEG or WebP file.
 
     Raises:
-        RequestError: not a PNG file, or it carries no request or a damaged one.
+        RequestError: another kind of file, or it carries no request or a damaged one.
     """
     if not os.path.isfile(path):
         what = "is a folder" if os.path.isdir(path) else "does not exist"
-        raise RequestError(f"{path} {what}; give a PNG file that omnigen-fast wrote")
+        raise RequestError(
+            f"{path} {what}; give a PNG file that omnigen-fast wrote, or a JPEG or WebP file"
+        )
     with open(path, "rb") as file:
-        text = _read_text(file, str(path))
+        text = read_text(file, str(path))
     try:
         fields = json.loads(text, parse_constant=_no_constant)
         return _parse(fields)
@@ -231,36 +225,6 @@ def _sha256(path: str | os.PathLike[str]) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _read_text(file: BinaryIO, name: str) -> bytes:
-    """The text of our chunk (PNG specification, 2nd edition, chapters 5 and 11.3.4)."""
-    if file.read(len(_SIGNATURE)) != _SIGNATURE:
-        raise RequestError(f"{name} is not a PNG file; only PNG files carry their request")
-    prefix = KEY.encode() + b"\0"
-    for _ in range(_MAX_CHUNKS):
-        if len(header := file.read(8)) < 8:
-            break
-        length, kind = int.from_bytes(header[:4], "big"), header[4:]
-        start = file.read(min(length, len(prefix))) if kind == b"tEXt" else b""
-        if start != prefix:
-            file.seek(length - len(start) + 4, os.SEEK_CUR)
-            continue
-        if length - len(prefix) > MAX_BYTES:
-            raise RequestError(
-                f"{name}: the request in it has {length - len(prefix):,} bytes, at most "
-                f"{MAX_BYTES:,} are read; give the options without --from"
-            )
-        text, checksum = file.read(length - len(prefix)), file.read(4)
-        if zlib.crc32(kind + start + text).to_bytes(4, "big") != checksum:
-            raise RequestError(
-                f"{name}: the request in it is damaged (checksum); copy the file again"
-            )
-        return text
-    raise RequestError(
-        f"{name} carries no request; give a PNG file that omnigen-fast wrote and no other program "
-        "has saved again"
-    )
 
 
 def _no_constant(name: str) -> float:

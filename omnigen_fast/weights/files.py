@@ -21,11 +21,10 @@ from ..errors import (
     printable,
 )
 from ..forms import FORMS
+from ..model_defaults import SHIPPED, shipped_folder
 from ..regular_files import check_regular, read_json
 
 SDXL_VAE = "stabilityai/sdxl-vae"  # the original's fallback
-SHIPPED = ("shapes",)  # models bundled with this package
-_MODELS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "models")
 MODEL_FILES = ("*.json", "*.safetensors", "*/*.json", "*/*.safetensors")
 VAE_FILES = ("config.json", "diffusion_pytorch_model*.safetensors*")
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # safetensors' names
@@ -122,7 +121,7 @@ def _local(name: str) -> str | None:
                 UserWarning,
                 stacklevel=5,
             )
-        folder = os.path.join(_MODELS, name)
+        folder = shipped_folder(name)
         if not os.path.isfile(os.path.join(folder, "model.safetensors")):
             raise CheckpointError(
                 f"the model {name} is not in this copy of the package; train it with python -m "
@@ -166,7 +165,7 @@ def _fetched(
     except Exception as error:  # network, permission, no such repository
         raise CheckpointError(
             f"{name} is not a local folder, and fetching it from the hub failed: "
-            f"{first_line(error)}"
+            f"{first_line(error)}; check name and network, or give a local folder"
         ) from error
 
 
@@ -216,7 +215,9 @@ def find_weights(
             "not read. Convert one you trust: safetensors.torch.save_file(torch.load("
             f"{pickles[0]!r}, weights_only=True), {name!r})"
         )
-    raise CheckpointError(f"{folder} has no {name}")
+    raise CheckpointError(
+        f"{folder} has no {name}; give the folder of a model, or a hub id (owner/name)"
+    )
 
 
 def _single(path: str) -> WeightFiles:

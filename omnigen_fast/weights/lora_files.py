@@ -194,7 +194,8 @@ def _update(
     if sizes != (target.inputs, rank) or b.shape[0] != target.rows or not rank:
         raise CheckpointError(
             f"{where}: {name} has A {shape_text(a.shape)} and B {shape_text(b.shape)},"
-            f" whose product does not match the model's {target.rows} x {target.inputs}"
+            f" whose product does not match the model's {target.rows} x {target.inputs}; it is for "
+            "another model"
         )
     if rank > max(_MIN_RANK_LIMIT, target.rows, target.inputs):
         raise CheckpointError(

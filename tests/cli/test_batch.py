@@ -138,7 +138,8 @@ class TestPictures:
             command: {one.name for one in main.commands[command].params}
             for command in ("generate", "batch")
         }
-        assert names["generate"] - names["batch"] == {"picture", "trusts_images"}
+        alone = {"picture", "trusts_images", "prompt_file", "opens"}
+        assert names["generate"] - names["batch"] == alone
 
     def test_other_output_types_and_latents(self, pipe):
         save_file({"x": torch.ones(1, 4, 4, 6)}, "noise.safetensors")

@@ -228,4 +228,5 @@ def test_odd_lines_and_a_table(folder, cluster):
     failed = subprocess.run(wrong, capture_output=True, text=True, timeout=SECONDS)
     assert failed.returncode == 1
     (*_, last) = failed.stderr.splitlines()  # Ray says in front that its actors end
-    assert last == f"Error: {folder} has no model.safetensors"
+    way_out = "give the folder of a model, or a hub id (owner/name)"
+    assert last == f"Error: {folder} has no model.safetensors; {way_out}"

@@ -14,8 +14,8 @@ from click.testing import CliRunner
 from PIL import Image
 
 from omnigen_fast.cli.generate import show
+from omnigen_fast.page.embedded import KEY
 from omnigen_fast.page.record import (
-    KEY,
     RECORDED_ARGUMENTS,
     RECORDED_OPTIONS,
     Record,
