@@ -113,7 +113,6 @@ def errors(model: str, prompts: int, side: int, compute: str) -> dict[str, dict[
             pipe = OmniGenPipeline.from_pretrained(
                 model, device="cpu", dtype=dtype, compute=compute if names else None
             )
-            pipe.processor.strict_words = False  # errors, not what is drawn
             return [pipe(**one) for one in requests]
 
     exact = latents((), "float32")

@@ -88,8 +88,6 @@ def scheduled(
 
     Raises RequestError for prompts that the model can't read.
     """
-    for prompt in request.prompts:
-        processor.check_words(prompt.text)
     plain = StepSchedule((ALL_BRANCHES,) * request.steps, request.times, request.solver)
     each = request.images_per_prompt
     with_images = [bool(one.images) for one in request.prompts for _ in range(each)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -64,6 +65,9 @@ class _Given:
     request: Request
     memory: Memory
     precision: Precision
+
+
+_log = logging.getLogger("omnigen_fast")
 
 
 class OmniGenPipeline(LoraMethods, DiffusersMethods):
@@ -409,6 +413,9 @@ class OmniGenPipeline(LoraMethods, DiffusersMethods):
                 self.engine.refresh()
             self._latest = request
             call = self._start(request, precision)
+            for text in dict.fromkeys(one.text for one in request.prompts):
+                if unknown := self.processor.unknown_words(text):
+                    _log.warning("%s", unknown)
             with progress_bar(progress, {**self._bar, "total": request.steps}) as bar:
                 after_step = self._after_step(call, callback_on_step_end, given, bar)
                 images = generate(self.engine, call, memory, after_step, self._remember)

@@ -43,7 +43,6 @@ class Processor:
         self.config = config
         self._tokenizer = tokenizer
         self._vocabulary = vocabulary
-        self.strict_words = True  # off: unknown words are taken as one and the same word
         bos = tokenizer.token_to_id(_BOS)
         if bos is None:
             raise CheckpointError(
@@ -70,14 +69,14 @@ class Processor:
         """
         return cls(read_tokenizer(path), config, vocabulary)
 
-    def check_words(self, text: str) -> None:
-        """Raises RequestError for a prompt with words that a word-level tokenizer does not know.
+    def unknown_words(self, text: str) -> str | None:
+        """A sentence on the words of a prompt that a word-level tokenizer does not know, or None.
 
-        It would draw something else without a word; other tokenizers know every text.
+        They are all taken as one and the same word; other tokenizers know every text.
         """
         unknown_token = self._unknown_token
-        if unknown_token is None or not self.strict_words:
-            return
+        if unknown_token is None:
+            return None
         unknown: list[str] = []
         for piece in PLACEHOLDER.split(text)[::2]:
             found = self._tokenizer.encode(piece, add_special_tokens=False)
@@ -86,15 +85,14 @@ class Processor:
                 for token, (start, stop) in zip(found.ids, found.offsets)
                 if token == unknown_token and any(map(str.isalnum, piece[start:stop]))
             ]
-        if unknown:
-            several = list(dict.fromkeys(map(brief, unknown)))
-            words = ", ".join(several[:_NAMED_WORDS]) + " and others" * (
-                len(several) > _NAMED_WORDS
-            )
-            raise RequestError(
-                f"the model does not know {words}. "
-                f"{self._vocabulary or 'Use words of its tokenizer.json.'}"
-            )
+        if not unknown:
+            return None
+        several = list(dict.fromkeys(map(brief, unknown)))
+        words = ", ".join(several[:_NAMED_WORDS]) + " and others" * (len(several) > _NAMED_WORDS)
+        return (
+            f"the model does not know {words}. "
+            f"{self._vocabulary or 'Use words of its tokenizer.json.'}"
+        )
 
     @cached_property
     def _unknown_token(self) -> int | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -61,11 +63,6 @@ CALLS = {  # of the command line, and of Python: what each line must say
         {"prompt": "Remove the star.", "input_images": [STAR]},
         "names 0 of them; add <img><|image_1|></img> where it belongs",
     ),
-    "unknown word": (
-        ["--prompt", "A red dragon."],
-        {"prompt": "A red dragon."},
-        "the model does not know 'dragon'. It draws one or two shapes",
-    ),
     "memory without a unit": (
         ["--prompt", PROMPT, "--memory", "12"],
         {"prompt": PROMPT, "memory": 12},
@@ -87,19 +84,29 @@ def test_of_a_call(shapes, mistake):
     assert not list(Path().iterdir())
 
 
+def test_an_unknown_word(shapes, caplog):
+    """The rest of the prompt is drawn, and a line says what can be: once for each prompt."""
+    way_out = "the model does not know 'dragon'. It draws one or two shapes"
+    small = {"height": 16, "width": 16, "num_inference_steps": 1, "progress": False}
+    shapes("A red dragon.", num_images_per_prompt=2, **small)
+    assert [way_out in line for line in caplog.messages] == [True]
+    command = [sys.executable, "-m", "omnigen_fast", "generate", "--model", "shapes"]
+    command += ["--prompt", "A red dragon.", "--size", "16", "--steps", "1", "--out", "a.png"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stderr.count(way_out) == 1
+
+
 def test_every_unknown_word_is_looked_for(shapes):
-    """In any place, whatever the case; not in negative prompts, and punctuation is no word."""
-    line = raised(
-        lambda: shapes.plan("A castle, a DRAGON; a knight and a moat!", **shapes.defaults)
-    )
+    """In any place, whatever the case; punctuation is no word."""
+    unknown = shapes.processor.unknown_words
+    line = unknown("A castle, a DRAGON; a knight and a moat!")
     assert "'castle', 'DRAGON', 'knight' and others" in line and len(line) <= 300
-    shapes.plan("A RED star... (large)!", negative_prompt="a dragon", **shapes.defaults)
-    edit = "Do the dragon <img><|image_1|></img>"
-    assert "'dragon'" in raised(lambda: shapes.plan(edit, [STAR], **shapes.defaults))
+    assert unknown("A RED star... (large)!") is None
+    assert "'dragon'" in unknown("Do the dragon <img><|image_1|></img>")
 
 
 def test_models_with_other_tokenizers_know_every_word(pipe):
-    pipe.plan("A dragon above a castle, größer 猫", height=32, width=32)
+    assert pipe.processor.unknown_words("A dragon above a castle, größer 猫") is None
 
 
 def test_busy_port():
