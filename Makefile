@@ -2,13 +2,15 @@ PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 
+NEWEST := .venv-newest
 PEER := .peers/original
 
 # Of `make fuzz`: which inputs.
 SEED := 0
 FIRST := 0
 
-.PHONY: test test-failed fuzz soak test-browser test-ray test-comfyui chromium demo bench peers dist lint format clean
+.PHONY: test test-failed test-newest fuzz soak test-browser test-ray test-comfyui chromium demo \
+	bench peers dist lint format clean
 
 $(READY): setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -34,6 +36,22 @@ test: lint
 test-failed: lint
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --last-failed --last-failed-no-failures none \
 		tests tests/browser tests/on_ray
+
+# With the newest PyTorch, built for CUDA, Triton, diffusers and transformers: calls on a GPU that is
+# not there, and what depends on those versions. TESTS names other tests, as TESTS=tests for all.
+VERSIONED := tests/fake_gpu tests/kernels/test_ahead.py tests/kernels/test_ops.py \
+	tests/test_golden.py tests/test_equivalence.py tests/test_names.py tests/for_diffusers
+test-newest: $(NEWEST)/.ready
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest --numprocesses auto --maxprocesses 4 \
+		--dist loadfile --no-loadscope-reorder $(or $(TESTS),$(VERSIONED))
+
+# Not constraints.txt: what is not named in constraints-newest.txt is the newest there is.
+$(NEWEST)/.ready: setup.py pyproject.toml constraints-newest.txt
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --constraint constraints-newest.txt torch
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager \
+		--constraint constraints-newest.txt --editable '.[dev]'
+	touch $@
 
 # N inputs (of KIND, or of all kinds together) made by mutation, in a process for each core. Failing
 # ones are in fuzz-output; RESULT names a file for the numbers.
@@ -111,4 +129,4 @@ dist: $(READY)
 	$(VENV)/bin/python -m build
 
 clean:
-	rm -rf $(VENV) .mypy .peers build dist *.egg-info demo-output fuzz-output
+	rm -rf $(VENV) $(NEWEST) .mypy .peers build dist *.egg-info demo-output fuzz-output

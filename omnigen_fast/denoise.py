@@ -427,6 +427,8 @@ class RecomputedVelocity:
         self._states = model.prefill_states(sequences, mlp_rows)
         self._time_rows = torch.tensor([b.span.times for b in distinct], device=model.device)
         self._staging = cache.staging(len(distinct))
+        for one in image_latents.values():  # the table is on the host: a step would wait for it
+            model.crop_pos_embed(*(side // PATCH for side in one.shape[1:]))
 
     def __call__(
         self, values: StepValues, passes: Sequence[StepGroups], branches: Sequence[int]

@@ -30,7 +30,7 @@ NOT_IN_SDIST: set[str] = set()
 GENERATED = {"PKG-INFO", "setup.cfg"}
 IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tiff"}
 # A source tree that is no git checkout may hold these.
-NOT_SOURCE = (".venv", ".peers", ".mypy", "build", "dist", "*.egg-info", "__pycache__", ".*_cache")
+NOT_SOURCE = (".venv*", ".peers", ".mypy", "build", "dist", "*.egg-info", "__pycache__", ".*_cache")
 
 
 def _git(*arguments: str) -> list[str]:

@@ -338,7 +338,7 @@ def _read(compiled, case: Case, options: dict, constants: dict) -> Compiled:
         occupancy=ctas * warps / limits.warps,
         hmma=count(r"\bHMMA\b"),
         hgmma=count(r"\bHGMMA\b"),
-        tcgen05=count(r"\bUTC[HQ]MMA\b"),
+        tcgen05=count(r"\bUTC[HIQ]MMA\b"),
         imma=count(r"\bIMMA\b"),
         igmma=count(r"\bIGMMA\b"),
         qmma=count(r"\bQMMA\b"),

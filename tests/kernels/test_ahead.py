@@ -66,12 +66,20 @@ def table(results: dict[str, ahead.Compiled | str]) -> str:
     )
 
 
+def _triton() -> tuple[int, ...]:
+    """Version of the Triton that runs here, as (3, 7)."""
+    import triton
+
+    return tuple(map(int, triton.__version__.split(".")[:2]))
+
+
 def _units_of(case: ahead.Case) -> set[str]:
     """The matrix instructions in 8 bits that a case's code has."""
     if case.kernel != "scaled_mm_":
         return set()
-    # tcgen05 takes fp8; products in int8 are the warps' own again on Blackwell
-    own = {90: {"int8": "igmma", "fp8": "qgmma"}, 100: {"int8": "imma", "fp8": "tcgen05"}}
+    # before Triton 3.8, products in int8 are the warps' own again on Blackwell
+    int8 = "tcgen05" if _triton() >= (3, 8) else "imma"
+    own = {90: {"int8": "igmma", "fp8": "qgmma"}, 100: {"int8": int8, "fp8": "tcgen05"}}
     return {own.get(case.capability, {"int8": "imma", "fp8": "qmma"})[case.form]}
 
 
@@ -80,7 +88,7 @@ def test_machine_code(case, compiled):
     code = compiled[case.id]
     assert isinstance(code, ahead.Compiled), code
     assert code.loop_spills == 0
-    if case.capability < 100:
+    if case.capability < 100 and _counted_with_this_triton():  # others spill before their loops
         assert code.spills == 0
     assert code.shared <= ahead.LIMITS[case.capability].shared_block
     assert code.occupancy > 0
@@ -102,16 +110,22 @@ def test_machine_code(case, compiled):
         assert not code.hgmma and not code.hmma and not code.tcgen05
 
 
-@pytest.mark.parametrize("case", list(bounds.cases()), ids=lambda case: case.id)
-def test_no_bound_falls(case, compiled):
-    """Of the Triton that the counts were made with; another's code is held to its own."""
+def _counted_with_this_triton() -> bool:
+    """Whether `pipes.json` is of the Triton that runs here."""
     import triton
 
+    return triton.__version__ == bounds.read_committed()["triton"]
+
+
+@pytest.mark.parametrize("case", list(bounds.cases()), ids=lambda case: case.id)
+def test_no_bound_falls(case, compiled):
+    """Of the Triton that the counts were made with; another's code can only be counted."""
     code, committed = compiled[case.id], bounds.read_committed()
     assert isinstance(code, ahead.Compiled), code
-    if triton.__version__ != committed["triton"]:
+    counts = bounds.count(case, code)  # raises for code that the model does not understand
+    if not _counted_with_this_triton():
         pytest.skip(f"the committed counts are those of Triton {committed['triton']}")
-    assert not bounds.worse(bounds.count(case, code), committed["cases"].get(case.id))
+    assert not bounds.worse(counts, committed["cases"].get(case.id))
 
 
 def test_every_operation_has_a_configuration_for_every_generation():
