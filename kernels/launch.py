@@ -25,7 +25,8 @@ class Launch:
         block_m: query rows of a program (attention), rows of a tile (scaled_mm_).
         block_n: keys of a block (attention), columns of a tile (scaled_mm_).
         block_k: depth of a tile (scaled_mm_).
-        block: columns (swiglu, dequantise_*_), pairs (rope_) or tokens (guidance_step_) of a block.
+        block: columns (swiglu, dequantise_*_), pairs (rope_), values (quantise_cache_) or tokens
+            (guidance_step_) of a block.
             The norms and all that quantises rows take a whole row.
         tensor_maps: whether whole blocks of keys come through Hopper's copy engine
             (attention_step on 9.0 and later); other rows use plain loads.
@@ -53,6 +54,7 @@ TABLE: dict[int, dict[str, Launch]] = {
         "swiglu": Launch(num_warps=4, block=2048),
         "swiglu_quantise_": Launch(num_warps=8),
         "quantise_": Launch(num_warps=8),
+        "quantise_cache_": Launch(num_warps=4, block=2048),
         "scaled_mm_": Launch(num_warps=8, num_stages=3, block_m=128, block_n=128, block_k=128),
         "rope_": Launch(num_warps=4, block=1024),
         "rope_cache_": Launch(num_warps=4, block=1024),
@@ -61,14 +63,26 @@ TABLE: dict[int, dict[str, Launch]] = {
         "dequantise_fp8_": Launch(num_warps=4, block=2048),
         "dequantise_nf4_": Launch(num_warps=4, block=4096),
         "attention_step/64/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=64),
+        "attention_step_quantised/64/16": Launch(
+            num_warps=4, num_stages=2, block_m=128, block_n=64
+        ),
         "attention_step/96/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=64),
+        "attention_step_quantised/96/16": Launch(
+            num_warps=4, num_stages=2, block_m=128, block_n=32
+        ),
         "attention_step/128/16": Launch(num_warps=8, num_stages=2, block_m=128, block_n=64),
+        "attention_step_quantised/128/16": Launch(
+            num_warps=8, num_stages=2, block_m=128, block_n=32
+        ),
         "attention_prefill/64/16": Launch(num_warps=4, num_stages=3, block_m=128, block_n=32),
         "attention_prefill/96/16": Launch(num_warps=4, num_stages=3, block_m=128, block_n=32),
         "attention_prefill/128/16": Launch(num_warps=8, num_stages=2, block_m=128, block_n=32),
         "attention_step/64/32": Launch(num_warps=8, block_m=32, block_n=16),
+        "attention_step_quantised/64/32": Launch(num_warps=8, block_m=32, block_n=16),
         "attention_step/96/32": Launch(num_warps=8, block_m=32, block_n=16),
+        "attention_step_quantised/96/32": Launch(num_warps=8, block_m=32, block_n=16),
         "attention_step/128/32": Launch(num_warps=8, block_m=32, block_n=16),
+        "attention_step_quantised/128/32": Launch(num_warps=8, block_m=32, block_n=16),
         "attention_prefill/64/32": Launch(num_warps=8, block_m=16, block_n=16),
         "attention_prefill/96/32": Launch(num_warps=8, block_m=16, block_n=16),
         "attention_prefill/128/32": Launch(num_warps=8, block_m=16, block_n=16),
@@ -82,6 +96,7 @@ TABLE: dict[int, dict[str, Launch]] = {
         "swiglu": Launch(num_warps=4, block=2048),
         "swiglu_quantise_": Launch(num_warps=8),
         "quantise_": Launch(num_warps=8),
+        "quantise_cache_": Launch(num_warps=4, block=2048),
         "scaled_mm_": Launch(num_warps=8, num_stages=3, block_m=128, block_n=128, block_k=64),
         "rope_": Launch(num_warps=4, block=1024),
         "rope_cache_": Launch(num_warps=4, block=1024),
@@ -90,14 +105,26 @@ TABLE: dict[int, dict[str, Launch]] = {
         "dequantise_fp8_": Launch(num_warps=4, block=2048),
         "dequantise_nf4_": Launch(num_warps=4, block=4096),
         "attention_step/64/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=64),
+        "attention_step_quantised/64/16": Launch(
+            num_warps=4, num_stages=2, block_m=128, block_n=64
+        ),
         "attention_step/96/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=32),
+        "attention_step_quantised/96/16": Launch(
+            num_warps=4, num_stages=2, block_m=128, block_n=32
+        ),
         "attention_step/128/16": Launch(num_warps=4, num_stages=2, block_m=64, block_n=32),
+        "attention_step_quantised/128/16": Launch(
+            num_warps=8, num_stages=2, block_m=128, block_n=32
+        ),
         "attention_prefill/64/16": Launch(num_warps=4, num_stages=3, block_m=128, block_n=32),
         "attention_prefill/96/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=32),
         "attention_prefill/128/16": Launch(num_warps=4, num_stages=2, block_m=64, block_n=32),
         "attention_step/64/32": Launch(num_warps=8, block_m=32, block_n=16),
+        "attention_step_quantised/64/32": Launch(num_warps=8, block_m=32, block_n=16),
         "attention_step/96/32": Launch(num_warps=8, block_m=32, block_n=16),
+        "attention_step_quantised/96/32": Launch(num_warps=8, block_m=32, block_n=16),
         "attention_step/128/32": Launch(num_warps=8, block_m=32, block_n=16),
+        "attention_step_quantised/128/32": Launch(num_warps=8, block_m=32, block_n=16),
         "attention_prefill/64/32": Launch(num_warps=8, block_m=16, block_n=16),
         "attention_prefill/96/32": Launch(num_warps=8, block_m=16, block_n=16),
         "attention_prefill/128/32": Launch(num_warps=8, block_m=16, block_n=16),
@@ -111,6 +138,7 @@ TABLE: dict[int, dict[str, Launch]] = {
         "swiglu": Launch(num_warps=4, block=2048),
         "swiglu_quantise_": Launch(num_warps=8),
         "quantise_": Launch(num_warps=8),
+        "quantise_cache_": Launch(num_warps=4, block=2048),
         "scaled_mm_": Launch(num_warps=8, num_stages=3, block_m=128, block_n=128, block_k=64),
         "rope_": Launch(num_warps=4, block=1024),
         "rope_cache_": Launch(num_warps=4, block=1024),
@@ -119,14 +147,26 @@ TABLE: dict[int, dict[str, Launch]] = {
         "dequantise_fp8_": Launch(num_warps=4, block=2048),
         "dequantise_nf4_": Launch(num_warps=4, block=4096),
         "attention_step/64/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=64),
+        "attention_step_quantised/64/16": Launch(
+            num_warps=4, num_stages=2, block_m=128, block_n=64
+        ),
         "attention_step/96/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=32),
+        "attention_step_quantised/96/16": Launch(
+            num_warps=4, num_stages=2, block_m=128, block_n=32
+        ),
         "attention_step/128/16": Launch(num_warps=4, num_stages=2, block_m=64, block_n=32),
+        "attention_step_quantised/128/16": Launch(
+            num_warps=8, num_stages=2, block_m=128, block_n=32
+        ),
         "attention_prefill/64/16": Launch(num_warps=4, num_stages=3, block_m=128, block_n=32),
         "attention_prefill/96/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=32),
         "attention_prefill/128/16": Launch(num_warps=4, num_stages=2, block_m=64, block_n=32),
         "attention_step/64/32": Launch(num_warps=8, block_m=32, block_n=16),
+        "attention_step_quantised/64/32": Launch(num_warps=8, block_m=32, block_n=16),
         "attention_step/96/32": Launch(num_warps=8, block_m=32, block_n=16),
+        "attention_step_quantised/96/32": Launch(num_warps=8, block_m=32, block_n=16),
         "attention_step/128/32": Launch(num_warps=8, block_m=32, block_n=16),
+        "attention_step_quantised/128/32": Launch(num_warps=8, block_m=32, block_n=16),
         "attention_prefill/64/32": Launch(num_warps=8, block_m=16, block_n=16),
         "attention_prefill/96/32": Launch(num_warps=8, block_m=16, block_n=16),
         "attention_prefill/128/32": Launch(num_warps=8, block_m=16, block_n=16),
@@ -140,6 +180,7 @@ TABLE: dict[int, dict[str, Launch]] = {
         "swiglu": Launch(num_warps=4, block=2048),
         "swiglu_quantise_": Launch(num_warps=8),
         "quantise_": Launch(num_warps=8),
+        "quantise_cache_": Launch(num_warps=4, block=2048),
         "scaled_mm_": Launch(num_warps=8, num_stages=3, block_m=128, block_n=256, block_k=128),
         "rope_": Launch(num_warps=4, block=1024),
         "rope_cache_": Launch(num_warps=4, block=1024),
@@ -148,14 +189,26 @@ TABLE: dict[int, dict[str, Launch]] = {
         "dequantise_fp8_": Launch(num_warps=4, block=2048),
         "dequantise_nf4_": Launch(num_warps=4, block=4096),
         "attention_step/64/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=64),
+        "attention_step_quantised/64/16": Launch(
+            num_warps=4, num_stages=2, block_m=128, block_n=64
+        ),
         "attention_step/96/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=64),
+        "attention_step_quantised/96/16": Launch(
+            num_warps=4, num_stages=2, block_m=128, block_n=32
+        ),
         "attention_step/128/16": Launch(num_warps=8, num_stages=2, block_m=128, block_n=128),
+        "attention_step_quantised/128/16": Launch(
+            num_warps=8, num_stages=2, block_m=128, block_n=64
+        ),
         "attention_prefill/64/16": Launch(num_warps=4, num_stages=3, block_m=128, block_n=64),
         "attention_prefill/96/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=32),
         "attention_prefill/128/16": Launch(num_warps=8, num_stages=3, block_m=128, block_n=64),
         "attention_step/64/32": Launch(num_warps=8, block_m=32, block_n=16),
+        "attention_step_quantised/64/32": Launch(num_warps=8, block_m=32, block_n=16),
         "attention_step/96/32": Launch(num_warps=8, block_m=32, block_n=16),
+        "attention_step_quantised/96/32": Launch(num_warps=8, block_m=32, block_n=16),
         "attention_step/128/32": Launch(num_warps=8, block_m=32, block_n=16),
+        "attention_step_quantised/128/32": Launch(num_warps=8, block_m=32, block_n=16),
         "attention_prefill/64/32": Launch(num_warps=8, block_m=16, block_n=16),
         "attention_prefill/96/32": Launch(num_warps=8, block_m=16, block_n=16),
         "attention_prefill/128/32": Launch(num_warps=8, block_m=16, block_n=16),
@@ -168,6 +221,7 @@ TABLE: dict[int, dict[str, Launch]] = {
         "add_rms_norm_quantise_": Launch(num_warps=8),
         "swiglu_quantise_": Launch(num_warps=8),
         "quantise_": Launch(num_warps=8),
+        "quantise_cache_": Launch(num_warps=4, block=2048),
         "scaled_mm_": Launch(num_warps=8, num_stages=3, block_m=128, block_n=128, block_k=128),
         "swiglu": Launch(num_warps=4, block=2048),
         "rope_": Launch(num_warps=4, block=1024),
@@ -177,14 +231,26 @@ TABLE: dict[int, dict[str, Launch]] = {
         "dequantise_fp8_": Launch(num_warps=4, block=2048),
         "dequantise_nf4_": Launch(num_warps=4, block=4096),
         "attention_step/64/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=64),
+        "attention_step_quantised/64/16": Launch(
+            num_warps=4, num_stages=2, block_m=128, block_n=32
+        ),
         "attention_step/96/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=64),
+        "attention_step_quantised/96/16": Launch(
+            num_warps=4, num_stages=2, block_m=128, block_n=32
+        ),
         "attention_step/128/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=32),
+        "attention_step_quantised/128/16": Launch(
+            num_warps=8, num_stages=2, block_m=128, block_n=64
+        ),
         "attention_prefill/64/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=64),
         "attention_prefill/96/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=64),
         "attention_prefill/128/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=64),
         "attention_step/64/32": Launch(num_warps=8, block_m=32, block_n=16),
+        "attention_step_quantised/64/32": Launch(num_warps=8, block_m=32, block_n=16),
         "attention_step/96/32": Launch(num_warps=8, block_m=32, block_n=16),
+        "attention_step_quantised/96/32": Launch(num_warps=8, block_m=32, block_n=16),
         "attention_step/128/32": Launch(num_warps=8, block_m=32, block_n=16),
+        "attention_step_quantised/128/32": Launch(num_warps=8, block_m=32, block_n=16),
         "attention_prefill/64/32": Launch(num_warps=8, block_m=16, block_n=16),
         "attention_prefill/96/32": Launch(num_warps=8, block_m=16, block_n=16),
         "attention_prefill/128/32": Launch(num_warps=8, block_m=16, block_n=16),
@@ -197,6 +263,7 @@ TABLE: dict[int, dict[str, Launch]] = {
         "add_rms_norm_quantise_": Launch(num_warps=8),
         "swiglu_quantise_": Launch(num_warps=8),
         "quantise_": Launch(num_warps=8),
+        "quantise_cache_": Launch(num_warps=4, block=2048),
         "scaled_mm_": Launch(num_warps=8, num_stages=3, block_m=128, block_n=128, block_k=64),
         "swiglu": Launch(num_warps=4, block=2048),
         "rope_": Launch(num_warps=4, block=1024),
@@ -206,14 +273,26 @@ TABLE: dict[int, dict[str, Launch]] = {
         "dequantise_fp8_": Launch(num_warps=4, block=2048),
         "dequantise_nf4_": Launch(num_warps=4, block=4096),
         "attention_step/64/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=32),
+        "attention_step_quantised/64/16": Launch(
+            num_warps=4, num_stages=2, block_m=128, block_n=32
+        ),
         "attention_step/96/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=32),
+        "attention_step_quantised/96/16": Launch(
+            num_warps=8, num_stages=2, block_m=128, block_n=32
+        ),
         "attention_step/128/16": Launch(num_warps=4, num_stages=2, block_m=64, block_n=32),
+        "attention_step_quantised/128/16": Launch(
+            num_warps=8, num_stages=2, block_m=128, block_n=32
+        ),
         "attention_prefill/64/16": Launch(num_warps=4, num_stages=3, block_m=128, block_n=32),
         "attention_prefill/96/16": Launch(num_warps=4, num_stages=2, block_m=64, block_n=64),
         "attention_prefill/128/16": Launch(num_warps=4, num_stages=2, block_m=64, block_n=32),
         "attention_step/64/32": Launch(num_warps=8, block_m=32, block_n=16),
+        "attention_step_quantised/64/32": Launch(num_warps=8, block_m=32, block_n=16),
         "attention_step/96/32": Launch(num_warps=8, block_m=32, block_n=16),
+        "attention_step_quantised/96/32": Launch(num_warps=8, block_m=32, block_n=16),
         "attention_step/128/32": Launch(num_warps=8, block_m=32, block_n=16),
+        "attention_step_quantised/128/32": Launch(num_warps=8, block_m=32, block_n=16),
         "attention_prefill/64/32": Launch(num_warps=8, block_m=16, block_n=16),
         "attention_prefill/96/32": Launch(num_warps=8, block_m=16, block_n=16),
         "attention_prefill/128/32": Launch(num_warps=8, block_m=16, block_n=16),

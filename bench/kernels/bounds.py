@@ -26,7 +26,7 @@ _BOUNDS = ("overlapped", "separate")
 
 def cases() -> Iterator[ahead.Case]:
     """What multiplies on matrix units."""
-    return (case for case in ahead.cases() if case.uses_matrix_units)
+    return (case for case in ahead.cases() if case.is_bounded)
 
 
 def count(case: ahead.Case, code: ahead.Compiled) -> dict[str, Any]:

@@ -207,6 +207,7 @@ def generate(
     dtype: str,
     weights: str | None,
     compute: str | None,
+    cache: str | None,
     vae_dtype: str,
     lora: tuple[str, ...],
     prompt: tuple[str, ...],
@@ -227,7 +228,7 @@ def generate(
     Several images become NAME-1.png, NAME-2.png and so on. Existing files are replaced. PNG files
     carry the request: `show` prints it, --from runs it again.
     """
-    precision = {"weights": weights, "compute": compute, "vae_dtype": vae_dtype}
+    precision = {"weights": weights, "compute": compute, "cache": cache, "vae_dtype": vae_dtype}
     try:
         images, given = None, given_options(context)
         chosen_by_preset = left_to_preset({name: context.params[name] for name in given})

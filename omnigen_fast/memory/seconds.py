@@ -24,6 +24,8 @@ _GAP_CAPTURED, _GAP_EAGER, _LAUNCH = 1e-6, 2e-6, 15e-6
 _VAE_MOVES = 10
 # Of the rate of products, what convolutions in bfloat16 are counted to reach; not measured.
 _CONVOLUTION_SHARE = 0.4
+# What a block of keys and values in 8 bits takes beyond one in bfloat16, in units of its products.
+_EXPANDING = 1.0
 _decode_flops, _encode_flops = lru_cache(256)(decode_flops), lru_cache(256)(encode_flops)
 
 
@@ -53,6 +55,13 @@ def attention_flops(config: ModelConfig, tokens: Sequence[int], noise_tokens: in
     """Of a layer's attention; `tokens` are those of each group's condition."""
     keys = sum(one + 1 + noise_tokens for one in tokens)
     return 4 * noise_tokens * keys * config.num_heads * config.head_dim
+
+
+def cached_flops(config: ModelConfig, tokens: Sequence[int], noise_tokens: int) -> int:
+    """The part of `attention_flops` that reads the cache."""
+    return attention_flops(config, tokens, noise_tokens) - attention_flops(
+        config, [-1] * len(tokens), noise_tokens
+    )
 
 
 @dataclass(frozen=True)
@@ -242,11 +251,12 @@ class SecondsEstimate:
             rows = len(tokens) * noise
             products += layers * self._product_seconds(rows, plan.mlp_rows)
             width = config.num_heads * config.head_dim
-            size = rows * (2 * width * value + self._sizes.pair) + sum(tokens) * self._sizes.pair
-            attention += layers * max(
-                attention_flops(config, tokens, noise) / self._attention_rate,
-                size / self._bandwidth,
-            )
+            own = 2 * (width + config.num_kv_heads * config.head_dim) * value
+            size = rows * own + sum(tokens) * self._sizes.pair
+            flops = attention_flops(config, tokens, noise)
+            if self._sizes.precision.quantised_cache is not None:
+                flops += _EXPANDING * cached_flops(config, tokens, noise)
+            attention += layers * max(flops / self._attention_rate, size / self._bandwidth)
             moved += layers * rows * self._row_moves
             # input: product, positions, choice of pictures; output: two norms, product, guidance
             moved += rows * (13 * self._sizes.unit + 4 * PATCH_VALUES * value)
