@@ -264,7 +264,7 @@ def compare(**options: Any) -> None:
     values are kept (cache-int8, cache-fp8), a choice of kernels (reference, triton, library),
     memory switches (kv, no-kv, offload-kv, separate, joint, offload-model), a solver, reuse
     (reuse-careful, reuse-fast) or a quality (exact, high, fast) with its own steps, as in
-    bfloat16+no-kv+separate, int8 or float32+high.
+    bfloat16+no-kv+separate, int8 or float32+high. int8+int8 is int8+compute-int8.
     """
     from .cases import parse_sizes
     from .models import is_random

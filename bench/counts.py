@@ -46,7 +46,7 @@ PRODUCTS, ATTENTION, NORMS, ELEMENTWISE, COPIES = FAMILIES = (
 )
 OURS = {
     "attention_step": ATTENTION,
-    "attention_step_quantised": ATTENTION,
+    "attention_step_8bit": ATTENTION,
     "attention_prefill": ATTENTION,
     "rms_norm": NORMS,
     "add_rms_norm": NORMS,
@@ -347,12 +347,12 @@ def _ours(name: str, given: dict[str, Any], result: Any) -> Operation:
         written += touched(given["residual"]) if "residual" in given else 0
     elif name == "guidance_step_":
         written = touched(given["latents"])
-    elif name in ("attention_step", "attention_step_quantised"):
+    elif name in ("attention_step", "attention_step_8bit"):
         q, lengths = given["q"], _Values.of(given["cache_len"])
         starts, bounds = _Values.of(given["cache_start"]), _Values.of(given["cu_rows"])
         rows = [stop - first for first, stop in pairwise(bounds)]
         seen = {row for first, more in zip(starts, lengths) for row in range(first, first + more)}
-        narrow = name == "attention_step_quantised"
+        narrow = name == "attention_step_8bit"
         cached = 2 * len(seen)
         cached *= _narrow_row(given["k"]) if narrow else touched(given["k_cache"][0])
         read = sum(touched(given[one]) for one in ("q", "k", "v")) + cached

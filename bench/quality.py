@@ -63,6 +63,9 @@ def parse_configuration(text: str) -> Configuration:
         RequestError: an unknown word, or two that contradict one another.
     """
     words = text.split("+")
+    stored = [place for place, word in enumerate(words) if word in FORMS]
+    if len(stored) == 2 and words[stored[1]] in PRODUCTS:
+        words[stored[1]] = f"compute-{words[stored[1]]}"
     known = (
         *(*_DTYPES, *FORMS, *_COMPUTES, *_CACHES, *_KERNELS, *SWITCHES, _NO_KV, _JOINT),
         *(*QUALITIES, *SOLVERS, *_REUSES),

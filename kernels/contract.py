@@ -435,7 +435,7 @@ def attention_step(
     _groups_of_a_step(q, k, v, k_cache, v_cache, cu_rows, cache_start, cache_len, max_rows, fused)
 
 
-def attention_step_quantised(
+def attention_step_8bit(
     q: Tensor,
     k: Tensor,
     v: Tensor,

@@ -1,9 +1,9 @@
 """How each kernel is launched, as data: block sizes, warps and stages per GPU generation.
 
 `bench/kernels/tune.py` measures candidates on a GPU and rewrites the table between the two marks.
-Until then the attention's are those of which `bench/kernels/bounds.py` counts the most. Every entry
-is compiled ahead of time by `tests/kernels/test_ahead.py`, which holds it to the shared memory and
-the registers of its generation.
+Until then those of the attention and of scaled_mm_ are those of which `bench/kernels/bounds.py`
+counts the most. Every entry is compiled ahead of time by `tests/kernels/test_ahead.py`, which holds
+it to the shared memory and the registers of its generation.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ TABLE: dict[int, dict[str, Launch]] = {
         "swiglu_quantise_": Launch(num_warps=8),
         "quantise_": Launch(num_warps=8),
         "quantise_cache_": Launch(num_warps=4, block=2048),
-        "scaled_mm_": Launch(num_warps=8, num_stages=3, block_m=128, block_n=128, block_k=128),
+        "scaled_mm_": Launch(num_warps=8, num_stages=3, block_m=128, block_n=128, block_k=64),
         "rope_": Launch(num_warps=4, block=1024),
         "rope_cache_": Launch(num_warps=4, block=1024),
         "guidance_step_": Launch(num_warps=2, block=64),
@@ -63,26 +63,20 @@ TABLE: dict[int, dict[str, Launch]] = {
         "dequantise_fp8_": Launch(num_warps=4, block=2048),
         "dequantise_nf4_": Launch(num_warps=4, block=4096),
         "attention_step/64/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=64),
-        "attention_step_quantised/64/16": Launch(
-            num_warps=4, num_stages=2, block_m=128, block_n=64
-        ),
+        "attention_step_8bit/64/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=64),
         "attention_step/96/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=64),
-        "attention_step_quantised/96/16": Launch(
-            num_warps=4, num_stages=2, block_m=128, block_n=32
-        ),
+        "attention_step_8bit/96/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=32),
         "attention_step/128/16": Launch(num_warps=8, num_stages=2, block_m=128, block_n=64),
-        "attention_step_quantised/128/16": Launch(
-            num_warps=8, num_stages=2, block_m=128, block_n=32
-        ),
+        "attention_step_8bit/128/16": Launch(num_warps=8, num_stages=2, block_m=128, block_n=32),
         "attention_prefill/64/16": Launch(num_warps=4, num_stages=3, block_m=128, block_n=32),
         "attention_prefill/96/16": Launch(num_warps=4, num_stages=3, block_m=128, block_n=32),
         "attention_prefill/128/16": Launch(num_warps=8, num_stages=2, block_m=128, block_n=32),
         "attention_step/64/32": Launch(num_warps=8, block_m=32, block_n=16),
-        "attention_step_quantised/64/32": Launch(num_warps=8, block_m=32, block_n=16),
+        "attention_step_8bit/64/32": Launch(num_warps=8, block_m=32, block_n=16),
         "attention_step/96/32": Launch(num_warps=8, block_m=32, block_n=16),
-        "attention_step_quantised/96/32": Launch(num_warps=8, block_m=32, block_n=16),
+        "attention_step_8bit/96/32": Launch(num_warps=8, block_m=32, block_n=16),
         "attention_step/128/32": Launch(num_warps=8, block_m=32, block_n=16),
-        "attention_step_quantised/128/32": Launch(num_warps=8, block_m=32, block_n=16),
+        "attention_step_8bit/128/32": Launch(num_warps=8, block_m=32, block_n=16),
         "attention_prefill/64/32": Launch(num_warps=8, block_m=16, block_n=16),
         "attention_prefill/96/32": Launch(num_warps=8, block_m=16, block_n=16),
         "attention_prefill/128/32": Launch(num_warps=8, block_m=16, block_n=16),
@@ -105,26 +99,20 @@ TABLE: dict[int, dict[str, Launch]] = {
         "dequantise_fp8_": Launch(num_warps=4, block=2048),
         "dequantise_nf4_": Launch(num_warps=4, block=4096),
         "attention_step/64/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=64),
-        "attention_step_quantised/64/16": Launch(
-            num_warps=4, num_stages=2, block_m=128, block_n=64
-        ),
+        "attention_step_8bit/64/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=64),
         "attention_step/96/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=32),
-        "attention_step_quantised/96/16": Launch(
-            num_warps=4, num_stages=2, block_m=128, block_n=32
-        ),
+        "attention_step_8bit/96/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=32),
         "attention_step/128/16": Launch(num_warps=4, num_stages=2, block_m=64, block_n=32),
-        "attention_step_quantised/128/16": Launch(
-            num_warps=8, num_stages=2, block_m=128, block_n=32
-        ),
+        "attention_step_8bit/128/16": Launch(num_warps=8, num_stages=2, block_m=128, block_n=32),
         "attention_prefill/64/16": Launch(num_warps=4, num_stages=3, block_m=128, block_n=32),
         "attention_prefill/96/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=32),
         "attention_prefill/128/16": Launch(num_warps=4, num_stages=2, block_m=64, block_n=32),
         "attention_step/64/32": Launch(num_warps=8, block_m=32, block_n=16),
-        "attention_step_quantised/64/32": Launch(num_warps=8, block_m=32, block_n=16),
+        "attention_step_8bit/64/32": Launch(num_warps=8, block_m=32, block_n=16),
         "attention_step/96/32": Launch(num_warps=8, block_m=32, block_n=16),
-        "attention_step_quantised/96/32": Launch(num_warps=8, block_m=32, block_n=16),
+        "attention_step_8bit/96/32": Launch(num_warps=8, block_m=32, block_n=16),
         "attention_step/128/32": Launch(num_warps=8, block_m=32, block_n=16),
-        "attention_step_quantised/128/32": Launch(num_warps=8, block_m=32, block_n=16),
+        "attention_step_8bit/128/32": Launch(num_warps=8, block_m=32, block_n=16),
         "attention_prefill/64/32": Launch(num_warps=8, block_m=16, block_n=16),
         "attention_prefill/96/32": Launch(num_warps=8, block_m=16, block_n=16),
         "attention_prefill/128/32": Launch(num_warps=8, block_m=16, block_n=16),
@@ -147,26 +135,20 @@ TABLE: dict[int, dict[str, Launch]] = {
         "dequantise_fp8_": Launch(num_warps=4, block=2048),
         "dequantise_nf4_": Launch(num_warps=4, block=4096),
         "attention_step/64/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=64),
-        "attention_step_quantised/64/16": Launch(
-            num_warps=4, num_stages=2, block_m=128, block_n=64
-        ),
+        "attention_step_8bit/64/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=64),
         "attention_step/96/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=32),
-        "attention_step_quantised/96/16": Launch(
-            num_warps=4, num_stages=2, block_m=128, block_n=32
-        ),
+        "attention_step_8bit/96/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=32),
         "attention_step/128/16": Launch(num_warps=4, num_stages=2, block_m=64, block_n=32),
-        "attention_step_quantised/128/16": Launch(
-            num_warps=8, num_stages=2, block_m=128, block_n=32
-        ),
+        "attention_step_8bit/128/16": Launch(num_warps=8, num_stages=2, block_m=128, block_n=32),
         "attention_prefill/64/16": Launch(num_warps=4, num_stages=3, block_m=128, block_n=32),
         "attention_prefill/96/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=32),
         "attention_prefill/128/16": Launch(num_warps=4, num_stages=2, block_m=64, block_n=32),
         "attention_step/64/32": Launch(num_warps=8, block_m=32, block_n=16),
-        "attention_step_quantised/64/32": Launch(num_warps=8, block_m=32, block_n=16),
+        "attention_step_8bit/64/32": Launch(num_warps=8, block_m=32, block_n=16),
         "attention_step/96/32": Launch(num_warps=8, block_m=32, block_n=16),
-        "attention_step_quantised/96/32": Launch(num_warps=8, block_m=32, block_n=16),
+        "attention_step_8bit/96/32": Launch(num_warps=8, block_m=32, block_n=16),
         "attention_step/128/32": Launch(num_warps=8, block_m=32, block_n=16),
-        "attention_step_quantised/128/32": Launch(num_warps=8, block_m=32, block_n=16),
+        "attention_step_8bit/128/32": Launch(num_warps=8, block_m=32, block_n=16),
         "attention_prefill/64/32": Launch(num_warps=8, block_m=16, block_n=16),
         "attention_prefill/96/32": Launch(num_warps=8, block_m=16, block_n=16),
         "attention_prefill/128/32": Launch(num_warps=8, block_m=16, block_n=16),
@@ -189,26 +171,20 @@ TABLE: dict[int, dict[str, Launch]] = {
         "dequantise_fp8_": Launch(num_warps=4, block=2048),
         "dequantise_nf4_": Launch(num_warps=4, block=4096),
         "attention_step/64/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=64),
-        "attention_step_quantised/64/16": Launch(
-            num_warps=4, num_stages=2, block_m=128, block_n=64
-        ),
+        "attention_step_8bit/64/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=64),
         "attention_step/96/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=64),
-        "attention_step_quantised/96/16": Launch(
-            num_warps=4, num_stages=2, block_m=128, block_n=32
-        ),
+        "attention_step_8bit/96/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=32),
         "attention_step/128/16": Launch(num_warps=8, num_stages=2, block_m=128, block_n=128),
-        "attention_step_quantised/128/16": Launch(
-            num_warps=8, num_stages=2, block_m=128, block_n=64
-        ),
+        "attention_step_8bit/128/16": Launch(num_warps=8, num_stages=2, block_m=128, block_n=64),
         "attention_prefill/64/16": Launch(num_warps=4, num_stages=3, block_m=128, block_n=64),
         "attention_prefill/96/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=32),
         "attention_prefill/128/16": Launch(num_warps=8, num_stages=3, block_m=128, block_n=64),
         "attention_step/64/32": Launch(num_warps=8, block_m=32, block_n=16),
-        "attention_step_quantised/64/32": Launch(num_warps=8, block_m=32, block_n=16),
+        "attention_step_8bit/64/32": Launch(num_warps=8, block_m=32, block_n=16),
         "attention_step/96/32": Launch(num_warps=8, block_m=32, block_n=16),
-        "attention_step_quantised/96/32": Launch(num_warps=8, block_m=32, block_n=16),
+        "attention_step_8bit/96/32": Launch(num_warps=8, block_m=32, block_n=16),
         "attention_step/128/32": Launch(num_warps=8, block_m=32, block_n=16),
-        "attention_step_quantised/128/32": Launch(num_warps=8, block_m=32, block_n=16),
+        "attention_step_8bit/128/32": Launch(num_warps=8, block_m=32, block_n=16),
         "attention_prefill/64/32": Launch(num_warps=8, block_m=16, block_n=16),
         "attention_prefill/96/32": Launch(num_warps=8, block_m=16, block_n=16),
         "attention_prefill/128/32": Launch(num_warps=8, block_m=16, block_n=16),
@@ -222,7 +198,7 @@ TABLE: dict[int, dict[str, Launch]] = {
         "swiglu_quantise_": Launch(num_warps=8),
         "quantise_": Launch(num_warps=8),
         "quantise_cache_": Launch(num_warps=4, block=2048),
-        "scaled_mm_": Launch(num_warps=8, num_stages=3, block_m=128, block_n=128, block_k=128),
+        "scaled_mm_": Launch(num_warps=8, num_stages=3, block_m=128, block_n=256, block_k=128),
         "swiglu": Launch(num_warps=4, block=2048),
         "rope_": Launch(num_warps=4, block=1024),
         "rope_cache_": Launch(num_warps=4, block=1024),
@@ -231,26 +207,20 @@ TABLE: dict[int, dict[str, Launch]] = {
         "dequantise_fp8_": Launch(num_warps=4, block=2048),
         "dequantise_nf4_": Launch(num_warps=4, block=4096),
         "attention_step/64/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=64),
-        "attention_step_quantised/64/16": Launch(
-            num_warps=4, num_stages=2, block_m=128, block_n=32
-        ),
+        "attention_step_8bit/64/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=32),
         "attention_step/96/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=64),
-        "attention_step_quantised/96/16": Launch(
-            num_warps=4, num_stages=2, block_m=128, block_n=32
-        ),
+        "attention_step_8bit/96/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=32),
         "attention_step/128/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=32),
-        "attention_step_quantised/128/16": Launch(
-            num_warps=8, num_stages=2, block_m=128, block_n=64
-        ),
+        "attention_step_8bit/128/16": Launch(num_warps=8, num_stages=2, block_m=128, block_n=64),
         "attention_prefill/64/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=64),
         "attention_prefill/96/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=64),
         "attention_prefill/128/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=64),
         "attention_step/64/32": Launch(num_warps=8, block_m=32, block_n=16),
-        "attention_step_quantised/64/32": Launch(num_warps=8, block_m=32, block_n=16),
+        "attention_step_8bit/64/32": Launch(num_warps=8, block_m=32, block_n=16),
         "attention_step/96/32": Launch(num_warps=8, block_m=32, block_n=16),
-        "attention_step_quantised/96/32": Launch(num_warps=8, block_m=32, block_n=16),
+        "attention_step_8bit/96/32": Launch(num_warps=8, block_m=32, block_n=16),
         "attention_step/128/32": Launch(num_warps=8, block_m=32, block_n=16),
-        "attention_step_quantised/128/32": Launch(num_warps=8, block_m=32, block_n=16),
+        "attention_step_8bit/128/32": Launch(num_warps=8, block_m=32, block_n=16),
         "attention_prefill/64/32": Launch(num_warps=8, block_m=16, block_n=16),
         "attention_prefill/96/32": Launch(num_warps=8, block_m=16, block_n=16),
         "attention_prefill/128/32": Launch(num_warps=8, block_m=16, block_n=16),
@@ -273,26 +243,20 @@ TABLE: dict[int, dict[str, Launch]] = {
         "dequantise_fp8_": Launch(num_warps=4, block=2048),
         "dequantise_nf4_": Launch(num_warps=4, block=4096),
         "attention_step/64/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=32),
-        "attention_step_quantised/64/16": Launch(
-            num_warps=4, num_stages=2, block_m=128, block_n=32
-        ),
+        "attention_step_8bit/64/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=32),
         "attention_step/96/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=32),
-        "attention_step_quantised/96/16": Launch(
-            num_warps=8, num_stages=2, block_m=128, block_n=32
-        ),
+        "attention_step_8bit/96/16": Launch(num_warps=8, num_stages=2, block_m=128, block_n=32),
         "attention_step/128/16": Launch(num_warps=4, num_stages=2, block_m=64, block_n=32),
-        "attention_step_quantised/128/16": Launch(
-            num_warps=8, num_stages=2, block_m=128, block_n=32
-        ),
+        "attention_step_8bit/128/16": Launch(num_warps=8, num_stages=2, block_m=128, block_n=32),
         "attention_prefill/64/16": Launch(num_warps=4, num_stages=3, block_m=128, block_n=32),
         "attention_prefill/96/16": Launch(num_warps=4, num_stages=2, block_m=64, block_n=64),
         "attention_prefill/128/16": Launch(num_warps=4, num_stages=2, block_m=64, block_n=32),
         "attention_step/64/32": Launch(num_warps=8, block_m=32, block_n=16),
-        "attention_step_quantised/64/32": Launch(num_warps=8, block_m=32, block_n=16),
+        "attention_step_8bit/64/32": Launch(num_warps=8, block_m=32, block_n=16),
         "attention_step/96/32": Launch(num_warps=8, block_m=32, block_n=16),
-        "attention_step_quantised/96/32": Launch(num_warps=8, block_m=32, block_n=16),
+        "attention_step_8bit/96/32": Launch(num_warps=8, block_m=32, block_n=16),
         "attention_step/128/32": Launch(num_warps=8, block_m=32, block_n=16),
-        "attention_step_quantised/128/32": Launch(num_warps=8, block_m=32, block_n=16),
+        "attention_step_8bit/128/32": Launch(num_warps=8, block_m=32, block_n=16),
         "attention_prefill/64/32": Launch(num_warps=8, block_m=16, block_n=16),
         "attention_prefill/96/32": Launch(num_warps=8, block_m=16, block_n=16),
         "attention_prefill/128/32": Launch(num_warps=8, block_m=16, block_n=16),

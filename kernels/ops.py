@@ -461,8 +461,8 @@ def attention_step(
     )
 
 
-@_operation("attention_quantised")
-def attention_step_quantised(
+@_operation("attention_8bit")
+def attention_step_8bit(
     q: Tensor,  # [rows, heads, head_dim]
     k: Tensor,  # [rows, kv_heads, head_dim]
     v: Tensor,  # [rows, kv_heads, head_dim]
@@ -474,11 +474,11 @@ def attention_step_quantised(
     max_rows: int,  # rows of the longest group
     out: Tensor | None = None,  # [rows, heads, head_dim]
 ) -> Tensor:  # [rows, heads, head_dim]
-    """See `reference.attention_step_quantised` and `contract.attention_step_quantised`."""
+    """See `reference.attention_step_8bit` and `contract.attention_step_8bit`."""
     run = _trace if torch.compiler.is_compiling() else _call
     caches = k_cache, v_cache
     places = cu_rows, cache_start, cache_len
-    return run("attention_step_quantised", q, k, v, *caches, *places, max_rows, out)
+    return run("attention_step_8bit", q, k, v, *caches, *places, max_rows, out)
 
 
 @_operation("attention")

@@ -339,7 +339,7 @@ def attention_step(
     return _step(q, k, v, lambda rows: (k_cache[rows], v_cache[rows]), *places, max_rows, out)
 
 
-def attention_step_quantised(
+def attention_step_8bit(
     q: Tensor,  # [rows, heads, head_dim]
     k: Tensor,  # [rows, kv_heads, head_dim]
     v: Tensor,  # [rows, kv_heads, head_dim]

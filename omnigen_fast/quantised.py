@@ -18,7 +18,6 @@ from .parameters import PLAIN
 
 _BLOCK_VALUES = 1 << 22  # of the weight, quantised at once: bounds the float32 copies
 _INT8_MOST, _FP8_MOST, _CODE_MOST = 127, 448.0, 255
-_NF4_CLIPPED = 0.9
 
 
 class QuantisedWeight(nn.Module):
@@ -167,39 +166,18 @@ def _fp8(weight: Tensor, out: Mapping[str, Tensor]) -> None:
 
 def _nf4(weight: Tensor, out: Mapping[str, Tensor]) -> None:
     by_group = _groups(weight, out["scales"].shape[1])
-    table = torch.tensor(ops.reference.NF4, device=weight.device)
-    most = _nf4_scale(by_group, table)
+    most = by_group.abs().amax(2)
     low, high = (one.unsqueeze(1) for one in most.aminmax(dim=1))
     # eight bits of mantissa: a code of eight bits times it is exact, however it is computed
     step = ((high - low) * (1 / _CODE_MOST)).bfloat16().float()
     out["ranges"].copy_(torch.cat([low, step], 1))
     codes = _over(most - low, step).round_().clamp_(0, _CODE_MOST)
     out["scales"].copy_(codes)
-    places = _nf4_places(by_group, low + codes * step, table).flatten(1).to(torch.uint8)
-    torch.bitwise_or(places[:, ::2], places[:, 1::2] << 4, out=out["values"])
-
-
-def _nf4_scale(by_group: Tensor, table: Tensor) -> Tensor:
-    """Of each group the largest magnitude, or 0.9 of it where that leaves a smaller error.
-
-    The table is coarsest at its ends, so it often pays to clip the largest value.
-    """
-    most = by_group.abs().amax(2)
-    errors = []
-    for scale in (most, _NF4_CLIPPED * most):
-        found = table[_nf4_places(by_group, scale, table)] * scale.unsqueeze(2)
-        error = (found - by_group).square_()
-        while error.shape[2] > 1:  # in one order on every device: the choice must not differ
-            half = error.shape[2] // 2
-            error = error[..., :half] + error[..., half:]
-        errors.append(error.squeeze(2))
-    return torch.where(errors[1] < errors[0], _NF4_CLIPPED * most, most)
-
-
-def _nf4_places(by_group: Tensor, scales: Tensor, table: Tensor) -> Tensor:
-    """The nearest values of the table, [rows, groups, GROUP]."""
+    table = torch.tensor(ops.reference.NF4, device=weight.device)
     middles = (table[1:] + table[:-1]) / 2
-    return torch.bucketize(_over(by_group, scales.unsqueeze(2)), middles)
+    scaled = _over(by_group, (low + codes * step).unsqueeze(2))
+    places = torch.bucketize(scaled.flatten(1), middles).to(torch.uint8)
+    torch.bitwise_or(places[:, ::2], places[:, 1::2] << 4, out=out["values"])
 
 
 def _rows(weight: Tensor, out: Mapping[str, Tensor]) -> None:

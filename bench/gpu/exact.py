@@ -151,7 +151,7 @@ def _attention_checks(make: _Maker, tiny: bool) -> Iterator[_Check]:
         yield "attention_step", args, (), q.shape
         for form in (torch.int8, torch.uint8):
             kept = [_narrow(cache, form) for cache in caches]
-            yield "attention_step_quantised", (q, k, v, *kept, *args[5:]), (), q.shape
+            yield "attention_step_8bit", (q, k, v, *kept, *args[5:]), (), q.shape
         # causal text, an image whose tokens see one another, text, time tokens
         ends = []
         for length in lengths:

@@ -104,7 +104,7 @@ class Case:
     @property
     def is_bounded(self) -> bool:
         """Whether `bounds` counts its main loop."""
-        return self.uses_matrix_units and not self.form
+        return self.uses_matrix_units or self.kernel == "scaled_mm_"
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,7 @@ class Compiled:
     config: str
     block_m: int  # 0 where the kernel has none
     block_n: int
+    block_k: int
     turn: pipes.Turn | None  # of the main loop, where it multiplies on matrix units
 
     @classmethod
@@ -154,7 +155,7 @@ def cases() -> Iterator[Case]:
             if rest:
                 head_dim, bits = rest.split("/")
                 dtype = {"16": "bf16", "32": "fp32"}[bits]
-                for form in CACHES if kernel == "attention_step_quantised" else ("",):
+                for form in CACHES if kernel == "attention_step_8bit" else ("",):
                     yield Case(kernel, int(head_dim), dtype, capability, form=form)
             elif kernel == "quantise_cache_":
                 for form in CACHES:
@@ -189,7 +190,7 @@ def _arguments(case: Case) -> tuple:
         return x, vector, 1e-5
     if case.kernel == "add_rms_norm":
         return x, x, vector, 1e-5
-    if case.kernel in ("quantise_cache_", "attention_step_quantised"):
+    if case.kernel in ("quantise_cache_", "attention_step_8bit"):
         narrow = _zeros(rows, cache_width(KV_HEADS, head_dim), dtype=CACHES[case.form])
         if case.kernel == "quantise_cache_":
             return *parts[1:], narrow, narrow, places
@@ -367,6 +368,7 @@ def _read(compiled, case: Case, options: dict, constants: dict) -> Compiled:
         config=" ".join([*blocks, *(f"{name}={value}" for name, value in options.items())]),
         block_m=constants.get("BLOCK_M", 0),
         block_n=constants.get("BLOCK_N", 0),
+        block_k=constants.get("BLOCK_K", 0),
         turn=pipes.main_turn(code) if case.is_bounded else None,
     )
 

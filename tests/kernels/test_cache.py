@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import DEVICE, DTYPES, assert_earned, double, inside, name, poisoned
-from omnigen_fast.kernels import attention_quantised, contract, launch, quantise, reference
+from omnigen_fast.kernels import attention_8bit, contract, launch, quantise, reference
 from test_attention import GROUPS, SMALL, STEPS, split, step_arguments, tiles
 
 pytestmark = pytest.mark.slow
@@ -118,9 +118,9 @@ def quantised_step(lengths, cached, heads, kv_heads, head_dim, dtype, form):
 def check_step(*args):
     q = args[0]
     out, untouched = poisoned(*q.shape, dtype=q.dtype)
-    assert attention_quantised.attention_step_quantised(*args, out=out) is out
+    assert attention_8bit.attention_step_8bit(*args, out=out) is out
     assert untouched()
-    plain = reference.attention_step_quantised
+    plain = reference.attention_step_8bit
     exact = [x if isinstance(x, int) else double(x)[0] for x in args]
     assert_earned(out, plain(*args), plain(*exact))
 
@@ -134,7 +134,7 @@ class TestStep:
         check_step(*quantised_step(*STEPS[case], 2, 2, head_dim, dtype, form))
 
     @forms
-    @pytest.mark.parametrize(("head_dim", "block_m", "block_n"), tiles("attention_step_quantised"))
+    @pytest.mark.parametrize(("head_dim", "block_m", "block_n"), tiles("attention_step_8bit"))
     @pytest.mark.parametrize(("heads", "kv_heads"), ((4, 1), (4, 2), (3, 3)))
     def test_grouped_heads_and_every_tile(self, heads, kv_heads, head_dim, block_m, block_n, form):
         groups = [130, 64], [(0, 129), (7, 64)]
@@ -153,7 +153,7 @@ class TestStep:
     def test_no_rows(self, form):
         for groups in (([], []), ([0, 0], [(0, 1), (1, 2)])):
             args = quantised_step(*groups, 2, 2, 64, torch.float32, form)
-            assert attention_quantised.attention_step_quantised(*args).shape == (0, 2, 64)
+            assert attention_8bit.attention_step_8bit(*args).shape == (0, 2, 64)
 
     @settings(max_examples=20, deadline=None)
     @given(GROUPS, st.sampled_from((64, 96)), st.sampled_from(DTYPES), st.sampled_from(list(FORMS)))
@@ -170,4 +170,4 @@ class TestStep:
         q, k, v, *caches, cu_rows, starts, counts, longest = args
         wide = [expanded(cache, 2, 64) for cache in caches]
         expected = reference.attention_step(q, k, v, *wide, cu_rows, starts, counts, longest)
-        assert torch.equal(reference.attention_step_quantised(*args), expected)
+        assert torch.equal(reference.attention_step_8bit(*args), expected)

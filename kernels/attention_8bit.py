@@ -5,7 +5,7 @@
 as in `attention`, with the scales of the cached rows outside both products: of keys on the scores,
 of values on the probabilities, both in float32. Values in 8 bits are exact in every dtype of the
 queries, so nothing is rounded that a cache in that dtype would not round. e4m3 is decoded from its
-bits. `reference.attention_step_quantised` is the specification.
+bits. `reference.attention_step_8bit` is the specification.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _widened(b_x, like, E4M3: tl.constexpr):
 
 
 @triton.jit
-def attention_step_quantised_kernel(
+def attention_step_8bit_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
@@ -141,7 +141,7 @@ def attention_step_quantised_kernel(
     store(out_ptr, o_m, m_m, stride_out_row, acc_a, acc_b, HEAD_A, HEAD_B)
 
 
-def attention_step_quantised(
+def attention_step_8bit(
     q: Tensor,  # [rows, heads, head_dim]
     k: Tensor,  # [rows, kv_heads, head_dim]
     v: Tensor,  # [rows, kv_heads, head_dim]
@@ -153,15 +153,15 @@ def attention_step_quantised(
     max_rows: int,
     out: Tensor | None = None,  # [rows, heads, head_dim]
 ) -> Tensor:  # [rows, heads, head_dim]
-    """Launches the step's attention; see `reference.attention_step_quantised`.
+    """Launches the step's attention; see `reference.attention_step_8bit`.
 
     Args:
         out: written and returned where given, else allocated.
 
     Raises:
-        TypeError, ValueError: see `contract.attention_step_quantised`.
+        TypeError, ValueError: see `contract.attention_step_8bit`.
     """
-    contract.attention_step_quantised(
+    contract.attention_step_8bit(
         q, k, v, k_cache, v_cache, cu_rows, cache_start, cache_len, max_rows, fused=True
     )
     out = output_of(q, out)
@@ -170,11 +170,11 @@ def attention_step_quantised(
         return out
     heads, head_dim = q.shape[1:]
     head_a, head_b = PARTS[head_dim]
-    chosen = launch.choose("attention_step_quantised", q, head_dim)
+    chosen = launch.choose("attention_step_8bit", q, head_dim)
     k_values, k_scales = contract.cache_parts(k_cache, k.shape[1], head_dim)
     v_values, v_scales = contract.cache_parts(v_cache, k.shape[1], head_dim)
     is_e4m3 = k_cache.dtype == torch.uint8
-    attention_step_quantised_kernel[(triton.cdiv(max_rows, chosen.block_m), heads, groups)](
+    attention_step_8bit_kernel[(triton.cdiv(max_rows, chosen.block_m), heads, groups)](
         q,
         k,
         v,
