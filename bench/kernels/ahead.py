@@ -104,7 +104,8 @@ class Case:
     @property
     def is_bounded(self) -> bool:
         """Whether `bounds` counts its main loop."""
-        return self.uses_matrix_units or self.kernel == "scaled_mm_"
+        plain_attention = self.uses_matrix_units and not self.form
+        return plain_attention or self.kernel == "scaled_mm_"
 
 
 @dataclass(frozen=True)

@@ -46,10 +46,8 @@ def count(case: ahead.Case, code: ahead.Compiled) -> dict[str, Any]:
 
 
 def _tile(case: ahead.Case, code: ahead.Compiled) -> pipes.Tile | pipes.ProductTile:
-    """Of attention in 8 bits the loop over the cache is the one that is counted."""
     if case.is_attention:
-        sizes = code.block_m, code.block_n, case.head_dim, code.warps
-        return pipes.Tile(*sizes, value_bytes=1 if case.form else 2)
+        return pipes.Tile(code.block_m, code.block_n, case.head_dim, code.warps)
     return pipes.ProductTile(code.block_m, code.block_n, code.block_k, code.warps, case.form)
 
 
@@ -106,9 +104,7 @@ def rows(counts: dict[str, Any], head_dim: int = 0) -> list[tuple[str, ...]]:
 
 
 def _label(case: ahead.Case) -> str:
-    name = case.kernel.removeprefix("attention_").removesuffix("_8bit")
-    if case.form:
-        name += f", {case.form}{' cache' if case.is_attention else ''}"
+    name = case.kernel.removeprefix("attention_") + f", {case.form}" * bool(case.form)
     return f"{name}, maps" if case.tensor_maps else name
 
 
@@ -119,8 +115,7 @@ def markdown() -> str:
     lines = [
         f"Attention with heads of {ahead.HEAD_DIM} in bfloat16 and products in 8 bits, *counted* "
         f"from what Triton {committed['triton']} compiles: cycles of a multiprocessor's pipes for "
-        "one turn of a CTA's main loop, and the share of the matrix units' rate that is left. With "
-        "a cache in 8 bits the loop over the cache is counted.",
+        "one turn of a CTA's main loop, and the share of the matrix units' rate that is left.",
         "",
         f"| {' | '.join(head)} |",
         f"|{' --- |' * len(head)}",

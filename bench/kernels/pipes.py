@@ -405,14 +405,12 @@ class Tile:
         block_m: query rows.
         block_n: keys.
         head_dim: of both products.
-        value_bytes: of a number of K and V as they are copied.
     """
 
     block_m: int
     block_n: int
     head_dim: int
     warps: int
-    value_bytes: int = 2
 
     @property
     def multiplies(self) -> int:
@@ -425,8 +423,8 @@ class Tile:
 
     @property
     def copied(self) -> int:
-        """Bytes of K and V."""
-        return 2 * self.value_bytes * self.block_n * self.head_dim
+        """Bytes of K and V, in bfloat16."""
+        return 2 * 2 * self.block_n * self.head_dim
 
     @property
     def tcgen05(self) -> int:

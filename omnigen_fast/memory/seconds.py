@@ -25,7 +25,7 @@ _VAE_MOVES = 10
 # Of the rate of products, what convolutions in bfloat16 are counted to reach; not measured.
 _CONVOLUTION_SHARE = 0.4
 # What keys and values in 8 bits take beyond ones in bfloat16, in units of the products with them,
-# by compute capability: counted from machine code (`bench.kernels.bounds`), not measured.
+# by compute capability: counted from machine code by the model in `bench.kernels.pipes`.
 _EXPANDING = {"8.0": 1.5, "8.6": 0.5, "8.9": 0.5}
 _EXPANDING_ELSEWHERE = 1.0
 _decode_flops, _encode_flops = lru_cache(256)(decode_flops), lru_cache(256)(encode_flops)

@@ -246,11 +246,6 @@ def test_a_product_of_tensor_memory():
     assert (found["matrix"], found["shared"]) == (512, 2 * (128 + 256))  # fed and copied
 
 
-def test_a_cache_in_8_bits_copies_half():
-    found = [pipes.cycles(80, STEP, replace(TILE, value_bytes=size))["l2"] for size in (2, 1)]
-    assert found[0] == 2 * found[1]
-
-
 @pytest.mark.parametrize("change", [{"multiplies": 98304}, {"tcgen05": 7}])
 def test_code_that_does_not_do_the_tile(change):
     with pytest.raises(ValueError, match="matrix products, its tile"):
