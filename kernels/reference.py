@@ -263,7 +263,7 @@ def quantise_cache_(
         scales.index_copy_(0, cache_rows, new_scales)
 
 
-def dequantised(
+def _dequantised(
     cache: Tensor,  # [rows, width], int8 or uint8
     like: Tensor,  # [..., kv_heads, head_dim]
 ) -> Tensor:  # [rows, kv_heads, head_dim], of the dtype of `like`
@@ -354,7 +354,7 @@ def attention_step_8bit(
     """`attention_step` with a cache that `quantise_cache_` has written."""
 
     def cached_rows(rows: slice) -> tuple[Tensor, Tensor]:
-        return dequantised(k_cache[rows], k), dequantised(v_cache[rows], k)
+        return _dequantised(k_cache[rows], k), _dequantised(v_cache[rows], k)
 
     return _step(q, k, v, cached_rows, cu_rows, cache_start, cache_len, max_rows, out)
 

@@ -168,7 +168,7 @@ def _outcome(function: Callable, args: tuple, written: tuple[int, ...], **more) 
     returned = function(*args, **more)
     results = ([] if returned is None else [returned]) + [args[i] for i in written]
     if function.__name__ == "quantise_cache_":  # as what the bytes stand for
-        return [reference.dequantised(one, args[0].double()) for one in results]
+        return [reference._dequantised(one, args[0].double()) for one in results]
     return results
 
 

@@ -384,7 +384,7 @@ def quantise_cache(size: Size, make: _Maker) -> Case:
     args = (k, v, *caches, places)
 
     def kept() -> Tensor:
-        return reference.dequantised(caches[0], k)
+        return reference._dequantised(caches[0], k)
 
     def exact() -> Tensor:
         return torch.empty_like(k, dtype=torch.float64).index_copy_(0, places, k.double())
@@ -550,7 +550,7 @@ def attention_step_8bit(size: Size, make: _Maker) -> Case:
     def joined(part: Tensor, cache: Tensor, group: int) -> Tensor:
         rows = slice(group * size.noise, (group + 1) * size.noise)
         kept = cache[firsts[group] : firsts[group] + size.cached[group]]
-        return torch.cat([reference.dequantised(kept, part.double()), part[rows].double()])
+        return torch.cat([reference._dequantised(kept, part.double()), part[rows].double()])
 
     starts = [group * size.noise for group in range(groups)]
     return Case(

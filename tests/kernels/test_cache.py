@@ -94,7 +94,7 @@ class TestRows:
         for run in (quantise.quantise_cache_, reference.quantise_cache_):
             cache = torch.zeros(2, contract.cache_width(3, 64), dtype=form, device=DEVICE)
             run(x, x, cache, cache.clone(), torch.arange(2, device=DEVICE))
-            found = reference.dequantised(cache, x)
+            found = reference._dequantised(cache, x)
             bad = (~found.isfinite()).any(2).tolist()
             assert bad == [[False] * 3, [False, False, True]]
 
@@ -104,7 +104,7 @@ class TestRows:
         for run in (quantise.quantise_cache_, reference.quantise_cache_):
             cache = torch.full((1, contract.cache_width(2, 96)), 7, dtype=form, device=DEVICE)
             run(x, x, cache, cache.clone(), torch.zeros(1, dtype=torch.int64, device=DEVICE))
-            assert not reference.dequantised(cache, x).any()
+            assert not reference._dequantised(cache, x).any()
 
 
 def quantised_step(lengths, cached, heads, kv_heads, head_dim, dtype, form):
