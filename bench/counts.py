@@ -46,12 +46,14 @@ PRODUCTS, ATTENTION, NORMS, ELEMENTWISE, COPIES = FAMILIES = (
 )
 OURS = {
     "attention_step": ATTENTION,
+    "attention_step_8bit": ATTENTION,
     "attention_prefill": ATTENTION,
     "rms_norm": NORMS,
     "add_rms_norm": NORMS,
     "modulate": NORMS,
     "rope_": ELEMENTWISE,
     "rope_cache_": ELEMENTWISE,
+    "quantise_cache_": ELEMENTWISE,
     "swiglu": ELEMENTWISE,
     "scaled_mm_": PRODUCTS,
     "rms_norm_quantise_": NORMS,
@@ -67,6 +69,7 @@ _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "convolution"}
 _NORMS = {"native_group_norm", "native_layer_norm"}
 _COPIES = {"copy_", "_to_copy", "clone", "index_select", "index_copy_", "index", "cat", "embedding"}
 _COPIES |= {"index_put_", "gather", "scatter_", "fill_", "zero_", "stack"}
+_FLOAT = 4  # bytes
 _NO_KERNEL = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"}
 _NO_KERNEL |= {"lift_fresh", "detach", "alias"}
 
@@ -327,6 +330,10 @@ def _ours(name: str, given: dict[str, Any], result: Any) -> Operation:
         if name == "rope_cache_":  # v in, k and v into the cache
             read += head * kv_heads + touched(given["cache_rows"])
             written += 2 * head * kv_heads
+    elif name == "quantise_cache_":
+        k, v = given["k"], given["v"]
+        read = touched(k) + touched(v) + touched(given["cache_rows"])
+        written = 2 * k.shape[0] * _narrow_row(k)
     elif name.startswith("dequantise_"):
         written = touched(given["weight"])
         read -= written
@@ -340,12 +347,14 @@ def _ours(name: str, given: dict[str, Any], result: Any) -> Operation:
         written += touched(given["residual"]) if "residual" in given else 0
     elif name == "guidance_step_":
         written = touched(given["latents"])
-    elif name == "attention_step":
+    elif name in ("attention_step", "attention_step_8bit"):
         q, lengths = given["q"], _Values.of(given["cache_len"])
         starts, bounds = _Values.of(given["cache_start"]), _Values.of(given["cu_rows"])
         rows = [stop - first for first, stop in pairwise(bounds)]
         seen = {row for first, more in zip(starts, lengths) for row in range(first, first + more)}
-        cached = 2 * len(seen) * touched(given["k_cache"][0])
+        narrow = name == "attention_step_8bit"
+        cached = 2 * len(seen)
+        cached *= _narrow_row(given["k"]) if narrow else touched(given["k_cache"][0])
         read = sum(touched(given[one]) for one in ("q", "k", "v")) + cached
         pairs = sum(count * (count + more) for count, more in zip(rows, lengths))
         flops = 4 * q.shape[1] * q.shape[2] * pairs
@@ -357,6 +366,11 @@ def _ours(name: str, given: dict[str, Any], result: Any) -> Operation:
                 pairs += ends[row] + (ends[row] <= row - start)
         flops = 4 * q.shape[1] * q.shape[2] * pairs
     return Operation(name, family, read, written, flops)
+
+
+def _narrow_row(k: Tensor) -> int:
+    """Bytes of a row of keys in 8 bits; what fills it up is not touched."""
+    return k.shape[1] * (k.shape[2] + _FLOAT)
 
 
 ENCODE, PREFILL, STEP, DECODE = PARTS = ("encode", "prefill", "step", "decode")

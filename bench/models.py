@@ -12,6 +12,7 @@ from torch import Tensor
 from omnigen_fast.config import ModelConfig
 from omnigen_fast.errors import RequestError
 from omnigen_fast.pipeline import OmniGenPipeline
+from omnigen_fast.precision import Precision
 
 from .common import TOKENIZER, full_config, random_weights, small_config, tiny_config
 from .contenders import KeptVae, Ours
@@ -39,11 +40,13 @@ class Model:
     ours: Ours
     folder: Path | None  # of a checkpoint
 
-    def widened(self, storage: str | None = None, compute: str | None = None) -> Model:
-        """The same values in float32, stored and multiplied so."""
+    def widened(
+        self, storage: str | None = None, compute: str | None = None, cache: str | None = None
+    ) -> Model:
+        """The same values in float32, stored, multiplied and cached so."""
         weights = {name: value.float() for name, value in self.weights.items()}
         device = self.ours.pipe.device
-        ours = _ours(self.config, weights, device, storage, compute)
+        ours = _ours(self.config, weights, device, storage, compute, cache)
         return replace(self, weights=weights, ours=ours)
 
     @property
@@ -74,6 +77,7 @@ def load(
     device: torch.device,
     storage: str | None = None,
     compute: str | None = None,
+    cache: str | None = None,
 ) -> Model:
     """Loads a model or draws its weights. Its pipeline keeps nothing between pictures.
 
@@ -83,6 +87,7 @@ def load(
         device: where to run.
         storage: in which the pipeline keeps them, as `weights` of `from_pretrained`.
         compute: as that argument of `from_pretrained`.
+        cache: likewise.
 
     Raises:
         RequestError, CheckpointError: there is no such model.
@@ -90,7 +95,8 @@ def load(
     if is_random(name):
         config = _RANDOM[name]()
         weights = random_weights(config, dtype, device=device)
-        return Model(name, config, weights, _ours(config, weights, device, storage, compute), None)
+        ours = _ours(config, weights, device, storage, compute, cache)
+        return Model(name, config, weights, ours, None)
     pipe = OmniGenPipeline.from_pretrained(
         name,
         device=device,
@@ -98,6 +104,7 @@ def load(
         condition_cache_bytes=0,
         weights=storage,
         compute=compute,
+        cache=cache,
     )
     engine = pipe.engine
     engine.vae = KeptVae(device, engine.vae)
@@ -127,5 +134,7 @@ def _ours(
     device: torch.device,
     storage: str | None = None,
     compute: str | None = None,
+    cache: str | None = None,
 ) -> Ours:
-    return Ours(make_pipeline(config, weights, device, 0, storage=storage, compute=compute))
+    precision = Precision.of(weights["norm"].dtype, storage, compute, cache)
+    return Ours(make_pipeline(config, weights, device, 0, precision=precision))

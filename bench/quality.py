@@ -20,7 +20,7 @@ from torch import Tensor
 
 from omnigen_fast.errors import RequestError
 from omnigen_fast.fewer_steps import QUALITIES, REUSES
-from omnigen_fast.forms import FORMS, PRODUCTS
+from omnigen_fast.forms import CACHES, FORMS, PRODUCTS
 from omnigen_fast.model_defaults import defaults_of
 from omnigen_fast.solvers import SOLVERS
 
@@ -33,6 +33,7 @@ from .report import aligned
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _KERNELS = ("reference", "triton", "library")
 _COMPUTES = {f"compute-{name}": name for name in PRODUCTS}
+_CACHES = {f"cache-{name}": name for name in CACHES}
 _NO_KV, _JOINT = "no-kv", "joint"
 _REUSES = tuple(f"reuse-{name}" for name in REUSES)
 
@@ -45,6 +46,7 @@ class Configuration:
     dtype: torch.dtype
     storage: str | None  # of the weights, if it is not the dtype
     compute: str | None  # of the layers' products, likewise
+    cache: str | None  # of keys and values, likewise
     kernels: str | None
     arguments: dict[str, Any]  # memory switches, solver, reuse; or a quality and its steps
 
@@ -62,14 +64,25 @@ def parse_configuration(text: str) -> Configuration:
         RequestError: an unknown word, or two that contradict one another.
     """
     words = text.split("+")
+    stored = [place for place, word in enumerate(words) if word in FORMS]
+    if len(stored) == 2 and words[stored[1]] in PRODUCTS:
+        words[stored[1]] = f"compute-{words[stored[1]]}"
     known = (
-        *(*_DTYPES, *FORMS, *_COMPUTES, *_KERNELS, *SWITCHES, _NO_KV, _JOINT),
+        *(*_DTYPES, *FORMS, *_COMPUTES, *_CACHES, *_KERNELS, *SWITCHES, _NO_KV, _JOINT),
         *(*QUALITIES, *SOLVERS, *_REUSES),
     )
     unknown = [word for word in words if word not in known]
     if unknown:
         raise RequestError(f"{text!r}: {unknown[0]!r} is not known; there are {', '.join(known)}")
-    alternatives = (_DTYPES, FORMS, _COMPUTES, _KERNELS, ("kv", _NO_KV), ("separate", _JOINT))
+    alternatives = (
+        _DTYPES,
+        FORMS,
+        _COMPUTES,
+        _CACHES,
+        _KERNELS,
+        ("kv", _NO_KV),
+        ("separate", _JOINT),
+    )
     for some in (*alternatives, QUALITIES, SOLVERS, _REUSES):
         both = [word for word in words if word in some]
         if len(both) > 1:
@@ -87,7 +100,8 @@ def parse_configuration(text: str) -> Configuration:
     kernels = next((word for word in words if word in _KERNELS), None)
     storage = next((word for word in words if word in FORMS), None)
     compute = next((_COMPUTES[word] for word in words if word in _COMPUTES), None)
-    return Configuration(text, _DTYPES[dtype], storage, compute, kernels, arguments)
+    cache = next((_CACHES[word] for word in words if word in _CACHES), None)
+    return Configuration(text, _DTYPES[dtype], storage, compute, cache, kernels, arguments)
 
 
 def psnr(found: Tensor, expected: Tensor) -> float:
@@ -200,8 +214,8 @@ def _has_vae(model: str) -> bool:
 def _load(name: str, one: Configuration, device: torch.device) -> Model:
     """Random weights in float32 have bfloat16 values, so that both run the same model."""
     if _has_vae(name) or one.dtype == torch.bfloat16:
-        return load(name, one.dtype, device, one.storage, one.compute)
-    return load(name, torch.bfloat16, device).widened(one.storage, one.compute)
+        return load(name, one.dtype, device, one.storage, one.compute, one.cache)
+    return load(name, torch.bfloat16, device).widened(one.storage, one.compute, one.cache)
 
 
 @torch.no_grad()

@@ -25,11 +25,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from . import contract, launch
 
 # The largest powers of two that a head is made of.
-_PARTS = {64: (64, 0), 96: (64, 32), 128: (128, 0)}
+PARTS = {64: (64, 0), 96: (64, 32), 128: (128, 0)}
 
 
 @triton.jit
-def _scores(q_a, q_b, k_a, k_b, HEAD_B: tl.constexpr):
+def scores(q_a, q_b, k_a, k_b, HEAD_B: tl.constexpr):
     """Products of a tile of queries and a block of keys."""
     b_s = tl.dot(q_a, tl.trans(k_a), input_precision="ieee")
     if HEAD_B:
@@ -38,7 +38,7 @@ def _scores(q_a, q_b, k_a, k_b, HEAD_B: tl.constexpr):
 
 
 @triton.jit
-def _fold(b_s, v_a, v_b, acc_a, acc_b, b_max, b_sum, scale, HEAD_B: tl.constexpr):
+def fold(b_s, v_a, v_b, acc_a, acc_b, b_max, b_sum, scale, HEAD_B: tl.constexpr):
     """Takes a block of scores and its values into the running softmax."""
     b_top = tl.max(b_s, 1)
     return _fold_below(b_s, b_top, v_a, v_b, acc_a, acc_b, b_max, b_sum, scale, HEAD_B)
@@ -46,7 +46,7 @@ def _fold(b_s, v_a, v_b, acc_a, acc_b, b_max, b_sum, scale, HEAD_B: tl.constexpr
 
 @triton.jit
 def _fold_below(b_s, b_top, v_a, v_b, acc_a, acc_b, b_max, b_sum, scale, HEAD_B: tl.constexpr):
-    """As `_fold`, where the largest score of each row is known.
+    """As `fold`, where the largest score of each row is known.
 
     The maximum is kept scaled, the scores are not: scaling and subtracting are then one FMA.
     """
@@ -62,7 +62,7 @@ def _fold_below(b_s, b_top, v_a, v_b, acc_a, acc_b, b_max, b_sum, scale, HEAD_B:
 
 
 @triton.jit
-def _load(ptr, o_row, stride_row, HEAD_A: tl.constexpr, HEAD_B: tl.constexpr):
+def load(ptr, o_row, stride_row, HEAD_A: tl.constexpr, HEAD_B: tl.constexpr):
     """Rows of one head, in its two parts; the second is unused where HEAD_B is 0."""
     p_row = ptr + o_row[:, None] * stride_row
     b_a = tl.load(p_row + tl.arange(0, HEAD_A)[None, :])
@@ -73,8 +73,8 @@ def _load(ptr, o_row, stride_row, HEAD_A: tl.constexpr, HEAD_B: tl.constexpr):
 
 
 @triton.jit
-def _load_some(ptr, o_row, m_row, stride_row, HEAD_A: tl.constexpr, HEAD_B: tl.constexpr):
-    """As `_load`, zeros where `m_row` is false."""
+def load_some(ptr, o_row, m_row, stride_row, HEAD_A: tl.constexpr, HEAD_B: tl.constexpr):
+    """As `load`, zeros where `m_row` is false."""
     p_row = ptr + o_row[:, None] * stride_row
     b_a = tl.load(p_row + tl.arange(0, HEAD_A)[None, :], mask=m_row[:, None], other=0.0)
     b_b = b_a
@@ -85,7 +85,7 @@ def _load_some(ptr, o_row, m_row, stride_row, HEAD_A: tl.constexpr, HEAD_B: tl.c
 
 
 @triton.jit
-def _store(ptr, o_row, m_row, stride_row, b_a, b_b, HEAD_A: tl.constexpr, HEAD_B: tl.constexpr):
+def store(ptr, o_row, m_row, stride_row, b_a, b_b, HEAD_A: tl.constexpr, HEAD_B: tl.constexpr):
     p_row = ptr + o_row[:, None] * stride_row
     tl.store(p_row + tl.arange(0, HEAD_A)[None, :], b_a, mask=m_row[:, None])
     if HEAD_B:
@@ -94,7 +94,7 @@ def _store(ptr, o_row, m_row, stride_row, b_a, b_b, HEAD_A: tl.constexpr, HEAD_B
 
 
 @triton.jit
-def _tails(
+def tails(
     q_a,
     q_b,
     acc_a,
@@ -134,11 +134,11 @@ def _tails(
         stride_k = tl.where(in_cache, stride_k_cache_row, stride_k_row)
         stride_v = tl.where(in_cache, stride_v_cache_row, stride_v_row)
         m_n = o_n < tail
-        k_a, k_b = _load_some(p_k, o_row, m_n, stride_k, HEAD_A, HEAD_B)
-        b_s = _scores(q_a, q_b, k_a, k_b, HEAD_B)
+        k_a, k_b = load_some(p_k, o_row, m_n, stride_k, HEAD_A, HEAD_B)
+        b_s = scores(q_a, q_b, k_a, k_b, HEAD_B)
         b_s = tl.where(m_n[None, :], b_s, float("-inf"))
-        v_a, v_b = _load_some(p_v, o_row, m_n, stride_v, HEAD_A, HEAD_B)
-        acc_a, acc_b, b_max, b_sum = _fold(b_s, v_a, v_b, acc_a, acc_b, b_max, b_sum, scale, HEAD_B)
+        v_a, v_b = load_some(p_v, o_row, m_n, stride_v, HEAD_A, HEAD_B)
+        acc_a, acc_b, b_max, b_sum = fold(b_s, v_a, v_b, acc_a, acc_b, b_max, b_sum, scale, HEAD_B)
     return acc_a, acc_b, b_max, b_sum
 
 
@@ -187,7 +187,7 @@ def attention_step_kernel(
     o_m = i_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     o_n = tl.arange(0, BLOCK_N)
     m_m = o_m < rows
-    q_a, q_b = _load_some(q_ptr, o_m, m_m, stride_q_row, HEAD_A, HEAD_B)
+    q_a, q_b = load_some(q_ptr, o_m, m_m, stride_q_row, HEAD_A, HEAD_B)
 
     acc_a = tl.zeros([BLOCK_M, HEAD_A], tl.float32)
     acc_b = acc_a
@@ -218,14 +218,14 @@ def attention_step_kernel(
         p_v = tl.where(in_cache, v_cache_ptr, v_ptr)
         stride_k = tl.where(in_cache, stride_k_cache_row, stride_k_row)
         stride_v = tl.where(in_cache, stride_v_cache_row, stride_v_row)
-        k_a, k_b = _load(p_k, o_row, stride_k, HEAD_A, HEAD_B)
-        b_s = _scores(q_a, q_b, k_a, k_b, HEAD_B)
+        k_a, k_b = load(p_k, o_row, stride_k, HEAD_A, HEAD_B)
+        b_s = scores(q_a, q_b, k_a, k_b, HEAD_B)
         # Before the mask, since repeated rows don't raise it: past a branch alone, Triton would not
         # see that the scores lead to another product, and lay them out for neither.
         b_top = tl.max(b_s, 1)
         if is_cut:
             b_s = tl.where((o_n < end % BLOCK_N)[None, :], b_s, float("-inf"))
-        v_a, v_b = _load(p_v, o_row, stride_v, HEAD_A, HEAD_B)
+        v_a, v_b = load(p_v, o_row, stride_v, HEAD_A, HEAD_B)
         acc_a, acc_b, b_max, b_sum = _fold_below(
             b_s, b_top, v_a, v_b, acc_a, acc_b, b_max, b_sum, scale, HEAD_B
         )
@@ -233,12 +233,12 @@ def attention_step_kernel(
     b_scale = 1.0 / b_sum[:, None]
     acc_a = (acc_a * b_scale).to(out_ptr.dtype.element_ty)
     acc_b = (acc_b * b_scale).to(out_ptr.dtype.element_ty)
-    _store(out_ptr, o_m, m_m, stride_out_row, acc_a, acc_b, HEAD_A, HEAD_B)
+    store(out_ptr, o_m, m_m, stride_out_row, acc_a, acc_b, HEAD_A, HEAD_B)
 
 
 @triton.jit
 def _load_map(a_map, b_map, o_row, o_head, HEAD_A: tl.constexpr, HEAD_B: tl.constexpr):
-    """As `_load`, through tensor maps: Hopper's copy engine computes the addresses."""
+    """As `load`, through tensor maps: Hopper's copy engine computes the addresses."""
     b_a = a_map.load([o_row, o_head])
     b_b = b_a
     if HEAD_B:
@@ -298,7 +298,7 @@ def attention_step_maps_kernel(
 
     o_m = i_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     m_m = o_m < rows
-    q_a, q_b = _load_some(q_ptr, o_m, m_m, stride_q_row, HEAD_A, HEAD_B)
+    q_a, q_b = load_some(q_ptr, o_m, m_m, stride_q_row, HEAD_A, HEAD_B)
 
     acc_a = tl.zeros([BLOCK_M, HEAD_A], tl.float32)
     acc_b = acc_a
@@ -312,17 +312,17 @@ def attention_step_maps_kernel(
     for i_block in range(cached // BLOCK_N):
         o_row = cached_first + i_block * BLOCK_N
         k_a, k_b = _load_map(k_cache_a_map, k_cache_b_map, o_row, o_k_head, HEAD_A, HEAD_B)
-        b_s = _scores(q_a, q_b, k_a, k_b, HEAD_B)
+        b_s = scores(q_a, q_b, k_a, k_b, HEAD_B)
         v_a, v_b = _load_map(v_cache_a_map, v_cache_b_map, o_row, o_k_head, HEAD_A, HEAD_B)
-        acc_a, acc_b, b_max, b_sum = _fold(b_s, v_a, v_b, acc_a, acc_b, b_max, b_sum, scale, HEAD_B)
+        acc_a, acc_b, b_max, b_sum = fold(b_s, v_a, v_b, acc_a, acc_b, b_max, b_sum, scale, HEAD_B)
     for i_block in range(rows // BLOCK_N):
         o_row = first + i_block * BLOCK_N
         k_a, k_b = _load_map(k_a_map, k_b_map, o_row, o_k_head, HEAD_A, HEAD_B)
-        b_s = _scores(q_a, q_b, k_a, k_b, HEAD_B)
+        b_s = scores(q_a, q_b, k_a, k_b, HEAD_B)
         v_a, v_b = _load_map(v_a_map, v_b_map, o_row, o_k_head, HEAD_A, HEAD_B)
-        acc_a, acc_b, b_max, b_sum = _fold(b_s, v_a, v_b, acc_a, acc_b, b_max, b_sum, scale, HEAD_B)
+        acc_a, acc_b, b_max, b_sum = fold(b_s, v_a, v_b, acc_a, acc_b, b_max, b_sum, scale, HEAD_B)
 
-    acc_a, acc_b, b_max, b_sum = _tails(
+    acc_a, acc_b, b_max, b_sum = tails(
         q_a, q_b, acc_a, acc_b, b_max, b_sum, scale,
         k_ptr, v_ptr, stride_k_row, stride_v_row, rows,
         k_cache_ptr, v_cache_ptr, stride_k_cache_row, stride_v_cache_row, cached,
@@ -331,7 +331,7 @@ def attention_step_maps_kernel(
     b_scale = 1.0 / b_sum[:, None]
     acc_a = (acc_a * b_scale).to(out_ptr.dtype.element_ty)
     acc_b = (acc_b * b_scale).to(out_ptr.dtype.element_ty)
-    _store(out_ptr, o_m, m_m, stride_out_row, acc_a, acc_b, HEAD_A, HEAD_B)
+    store(out_ptr, o_m, m_m, stride_out_row, acc_a, acc_b, HEAD_A, HEAD_B)
 
 
 @triton.jit(do_not_specialize=["wanted"])
@@ -372,7 +372,7 @@ def attention_prefill_kernel(
     o_m = wanted + i_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     o_n = tl.arange(0, BLOCK_N)
     m_m = o_m < rows
-    q_a, q_b = _load_some(q_ptr, o_m, m_m, stride_q_row, HEAD_A, HEAD_B)
+    q_a, q_b = load_some(q_ptr, o_m, m_m, stride_q_row, HEAD_A, HEAD_B)
     b_end = tl.minimum(tl.load(kv_end_ptr + first + o_m, mask=m_m, other=0), rows)
     # rows past the end of the group must not shorten what the others see without a mask
     end_of_all = tl.min(tl.where(m_m, b_end, rows), 0)
@@ -381,37 +381,37 @@ def attention_prefill_kernel(
     # The row's own key starts the running softmax: its score is a finite maximum from the first
     # block on, even for a row that the block shows nothing. Its value counts here only where
     # kv_end does not cover the row itself; elsewhere it comes with its block.
-    own_a, own_b = _load_some(k_ptr, o_m, m_m, stride_k_row, HEAD_A, HEAD_B)
+    own_a, own_b = load_some(k_ptr, o_m, m_m, stride_k_row, HEAD_A, HEAD_B)
     b_max = tl.sum(q_a.to(tl.float32) * own_a.to(tl.float32), 1)
     if HEAD_B:
         b_max += tl.sum(q_b.to(tl.float32) * own_b.to(tl.float32), 1)
     b_max = b_max * scale
     b_sum = tl.where(b_end <= o_m, 1.0, 0.0)
-    own_a, own_b = _load_some(v_ptr, o_m, m_m & (b_end <= o_m), stride_v_row, HEAD_A, HEAD_B)
+    own_a, own_b = load_some(v_ptr, o_m, m_m & (b_end <= o_m), stride_v_row, HEAD_A, HEAD_B)
     acc_a = own_a.to(tl.float32)
     acc_b = own_b.to(tl.float32)
 
     blocks_of_all = end_of_all // BLOCK_N
     for i_block in range(blocks_of_all):
         o_row = i_block * BLOCK_N + o_n
-        k_a, k_b = _load(k_ptr, o_row, stride_k_row, HEAD_A, HEAD_B)
-        b_s = _scores(q_a, q_b, k_a, k_b, HEAD_B)
-        v_a, v_b = _load(v_ptr, o_row, stride_v_row, HEAD_A, HEAD_B)
-        acc_a, acc_b, b_max, b_sum = _fold(b_s, v_a, v_b, acc_a, acc_b, b_max, b_sum, scale, HEAD_B)
+        k_a, k_b = load(k_ptr, o_row, stride_k_row, HEAD_A, HEAD_B)
+        b_s = scores(q_a, q_b, k_a, k_b, HEAD_B)
+        v_a, v_b = load(v_ptr, o_row, stride_v_row, HEAD_A, HEAD_B)
+        acc_a, acc_b, b_max, b_sum = fold(b_s, v_a, v_b, acc_a, acc_b, b_max, b_sum, scale, HEAD_B)
 
     for i_block in tl.range(blocks_of_all, tl.cdiv(end_of_any, BLOCK_N), num_stages=1):
         o_row = i_block * BLOCK_N + o_n
         m_n = o_row < end_of_any
-        k_a, k_b = _load_some(k_ptr, o_row, m_n, stride_k_row, HEAD_A, HEAD_B)
-        b_s = _scores(q_a, q_b, k_a, k_b, HEAD_B)
+        k_a, k_b = load_some(k_ptr, o_row, m_n, stride_k_row, HEAD_A, HEAD_B)
+        b_s = scores(q_a, q_b, k_a, k_b, HEAD_B)
         b_s = tl.where(o_row[None, :] < b_end[:, None], b_s, float("-inf"))
-        v_a, v_b = _load_some(v_ptr, o_row, m_n, stride_v_row, HEAD_A, HEAD_B)
-        acc_a, acc_b, b_max, b_sum = _fold(b_s, v_a, v_b, acc_a, acc_b, b_max, b_sum, scale, HEAD_B)
+        v_a, v_b = load_some(v_ptr, o_row, m_n, stride_v_row, HEAD_A, HEAD_B)
+        acc_a, acc_b, b_max, b_sum = fold(b_s, v_a, v_b, acc_a, acc_b, b_max, b_sum, scale, HEAD_B)
 
     b_scale = 1.0 / b_sum[:, None]
     acc_a = (acc_a * b_scale).to(out_ptr.dtype.element_ty)
     acc_b = (acc_b * b_scale).to(out_ptr.dtype.element_ty)
-    _store(out_ptr, o_m, m_m, stride_out_row, acc_a, acc_b, HEAD_A, HEAD_B)
+    store(out_ptr, o_m, m_m, stride_out_row, acc_a, acc_b, HEAD_A, HEAD_B)
 
 
 def attention_step(
@@ -437,12 +437,12 @@ def attention_step(
     contract.attention_step(
         q, k, v, k_cache, v_cache, cu_rows, cache_start, cache_len, max_rows, fused=True
     )
-    out = _output(q, out)
+    out = output_of(q, out)
     groups = cu_rows.shape[0] - 1
     if not q.shape[0] or not groups:
         return out
     heads, head_dim = q.shape[1:]
-    head_a, head_b = _PARTS[head_dim]
+    head_a, head_b = PARTS[head_dim]
     chosen = launch.choose("attention_step", q, head_dim)
     grid = (triton.cdiv(max_rows, chosen.block_m), heads, groups)
     kernel, maps = attention_step_kernel, []
@@ -504,12 +504,12 @@ def attention_prefill(
         TypeError, ValueError: see `contract.attention_prefill`.
     """
     contract.attention_prefill(q, k, v, cu_rows, kv_end, max_rows, first, fused=True)
-    out = _output(q, out)
+    out = output_of(q, out)
     groups = cu_rows.shape[0] - 1
     if not q.shape[0] or not groups or first == max_rows:
         return out
     heads, head_dim = q.shape[1:]
-    head_a, head_b = _PARTS[head_dim]
+    head_a, head_b = PARTS[head_dim]
     chosen = launch.choose("attention_prefill", q, head_dim)
     grid = (triton.cdiv(max_rows - first, chosen.block_m), heads, groups)
     attention_prefill_kernel[grid](
@@ -536,7 +536,7 @@ def attention_prefill(
     return out
 
 
-def _output(q: Tensor, out: Tensor | None) -> Tensor:
+def output_of(q: Tensor, out: Tensor | None) -> Tensor:
     if out is None:
         return torch.empty(q.shape, dtype=q.dtype, device=q.device)
     contract.same("out", out, q)

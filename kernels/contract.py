@@ -26,6 +26,28 @@ _QUANTISED = tuple(LARGEST)
 MAX_HIDDEN = 65536
 # so many products of int8 fit an int32
 MAX_DEPTH = 131072
+# Of a cache in 8 bits: int8, or the bits of float8_e4m3fn.
+_CACHES = (torch.int8, torch.uint8)
+_SCALE_BYTES = 4
+_ROW_UNIT = 16
+
+
+def cache_width(kv_heads: int, head_dim: int) -> int:
+    """Bytes of a row of a cache in 8 bits: the values of all heads, room, a scale of each head.
+
+    Rows begin at multiples of 16 bytes.
+    """
+    return -(-kv_heads * (head_dim + _SCALE_BYTES) // _ROW_UNIT) * _ROW_UNIT
+
+
+def cache_parts(
+    cache: Tensor,  # [cache rows, width], int8 or uint8
+    kv_heads: int,
+    head_dim: int,
+) -> tuple[Tensor, Tensor]:  # [cache rows, kv_heads, head_dim], [cache rows, kv_heads] float32
+    """Values and scales of a cache in 8 bits, as views."""
+    values = cache[:, : kv_heads * head_dim].unflatten(1, (kv_heads, head_dim))
+    return values, cache[:, -_SCALE_BYTES * kv_heads :].view(torch.float32)
 
 
 def _tensor(name: str, x: Tensor, dims: int, dtypes: tuple[torch.dtype, ...]) -> None:
@@ -319,6 +341,53 @@ def rope_cache_(
     _shape("cache_rows", cache_rows, (qkv.shape[0],))
 
 
+def _quantised_cache(name: str, cache: Tensor, k: Tensor) -> None:
+    """Rows in 8 bits for keys or values [rows, kv_heads, head_dim] like `k`."""
+    _tensor(name, cache, 2, _CACHES)
+    _beside(name, cache, "k", k)
+    _shape(name, cache, (cache.shape[0], cache_width(*k.shape[1:])))
+    _inside_contiguous(name, cache)
+    if cache.stride(0) % _SCALE_BYTES or cache.storage_offset() % _SCALE_BYTES:
+        raise ValueError(
+            f"{name} must have rows at multiples of {_SCALE_BYTES} bytes, got strides "
+            f"{cache.stride()} from {cache.storage_offset()} on"
+        )
+
+
+def _quantised_caches(k_cache: Tensor, v_cache: Tensor, k: Tensor) -> None:
+    _quantised_cache("k_cache", k_cache, k)
+    _quantised_cache("v_cache", v_cache, k)
+    _like("v_cache", v_cache, "k_cache", k_cache)
+
+
+def quantise_cache_(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_rows: Tensor,
+    fused: bool = False,
+) -> None:
+    """k and v [rows, kv_heads, head_dim] of one dtype; k_cache and v_cache [cache rows,
+    `cache_width`], both int8 or both uint8, for the bits of float8_e4m3fn; cache_rows [rows] int64.
+
+    Raises:
+        TypeError: wrong dtype.
+        ValueError: wrong shape, device or strides.
+    """
+    _rows("k", k, 3, fused)
+    if not k.shape[1] or not 1 <= k.shape[2] <= MAX_HIDDEN:
+        raise ValueError(f"k must have heads of 1 to {MAX_HIDDEN} columns, got {tuple(k.shape)}")
+    _rows("v", v, 3, fused)
+    _like("v", v, "k", k)
+    _shape("v", v, tuple(k.shape))
+    _quantised_caches(k_cache, v_cache, k)
+    _written("k_cache", k_cache)
+    _written("v_cache", v_cache)
+    _numbers("cache_rows", cache_rows, torch.int64, "k", k)
+    _shape("cache_rows", cache_rows, (k.shape[0],))
+
+
 def _attention(q: Tensor, k: Tensor, v: Tensor, cu_rows: Tensor, fused: bool) -> None:
     _rows("q", q, 3, fused)
     rows, heads, head_dim = q.shape
@@ -363,6 +432,47 @@ def attention_step(
         _rows(name, cache, 3, fused)
         _like(name, cache, "q", q)
         _shape(name, cache, (cache.shape[0], *k.shape[1:]))
+    _groups_of_a_step(q, k, v, k_cache, v_cache, cu_rows, cache_start, cache_len, max_rows, fused)
+
+
+def attention_step_8bit(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cu_rows: Tensor,
+    cache_start: Tensor,
+    cache_len: Tensor,
+    max_rows: int,
+    fused: bool = False,
+) -> None:
+    """q [rows, heads, head_dim], k and v [rows, kv_heads, head_dim], of one dtype; k_cache and
+    v_cache [cache rows, `cache_width`], both int8 or both uint8; cu_rows [groups + 1], cache_start
+    and cache_len [groups], int32.
+
+    Raises:
+        TypeError: wrong dtype.
+        ValueError: wrong shape, device, strides or head_dim.
+    """
+    _attention(q, k, v, cu_rows, fused)
+    _quantised_caches(k_cache, v_cache, k)
+    _groups_of_a_step(q, k, v, k_cache, v_cache, cu_rows, cache_start, cache_len, max_rows, fused)
+
+
+def _groups_of_a_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cu_rows: Tensor,
+    cache_start: Tensor,
+    cache_len: Tensor,
+    max_rows: int,
+    fused: bool,
+) -> None:
+    """What a step asks of its groups, however the cache keeps its rows."""
     if v_cache.shape[0] != k_cache.shape[0]:
         _shape("v_cache", v_cache, k_cache.shape)
     groups = cu_rows.shape[0] - 1

@@ -233,7 +233,7 @@ def _triton_library_attention() -> SimpleNamespace:
     library = {
         name: getattr(_REFERENCE, name)
         for name, one in OPERATIONS.items()
-        if one.module == "attention"
+        if one.module.startswith("attention")
     }
     return SimpleNamespace(**(vars(_triton()) | library))
 
@@ -434,6 +434,19 @@ def rope_cache_(
     run("rope_cache_", qkv, cos, sin, heads, kv_heads, k_cache, v_cache, cache_rows)
 
 
+@_operation("quantise", writes=("k_cache", "v_cache"))
+def quantise_cache_(
+    k: Tensor,  # [rows, kv_heads, head_dim]
+    v: Tensor,  # [rows, kv_heads, head_dim]
+    k_cache: Tensor,  # [cache rows, width], int8 or uint8, written at `cache_rows`
+    v_cache: Tensor,  # [cache rows, width], of the dtype of k_cache, written at `cache_rows`
+    cache_rows: Tensor,  # [rows], int64, distinct, inside the cache
+) -> None:
+    """See `reference.quantise_cache_` and `contract.quantise_cache_`."""
+    run = _trace if torch.compiler.is_compiling() else _call
+    run("quantise_cache_", k, v, k_cache, v_cache, cache_rows)
+
+
 @_operation("attention")
 def attention_step(
     q: Tensor,  # [rows, heads, head_dim]
@@ -452,6 +465,26 @@ def attention_step(
     return run(
         "attention_step", q, k, v, k_cache, v_cache, cu_rows, cache_start, cache_len, max_rows, out
     )
+
+
+@_operation("attention_8bit")
+def attention_step_8bit(
+    q: Tensor,  # [rows, heads, head_dim]
+    k: Tensor,  # [rows, kv_heads, head_dim]
+    v: Tensor,  # [rows, kv_heads, head_dim]
+    k_cache: Tensor,  # [cache rows, width], int8 or uint8, one layer of the condition cache
+    v_cache: Tensor,  # [cache rows, width], of the dtype of k_cache
+    cu_rows: Tensor,  # [groups + 1], int32: group g has rows cu_rows[g] to cu_rows[g + 1]
+    cache_start: Tensor,  # [groups], int32: its first cache row
+    cache_len: Tensor,  # [groups], int32: how many cache rows it sees, may be 0
+    max_rows: int,  # rows of the longest group
+    out: Tensor | None = None,  # [rows, heads, head_dim]
+) -> Tensor:  # [rows, heads, head_dim]
+    """See `reference.attention_step_8bit` and `contract.attention_step_8bit`."""
+    run = _trace if torch.compiler.is_compiling() else _call
+    caches = k_cache, v_cache
+    places = cu_rows, cache_start, cache_len
+    return run("attention_step_8bit", q, k, v, *caches, *places, max_rows, out)
 
 
 @_operation("attention")

@@ -8,14 +8,14 @@ operation takes `out`, that is where its result goes, so that a loop needs no ne
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .contract import GROUP, LARGEST
+from .contract import GROUP, LARGEST, cache_parts
 
 # Rows of queries that share one mask in `attention_prefill`: bounds the mask at this many rows.
 _PREFILL_BLOCK = 256
@@ -28,6 +28,9 @@ _CPU_SUMS = 1 << 22
 
 # On a CPU, rows are processed in blocks whose float32 copies stay in the cache.
 _CPU_BLOCK_VALUES = 1 << 18
+
+# Float16's exponents lie 8 higher than those of float8_e4m3fn.
+_E4M3_UNIT = 1 << 8
 
 # Quantiles of the normal distribution, scaled to end at 1, with an exact zero (Dettmers et al.,
 # 2023). In float32.
@@ -245,6 +248,46 @@ def write_cache_(
     v_cache.index_copy_(0, cache_rows, by_head[:, heads + kv_heads :])
 
 
+def quantise_cache_(
+    k: Tensor,  # [rows, kv_heads, head_dim]
+    v: Tensor,  # [rows, kv_heads, head_dim]
+    k_cache: Tensor,  # [cache rows, width], int8 or uint8, written at `cache_rows`
+    v_cache: Tensor,  # [cache rows, width], of the dtype of k_cache, written at `cache_rows`
+    cache_rows: Tensor,  # [rows], int64, distinct
+) -> None:
+    """Keys and values in 8 bits to the condition cache: each head of a row as by `quantise_`.
+
+    A row has the values of all heads, in int8 or as the bits of float8_e4m3fn (uint8), and a
+    float32 scale for each head in its last bytes (`contract.cache_parts`).
+    """
+    for x, cache in ((k, k_cache), (v, v_cache)):
+        values, scales = cache_parts(cache, *x.shape[1:])
+        form = torch.int8 if cache.dtype == torch.int8 else torch.float8_e4m3fn
+        new = torch.empty(x.shape, dtype=form, device=x.device)
+        new_scales = torch.empty(x.shape[:2], dtype=torch.float32, device=x.device)
+        quantise_(x.flatten(0, 1), new.flatten(0, 1), new_scales.flatten())
+        values.index_copy_(0, cache_rows, new.view(cache.dtype))
+        scales.index_copy_(0, cache_rows, new_scales)
+
+
+def _dequantised(
+    cache: Tensor,  # [rows, width], int8 or uint8
+    like: Tensor,  # [..., kv_heads, head_dim]
+) -> Tensor:  # [rows, kv_heads, head_dim], of the dtype of `like`
+    """Rows of a cache in 8 bits, rounded once."""
+    values, scales = cache_parts(cache, *like.shape[1:])
+    found = torch.empty(values.shape, dtype=like.dtype, device=like.device)
+    for rows, (wide,) in _blocks(found, _scratch(found, 1)):
+        scale = scales[rows].to(wide.dtype).unsqueeze(2)
+        if cache.dtype == torch.uint8:
+            wide.copy_(_e4m3(values[rows]))
+            scale = scale * _E4M3_UNIT
+        else:
+            wide.copy_(values[rows])
+        found[rows] = wide.mul_(scale)
+    return found
+
+
 def _by_head(x: Tensor, groups: int) -> Tensor:
     """[rows, heads, head_dim] to a [groups, heads / groups, rows, head_dim] view.
 
@@ -299,6 +342,42 @@ def attention_step(
     log-sum-exp (Milakov & Gimelshein, 2018): no concatenation, no mask. Several groups may read
     the same cache rows.
     """
+    places = cu_rows, cache_start, cache_len
+    return _step(q, k, v, lambda rows: (k_cache[rows], v_cache[rows]), *places, max_rows, out)
+
+
+def attention_step_8bit(
+    q: Tensor,  # [rows, heads, head_dim]
+    k: Tensor,  # [rows, kv_heads, head_dim]
+    v: Tensor,  # [rows, kv_heads, head_dim]
+    k_cache: Tensor,  # [cache rows, width], int8 or uint8, one layer of the condition cache
+    v_cache: Tensor,  # [cache rows, width], of the dtype of k_cache
+    cu_rows: Tensor,  # [groups + 1], int32: group g has rows cu_rows[g] to cu_rows[g + 1]
+    cache_start: Tensor,  # [groups], int32: its first cache row
+    cache_len: Tensor,  # [groups], int32: how many cache rows it sees, may be 0
+    max_rows: int,  # rows of the longest group
+    out: Tensor | None = None,  # [rows, heads, head_dim]
+) -> Tensor:  # [rows, heads, head_dim]
+    """`attention_step` with a cache that `quantise_cache_` has written."""
+
+    def cached_rows(rows: slice) -> tuple[Tensor, Tensor]:
+        return _dequantised(k_cache[rows], k), _dequantised(v_cache[rows], k)
+
+    return _step(q, k, v, cached_rows, cu_rows, cache_start, cache_len, max_rows, out)
+
+
+def _step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cached_rows: Callable[[slice], tuple[Tensor, Tensor]],
+    cu_rows: Tensor,
+    cache_start: Tensor,
+    cache_len: Tensor,
+    max_rows: int,
+    out: Tensor | None,
+) -> Tensor:
+    """`attention_step`; `cached_rows` gives keys and values of rows of the cache."""
     out = _out(q.shape, q, out)
     share = q.shape[1] // k.shape[1]
     scratch = _scratch(q[:max_rows].unflatten(1, (-1, share)), 2)
@@ -309,7 +388,7 @@ def attention_step(
         views = [_by_head(t, 1).expand(share, -1, -1, -1) for t in (k[rows], v[rows])]
         own, own_lse = _attend(queries, *views)
         if length:
-            views = [_by_head(t[cached], 1).expand(share, -1, -1, -1) for t in (k_cache, v_cache)]
+            views = [_by_head(t, 1).expand(share, -1, -1, -1) for t in cached_rows(cached)]
             cache_out, cache_lse = _attend(queries, *views)
             weight = torch.sigmoid(cache_lse - own_lse)  # of the cache's part
             target = out[rows].unflatten(1, (-1, share))
@@ -456,16 +535,21 @@ def dequantise_fp8_(
     values: Tensor,  # [rows, columns], uint8: bits of float8_e4m3fn
     scales: Tensor,  # [rows, 1], float32
 ) -> None:
-    """`values * scales`, a scale for each row.
-
-    Decoded through float16, which has the same sign and mantissa in other places: a plain
-    conversion takes a CPU ten times as long. Float16's exponents lie 8 higher.
-    """
+    """`values * scales`, a scale for each row."""
     wide = _wide(weight.dtype)
     for rows, _ in _blocks(weight):
-        bits = values[rows].view(torch.int8).to(torch.int16)  # the sign twice
-        halves = bits.mul_(1 << 7).bitwise_and_(~(1 << 14)).view(torch.float16)
-        weight[rows] = halves.to(wide).mul_((1 << 8) * scales[rows].to(wide))
+        found = _e4m3(values[rows]).to(wide)
+        weight[rows] = found.mul_(_E4M3_UNIT * scales[rows].to(wide))
+
+
+def _e4m3(bits: Tensor) -> Tensor:
+    """Of uint8 bits of float8_e4m3fn the values in float16, in units of `_E4M3_UNIT`.
+
+    Float16 has the same sign and mantissa in other places: a plain conversion takes a CPU ten times
+    as long.
+    """
+    moved = bits.view(torch.int8).to(torch.int16)  # the sign twice
+    return moved.mul_(1 << 7).bitwise_and_(~(1 << 14)).view(torch.float16)
 
 
 def dequantise_nf4_(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, OrderedDict
 from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from .config import ModelConfig
 from .errors import BusyError
+from .forms import cache_row_bytes
 from .memory.plan import Condition
 
 
@@ -131,22 +133,33 @@ class Cache(Protocol):
         """
 
     def take(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of a layer, [rows, kv_heads, head_dim], until `release`."""
+        """Keys and values of a layer, [rows, *row_shape], until `release`."""
 
     def release(self, layer: int) -> None:
         """The layer's rows have been read, or written."""
 
 
+def row_shape(config: ModelConfig, dtype: torch.dtype) -> tuple[int, ...]:
+    """Of a token's keys, or values, in one layer.
+
+    [kv_heads, head_dim]; in 8 bits (int8, uint8 for e4m3) a row of bytes, scales and all.
+    """
+    heads, head_dim = config.num_kv_heads, config.head_dim
+    return (heads, head_dim) if dtype.is_floating_point else (cache_row_bytes(heads, head_dim),)
+
+
 class ConditionCache:
     """One block of rows for all entries; the least recently used are dropped for new ones.
 
-    Storage is `[layers, rows, kv_heads, head_dim]` for keys (after rotation) and for values. An
-    entry's rows are contiguous, so a step reads them where they were written. Entries that no
-    request uses now stay while all rows together need at most `budget_bytes`; what a request itself
-    needs is always given.
+    Storage is `[layers, rows, *row_shape]` for keys (after rotation) and for values. An entry's
+    rows are contiguous, so a step reads them where they were written. Entries that no request uses
+    now stay while all rows together need at most `budget_bytes`; what a request itself needs is
+    always given.
 
     Args:
         config: sizes of the model.
+        dtype: of keys and values; int8, or uint8 for e4m3, with scales in the rows.
+        device: where they are.
         budget_bytes: how much to keep for later requests.
         layers: how many layers are stored; 1 for a cache that each layer overwrites.
     """
@@ -160,7 +173,7 @@ class ConditionCache:
         layers: int | None = None,
     ) -> None:
         self.layers = config.num_layers if layers is None else layers
-        self._row_shape = (config.num_kv_heads, config.head_dim)
+        self._row_shape = row_shape(config, dtype)
         self.budget_bytes = budget_bytes
         self._places: OrderedDict[Entry, int] = OrderedDict()
         self._held: Counter[Entry] = Counter()  # by how many requests
@@ -170,8 +183,7 @@ class ConditionCache:
     @property
     def row_bytes(self) -> int:
         """Bytes of one token's keys and values in all layers."""
-        heads, head_dim = self._row_shape
-        return 2 * self.layers * heads * head_dim * self.keys.element_size()
+        return 2 * self.layers * math.prod(self._row_shape) * self.keys.element_size()
 
     @property
     def nbytes(self) -> int:
@@ -281,7 +293,7 @@ class ConditionCache:
             "condition_cache_bytes for both"
         )
 
-    def staging(self, branches: int) -> Tensor:  # [layers, branches, kv_heads, head_dim]
+    def staging(self, branches: int) -> Tensor:  # [layers, branches, *row_shape]
         """See `Cache.staging`."""
         return self.keys.new_empty(self.layers, branches, *self._row_shape)
 

@@ -83,6 +83,18 @@ _PRODUCT_FORMS = {"int8-rows": _rows("int8"), "fp8-rows": _rows("float8_e4m3fn")
 COMPUTED = {"int8": QUANTISED, "fp8": ("gate_up_proj",)}
 
 
+# In which a condition's keys and values are kept, by the name of the form: PyTorch's dtype (e4m3 as
+# its bits), and the scale of each head in a row.
+CACHES = {"int8": "int8", "fp8": "uint8"}
+_SCALE_BYTES = 4
+_ROW_UNIT = 16
+
+
+def cache_row_bytes(kv_heads: int, head_dim: int) -> int:
+    """Of a token's keys, or values, in one layer of a cache in 8 bits."""
+    return -(-kv_heads * (head_dim + _SCALE_BYTES) // _ROW_UNIT) * _ROW_UNIT
+
+
 def parts_of(form: str, shape: tuple[int, ...]) -> Mapping[str, Part]:
     """The tensors that a weight [rows, columns] is stored as, by their names."""
     rows, columns = shape

@@ -568,16 +568,12 @@ class Transformer(nn.Module):
             one, space = state.sequence, state.space
             # after the rows that the branch before has computed for this one too
             qkv = block.project(state.residual, state.delta if layer else None, space, one.shared)
-            ops.rope_cache_(
-                qkv,
-                state.cos,
-                state.sin,
-                config.num_heads,
-                config.num_kv_heads,
-                keys,
-                values,
-                one.cache_rows,
-            )
+            rotary = state.cos, state.sin, config.num_heads, config.num_kv_heads
+            if keys.is_floating_point():
+                ops.rope_cache_(qkv, *rotary, keys, values, one.cache_rows)
+            else:
+                ops.rope_(qkv, *rotary)
+                ops.quantise_cache_(*self._split(qkv)[1:], keys, values, one.cache_rows)
             if layer == len(self.layers) - 1:
                 continue  # nothing reads the condition after its last keys and values
             rows = len(one.kv_end)
@@ -600,11 +596,13 @@ class Transformer(nn.Module):
         values: Tensor,
     ) -> None:
         config = self.config
+        is_plain = keys.is_floating_point()
+        attend = ops.attention_step if is_plain else ops.attention_step_8bit
         for groups in passes:
             residual, space = groups.residual, groups.space
             qkv = block.project(residual, groups.delta if layer else None, space)
             ops.rope_(qkv, groups.cos, groups.sin, config.num_heads, config.num_kv_heads)
-            attended = ops.attention_step(
+            attended = attend(
                 *self._split(qkv),
                 keys,
                 values,

@@ -119,6 +119,7 @@ class OmniGenPipeline(LoraMethods, DiffusersMethods):
         memory: Memory = "auto",
         weights: str | None = None,
         compute: str | None = None,
+        cache: str | None = None,
         vae_dtype: str | torch.dtype = torch.float32,
         compile: bool | str | None = None,
     ) -> OmniGenPipeline:
@@ -155,6 +156,8 @@ class OmniGenPipeline(LoraMethods, DiffusersMethods):
                 quantised it.
             compute: what the products of the layers are computed in: "int8" or, on a GPU of compute
                 capability 8.9 or later, "fp8", for speed (see docs/precision.md). None for `dtype`.
+            cache: in which form the condition's keys and values are kept: "int8" or "fp8" take half
+                the memory (see docs/precision.md). None for `dtype`.
             vae_dtype: of the VAE, float32 or bfloat16, which takes half the memory and is less
                 exact (see docs/precision.md).
             compile: run a CPU's operations in C++ that is built on this machine and kept in
@@ -168,7 +171,7 @@ class OmniGenPipeline(LoraMethods, DiffusersMethods):
         """
         checked_path("model_name", model_name)
         kind = _one_dtype(dtype, torch_dtype)
-        precision = check_weights(weights, kind, compute)
+        precision = check_precision(weights, kind, compute, cache)
         if variant is not None:
             check_inside("variant", variant)
         vae_kind = check_dtype(vae_dtype, "vae_dtype")
@@ -185,7 +188,7 @@ class OmniGenPipeline(LoraMethods, DiffusersMethods):
         place = locate(model_name, subfolder=subfolder, **hub)
         checkpoint = Checkpoint.open(place, variant)
         if weights is None:
-            precision = Precision.of(kind, checkpoint.form, compute)
+            precision = Precision.of(kind, checkpoint.form, compute, cache)
         words = read_defaults(checkpoint.folder).vocabulary
         processor = Processor.from_file(checkpoint.tokenizer_path, checkpoint.config, words)
         hub["revision"] = None  # names a commit of the model, not of the VAE
@@ -195,7 +198,7 @@ class OmniGenPipeline(LoraMethods, DiffusersMethods):
             vae_place = checkpoint.vae_folder or resolve(SDXL_VAE, patterns=VAE_FILES, **hub)
         vae = Vae.from_folder(vae_place, torch.device("cpu"), variant, vae_kind)
         if precision is None:
-            own = Precision.of(kind, checkpoint.form, compute)
+            own = Precision.of(kind, checkpoint.form, compute, cache)
             precision = auto_precision(checkpoint, vae, own, target, memory)
         plan = first_plan(checkpoint, vae, precision, target, memory)
         vae.place(plan.vae_resident)
@@ -688,21 +691,20 @@ def check_compute(compute: str | None, device: torch.device) -> None:
         check_capability(compute, torch.cuda.get_device_capability(device))
 
 
-def check_weights(
-    weights: str | None, dtype: torch.dtype, compute: str | None = None
+def check_precision(
+    weights: str | None, dtype: torch.dtype, compute: str | None = None, cache: str | None = None
 ) -> Precision | None:
-    """What two arguments ask for; None for weights of "auto".
+    """What these arguments ask for; None for weights of "auto".
 
     Raises RequestError for anything else than names of forms, and for dtypes that differ.
     """
-    if compute is not None and not isinstance(compute, str):
-        raise RequestError(f"compute must be a name such as int8, got {brief(compute)}")
+    for name, value in (("compute", compute), ("cache", cache), ("weights", weights)):
+        if value is not None and not isinstance(value, str):
+            raise RequestError(f"{name} must be a name such as int8, got {brief(value)}")
     if weights == AUTO:
-        Precision.of(dtype, None, compute)
+        Precision.of(dtype, None, compute, cache)
         return None
-    if weights is not None and not isinstance(weights, str):
-        raise RequestError(f"weights must be a name such as int8, got {brief(weights)}")
-    return Precision.of(dtype, weights, compute)
+    return Precision.of(dtype, weights, compute, cache)
 
 
 def _devices() -> list[str]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from .errors import RequestError, brief
-from .forms import COMPUTED, FORMS, PRODUCTS, QUANTISED
+from .forms import CACHES, COMPUTED, FORMS, PRODUCTS, QUANTISED, cache_row_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -16,6 +16,7 @@ _OLDEST_FP8 = (8, 9)
 AUTO = "auto"  # the planner chooses
 STORAGES = ("bfloat16", *FORMS)  # that a caller may name, from the one that changes weights least
 COMPUTES = ("bfloat16", *PRODUCTS)  # likewise
+CACHED = ("bfloat16", *CACHES)  # likewise
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Precision:
     Each of the three is decided and counted on its own. Weights are stored in the dtype of the
     arithmetic, or the matrices of the layers in one of `forms.FORMS` and the others in that dtype.
     Products in 8 bits take weights in a form of their own, whatever the storage of the others.
-    Attention reads keys and values in the dtype of the queries.
+    Attention reads keys and values in the dtype of the queries or in one of `forms.CACHES`.
 
     Raises RequestError for names or combinations that nothing computes.
     """
@@ -36,9 +37,12 @@ class Precision:
     compute: str | None = None  # of products in 8 bits (`forms.PRODUCTS`); None for the arithmetic
 
     def __post_init__(self) -> None:
-        for name in (self.arithmetic, self.cache):
-            if name not in _BYTES:
-                raise RequestError(f"dtype must be bfloat16 or float32, got {name!r}")
+        if self.arithmetic not in _BYTES:
+            raise RequestError(f"dtype must be bfloat16 or float32, got {self.arithmetic!r}")
+        if self.cache not in _BYTES and self.cache not in CACHES:
+            raise RequestError(
+                f"cache must be {', '.join(CACHED[:-1])} or {CACHED[-1]}, got {brief(self.cache)}"
+            )
         if self.storage not in _BYTES and self.storage not in FORMS:
             raise RequestError(
                 f"weights must be {', '.join(STORAGES)} or {AUTO}, got {brief(self.storage)}"
@@ -49,27 +53,33 @@ class Precision:
                 f"{brief(self.compute)}"
             )
         plain = not self.quantised and self.storage != self.arithmetic
-        if plain or self.cache != self.arithmetic:
+        if plain or (self.cache not in CACHES and self.cache != self.arithmetic):
             raise RequestError(
                 f"weights in {self.storage}, arithmetic in {self.arithmetic} and a cache in "
                 f"{self.cache} can't be combined; use one dtype for all three, or weights in "
-                f"{', '.join(FORMS)}"
+                f"{', '.join(FORMS)} and a cache in {', '.join(CACHES)}"
             )
 
     @classmethod
     def of(
-        cls, dtype: str | torch.dtype, weights: str | None = None, compute: str | None = None
+        cls,
+        dtype: str | torch.dtype,
+        weights: str | None = None,
+        compute: str | None = None,
+        cache: str | None = None,
     ) -> Precision:
-        """One dtype for all, by name or as a `torch.dtype`; or weights and products in others.
+        """One dtype for all, by name or as a `torch.dtype`; or weights, products, cache in others.
 
         Raises RequestError for combinations that nothing computes.
         """
         name = str(dtype).removeprefix("torch.")
-        return cls(name if weights is None else weights, name, name).with_compute(compute)
+        cache = name if cache is None else cache
+        return cls(name if weights is None else weights, name, cache).with_compute(compute)
 
     def with_dtype(self, dtype: str | torch.dtype) -> Precision:
-        """Arithmetic and cache in another dtype, and plain weights too."""
-        return Precision.of(dtype, self.storage if self.quantised else None, self.compute)
+        """Arithmetic in another dtype, and plain weights and a plain cache too."""
+        storage = self.storage if self.quantised else None
+        return Precision.of(dtype, storage, self.compute, self.quantised_cache)
 
     def with_compute(self, compute: str | None) -> Precision:
         """Products in this dtype, as a caller names it; None for that of the arithmetic.
@@ -109,14 +119,20 @@ class Precision:
         return self.storage in FORMS
 
     @property
+    def quantised_cache(self) -> str | None:
+        """The form of `forms.CACHES` that keys and values are kept in; None for plain ones."""
+        return self.cache if self.cache in CACHES else None
+
+    @property
     def arithmetic_bytes(self) -> int:
         """Of one activation, and of one weight in a product."""
         return _BYTES[self.arithmetic]
 
-    @property
-    def cache_bytes(self) -> int:
-        """Of one value of a key or value."""
-        return _BYTES[self.cache]
+    def pair_bytes(self, kv_heads: int, head_dim: int) -> int:
+        """Of a token's keys and values in one layer of the cache."""
+        if self.quantised_cache is not None:
+            return 2 * cache_row_bytes(kv_heads, head_dim)
+        return 2 * kv_heads * head_dim * _BYTES[self.cache]
 
     @property
     def arithmetic_dtype(self) -> torch.dtype:
@@ -124,7 +140,7 @@ class Precision:
 
     @property
     def cache_dtype(self) -> torch.dtype:
-        return _dtype(self.cache)
+        return _dtype(CACHES.get(self.cache, self.cache))
 
 
 def check_capability(compute: str | None, capability: tuple[int, ...] | None) -> None:

@@ -41,6 +41,9 @@ class Arguments(BaseModel):
     dtype: str = Field("bfloat16", description="bfloat16 or float32.")
     weights: str | None = Field(None, description="bfloat16, int8, fp8, nf4 or auto.")
     compute: str | None = Field(None, description="int8 or fp8; by default as dtype.")
+    cache: str | None = Field(
+        None, description="Of the condition: int8 or fp8; by default as dtype."
+    )
     vae_dtype: str = Field("float32", description="float32 or bfloat16.")
     compile: bool | None = Field(
         None, description="On a CPU, run operations in C++; by default for large models."
@@ -149,6 +152,7 @@ def _load(arguments: Arguments) -> OmniGenPipeline:
         dtype=arguments.dtype,
         weights=arguments.weights,
         compute=arguments.compute,
+        cache=arguments.cache,
         vae_dtype=arguments.vae_dtype,
         compile=arguments.compile,
         revision=arguments.revision,

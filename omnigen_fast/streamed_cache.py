@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from .cache import Entry, Span
+from .cache import Entry, Span, row_shape
 from .config import ModelConfig
 from .errors import OmniGenError
 from .memory.plan import RING
@@ -24,6 +25,8 @@ class StreamedCache:
 
     Args:
         config: sizes of the model.
+        dtype: of keys and values, as there.
+        device: of the ring.
         budget_bytes: how much of the host's memory to keep for later requests.
         host: gives that memory.
         lane: runs the copies.
@@ -40,10 +43,10 @@ class StreamedCache:
     ) -> None:
         self.layers = config.num_layers
         self.budget_bytes = budget_bytes
-        self._row_shape = (config.num_kv_heads, config.head_dim)
+        self._row_shape = row_shape(config, dtype)
         self._host = host
         self._lane = lane
-        # of each layer [2, rows, kv_heads, head_dim]: keys and values on the host
+        # of each layer [2, rows, *row_shape]: keys and values on the host
         self._kept: OrderedDict[Entry, list[Tensor]] = OrderedDict()
         self._places: dict[Entry, int] = {}  # of the running request's entries, in the buffers
         self._held: tuple[Entry, ...] = ()  # by that request
@@ -55,8 +58,7 @@ class StreamedCache:
     @property
     def row_bytes(self) -> int:
         """Bytes of one token's keys and values in all layers."""
-        heads, head_dim = self._row_shape
-        return 2 * self.layers * heads * head_dim * self._buffers.element_size()
+        return 2 * self.layers * math.prod(self._row_shape) * self._buffers.element_size()
 
     @property
     def nbytes(self) -> int:
@@ -137,7 +139,7 @@ class StreamedCache:
         """See `Cache.hold`."""
         self._held = tuple(entries)
 
-    def staging(self, branches: int) -> Tensor:  # [branches, kv_heads, head_dim], of one layer
+    def staging(self, branches: int) -> Tensor:  # [branches, *row_shape], of one layer
         """See `Cache.staging`."""
         return self._buffers.new_empty(branches, *self._row_shape)
 

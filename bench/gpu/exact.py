@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from omnigen_fast.kernels import ops, reference
+from omnigen_fast.kernels.contract import cache_width
 from torch import Tensor
 
 from omnigen_fast.forms import FORMS
@@ -80,6 +81,11 @@ def _row_checks(make: _Maker, tiny: bool) -> Iterator[_Check]:
             caches = [make.rows(rows + 5, kv_heads, head_dim) for _ in range(2)]
             places = torch.randperm(rows + 5, device=make.device)[:rows]
             yield "rope_cache_", (*rotary, *caches, places), (0, 5, 6), None
+            k, v = qkv.unflatten(1, (-1, head_dim))[:, -2 * kv_heads :].chunk(2, 1)
+            width = cache_width(kv_heads, head_dim)
+            for form in (torch.int8, torch.uint8):
+                kept = [torch.ones(rows + 5, width, dtype=form, device=make.device) for _ in "kv"]
+                yield "quantise_cache_", (k, v, *kept, places), (2, 3), None
     for rows, columns in ((1, 100), (63, 96), (65, hidden)):
         for form in FORMS:
             weight = make.rows(rows, columns)
@@ -121,6 +127,15 @@ def _quantised_checks(make: _Maker, hidden: int, inner: int) -> Iterator[_Check]
         yield "scaled_mm_", product, (4,), None
 
 
+def _narrow(cache: Tensor, form: torch.dtype) -> Tensor:
+    """A cache [rows, kv_heads, head_dim] in 8 bits."""
+    rows, kv_heads, head_dim = cache.shape
+    width = cache_width(kv_heads, head_dim)
+    kept = [torch.zeros(rows, width, dtype=form, device=cache.device) for _ in "kv"]
+    reference.quantise_cache_(cache, cache, *kept, torch.arange(rows, device=cache.device))
+    return kept[0]
+
+
 def _attention_checks(make: _Maker, tiny: bool) -> Iterator[_Check]:
     shapes = ((2, 1, 64), (2, 2, 96), (4, 1, 128))
     lengths, cached = ([1, 17, 33], [0, 5, 20]) if tiny else ([1, 63, 64, 65, 300], [0, 5, 64, 129])
@@ -134,6 +149,9 @@ def _attention_checks(make: _Maker, tiny: bool) -> Iterator[_Check]:
         starts = make.integers([3 + first for first in accumulate(cached, initial=0)][:-1])
         args = (q, k, v, *caches, cu_rows, starts, make.integers(cached), max(lengths))
         yield "attention_step", args, (), q.shape
+        for form in (torch.int8, torch.uint8):
+            kept = [_narrow(cache, form) for cache in caches]
+            yield "attention_step_8bit", (q, k, v, *kept, *args[5:]), (), q.shape
         # causal text, an image whose tokens see one another, text, time tokens
         ends = []
         for length in lengths:
@@ -148,7 +166,10 @@ def _attention_checks(make: _Maker, tiny: bool) -> Iterator[_Check]:
 
 def _outcome(function: Callable, args: tuple, written: tuple[int, ...], **more) -> list[Tensor]:
     returned = function(*args, **more)
-    return ([] if returned is None else [returned]) + [args[i] for i in written]
+    results = ([] if returned is None else [returned]) + [args[i] for i in written]
+    if function.__name__ == "quantise_cache_":  # as what the bytes stand for
+        return [reference._dequantised(one, args[0].double()) for one in results]
+    return results
 
 
 def _copies(args: tuple, double: bool) -> tuple:

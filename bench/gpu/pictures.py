@@ -61,8 +61,7 @@ def make_pipeline(
     device: torch.device,
     condition_cache_bytes: int = 2 << 30,
     vae: Vae | None = None,
-    storage: str | None = None,
-    compute: str | None = None,
+    precision: Precision | None = None,
 ) -> OmniGenPipeline:
     """A pipeline without a checkpoint, everything on the device; without a VAE latents are drawn.
 
@@ -72,11 +71,10 @@ def make_pipeline(
         device: where to run.
         condition_cache_bytes: how much memory to keep for the conditions of earlier calls.
         vae: on the device.
-        storage: of the layers' matrices, as `weights` of `from_pretrained`.
-        compute: of their products, as that argument of `from_pretrained`.
+        precision: None for the dtype of the weights in everything.
     """
     checkpoint = HeldWeights(config, weights)
-    precision = Precision.of(weights["norm"].dtype, storage, compute)
+    precision = precision or Precision.of(weights["norm"].dtype)
     engine = Engine.of(
         Transformer(config, checkpoint.read_stored(precision, device, weights)),
         checkpoint,

@@ -23,6 +23,7 @@ from unittest import mock
 
 import torch
 from omnigen_fast.kernels import launch
+from omnigen_fast.kernels.contract import cache_width
 
 from omnigen_fast.quantised import quantised
 
@@ -30,6 +31,7 @@ from . import pipes
 
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, INNER = 32, 32, 96, 3072, 8192
 FORMS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+CACHES = {"int8": torch.int8, "fp8": torch.uint8}  # e4m3 as bits
 # what makes or reads values in 8 bits; fp8 from Ada on
 _QUANTISED = (
     "quantise_",
@@ -99,6 +101,12 @@ class Case:
         """In 32 bits products are exact, which the matrix units' are not."""
         return self.is_attention and self.dtype == "bf16"
 
+    @property
+    def is_bounded(self) -> bool:
+        """Whether `bounds` counts its main loop."""
+        plain_attention = self.uses_matrix_units and not self.form
+        return plain_attention or self.kernel == "scaled_mm_"
+
 
 @dataclass(frozen=True)
 class Compiled:
@@ -125,6 +133,7 @@ class Compiled:
     config: str
     block_m: int  # 0 where the kernel has none
     block_n: int
+    block_k: int
     turn: pipes.Turn | None  # of the main loop, where it multiplies on matrix units
 
     @classmethod
@@ -146,7 +155,12 @@ def cases() -> Iterator[Case]:
             kernel, _, rest = key.partition("/")
             if rest:
                 head_dim, bits = rest.split("/")
-                yield Case(kernel, int(head_dim), {"16": "bf16", "32": "fp32"}[bits], capability)
+                dtype = {"16": "bf16", "32": "fp32"}[bits]
+                for form in CACHES if kernel == "attention_step_8bit" else ("",):
+                    yield Case(kernel, int(head_dim), dtype, capability, form=form)
+            elif kernel == "quantise_cache_":
+                for form in CACHES:
+                    yield Case(kernel, HEAD_DIM, "bf16", capability, form=form)
             elif kernel in _QUANTISED:
                 yield Case(kernel, 0, "bf16", capability, form="int8")
                 if capability >= _OLDEST_FP8:
@@ -177,6 +191,11 @@ def _arguments(case: Case) -> tuple:
         return x, vector, 1e-5
     if case.kernel == "add_rms_norm":
         return x, x, vector, 1e-5
+    if case.kernel in ("quantise_cache_", "attention_step_8bit"):
+        narrow = _zeros(rows, cache_width(KV_HEADS, head_dim), dtype=CACHES[case.form])
+        if case.kernel == "quantise_cache_":
+            return *parts[1:], narrow, narrow, places
+        return *parts, narrow, narrow, cu, one, one, rows
     if case.form:
         form = FORMS[case.form]
         values, scales = _zeros(rows, HIDDEN, dtype=form), _zeros(rows, dtype=torch.float32)
@@ -244,9 +263,9 @@ def _record(case: Case):
 
     module = importlib.import_module(f"omnigen_fast.kernels.{ops.OPERATIONS[case.kernel].module}")
     name = {"rope_cache_": "rope_kernel"}.get(case.kernel, f"{case.kernel.rstrip('_')}_kernel")
-    chosen = launch.lookup(
-        case.kernel, case.capability, case.head_dim, 8 * _DTYPES[case.dtype].itemsize
-    )
+    head_dim = case.head_dim if case.is_attention else 0
+    bits = 8 * _DTYPES[case.dtype].itemsize
+    chosen = launch.lookup(case.kernel, case.capability, head_dim, bits)
     if case.tensor_maps:
         name = "attention_step_maps_kernel"
         warps = 8 if case.head_dim == 128 else 4  # with 4 the accumulator of 128 spills
@@ -350,7 +369,8 @@ def _read(compiled, case: Case, options: dict, constants: dict) -> Compiled:
         config=" ".join([*blocks, *(f"{name}={value}" for name, value in options.items())]),
         block_m=constants.get("BLOCK_M", 0),
         block_n=constants.get("BLOCK_N", 0),
-        turn=pipes.main_turn(code) if case.uses_matrix_units else None,
+        block_k=constants.get("BLOCK_K", 0),
+        turn=pipes.main_turn(code) if case.is_bounded else None,
     )
 
 

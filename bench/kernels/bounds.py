@@ -1,4 +1,4 @@
-"""Counts how close the attention kernels can come to the matrix units' rate, GPU by GPU.
+"""Counts how close attention and products in 8 bits can come to the matrix units' rate, by GPU.
 
     python -m bench.kernels.bounds            # compiles, counts, compares with pipes.json
     python -m bench.kernels.bounds --write    # accepts the counts, spills in loops aside
@@ -26,13 +26,13 @@ _BOUNDS = ("overlapped", "separate")
 
 def cases() -> Iterator[ahead.Case]:
     """What multiplies on matrix units."""
-    return (case for case in ahead.cases() if case.uses_matrix_units)
+    return (case for case in ahead.cases() if case.is_bounded)
 
 
 def count(case: ahead.Case, code: ahead.Compiled) -> dict[str, Any]:
     """What `pipes.json` keeps of a case."""
     assert code.turn
-    tile = pipes.Tile(code.block_m, code.block_n, case.head_dim, code.warps)
+    tile = _tile(case, code)
     cycles = pipes.cycles(case.capability, code.turn, tile)
     bounds = pipes.bounds(case.capability, code.turn, tile, code.ctas)
     return {
@@ -43,6 +43,12 @@ def count(case: ahead.Case, code: ahead.Compiled) -> dict[str, Any]:
         "cycles": {pipe: round(value) for pipe, value in cycles.items()},
         **{name: round(getattr(bounds, name), 4) for name in _BOUNDS},
     }
+
+
+def _tile(case: ahead.Case, code: ahead.Compiled) -> pipes.Tile | pipes.ProductTile:
+    if case.is_attention:
+        return pipes.Tile(code.block_m, code.block_n, case.head_dim, code.warps)
+    return pipes.ProductTile(code.block_m, code.block_n, code.block_k, code.warps, case.form)
 
 
 def read_committed() -> dict[str, Any]:
@@ -65,6 +71,7 @@ def worse(found: dict[str, Any], committed: dict[str, Any] | None) -> list[str]:
     return lines
 
 
+_SIZES = ("block_m", "block_n", "block_k")
 _HEAD = ("kernel", "head", "GPU", "tile", "CTAs", *pipes.PIPES, *_BOUNDS)
 
 
@@ -73,19 +80,19 @@ def rows(counts: dict[str, Any], head_dim: int = 0) -> list[tuple[str, ...]]:
 
     Args:
         counts: `cases` of `pipes.json`.
-        head_dim: of the rows; 0 for all.
+        head_dim: of the rows that have one; 0 for all.
     """
     found = [_HEAD]
     for case in cases():
-        if case.id in counts and head_dim in (0, case.head_dim):
+        if case.id in counts and (not head_dim or case.head_dim in (0, head_dim)):
             one = counts[case.id]
-            kernel = f"{case.kernel}{', maps' if case.tensor_maps else ''}"
             settings = dict(part.split("=") for part in one["config"].split())
-            tile = "{block_m} x {block_n}, {num_warps} warps, {num_stages} stages"
+            sizes = " x ".join(settings[key] for key in _SIZES if key in settings)
+            tile = sizes + ", {num_warps} warps, {num_stages} stages"
             found.append(
                 (
-                    kernel.removeprefix("attention_"),
-                    str(case.head_dim),
+                    _label(case),
+                    str(case.head_dim or "-"),
                     f"sm_{case.capability}",
                     tile.format(**settings),
                     str(one["ctas"]),
@@ -96,14 +103,19 @@ def rows(counts: dict[str, Any], head_dim: int = 0) -> list[tuple[str, ...]]:
     return found
 
 
+def _label(case: ahead.Case) -> str:
+    name = case.kernel.removeprefix("attention_") + f", {case.form}" * bool(case.form)
+    return f"{name}, maps" if case.tensor_maps else name
+
+
 def markdown() -> str:
-    """The committed counts of the released model's heads."""
+    """The committed counts of the released model's heads, and of products in 8 bits."""
     committed = read_committed()
     head, *rest = rows(committed["cases"], ahead.HEAD_DIM)
     lines = [
-        f"Attention with heads of {ahead.HEAD_DIM} in bfloat16, *counted* from what Triton "
-        f"{committed['triton']} compiles: cycles of a multiprocessor's pipes for one turn of a "
-        "CTA's main loop, and the share of the matrix units' rate that is left.",
+        f"Attention with heads of {ahead.HEAD_DIM} in bfloat16 and products in 8 bits, *counted* "
+        f"from what Triton {committed['triton']} compiles: cycles of a multiprocessor's pipes for "
+        "one turn of a CTA's main loop, and the share of the matrix units' rate that is left.",
         "",
         f"| {' | '.join(head)} |",
         f"|{' --- |' * len(head)}",

@@ -24,6 +24,8 @@ class Rates:
 
     Attributes:
         matrix: multiply-adds of bfloat16 matrix products into float32.
+        int8: of int8 ones into int32.
+        fp8: of e4m3 ones into float32; 0 where there are none.
         fp32: float32 additions, multiplications and multiply-adds.
         l2: bytes that come from the L2 cache while all multiprocessors read.
         imad: integer multiply-adds, on pipes that float32 uses too.
@@ -35,6 +37,8 @@ class Rates:
     """
 
     matrix: int
+    int8: int
+    fp8: int
     fp32: int
     l2: int
     imad: int = 64
@@ -46,22 +50,36 @@ class Rates:
 
 
 # fp32, imad, alu, mufu, shuffle: the table of arithmetic throughput in the CUDA C++ Programming
-# Guide; that roundings run on the ALU pipe is from the documentation of Nsight Compute. matrix: the
-# dense rate in the white paper or data sheet of the device, over its multiprocessors and boost
-# clock. l2: 5,120 bytes a cycle (A100's white paper, taken for H100 too) over the multiprocessors;
-# for the others, where no figure is published, assumed to be H100's.
+# Guide; that roundings run on the ALU pipe is from the documentation of Nsight Compute. matrix,
+# int8, fp8: the dense rate in the white paper or data sheet of the device, over its multiprocessors
+# and boost clock; in int8 on 10.x that of products of tensor memory: no sheet has that of warps'
+# own, which Triton takes there. l2: 5,120 bytes a cycle (A100's white paper, taken for H100 too)
+# over the multiprocessors; for the others, where no figure is published, assumed to be H100's.
 RATES = {
-    80: Rates(matrix=1024, fp32=64, l2=47),  # A100: 312 TFLOP/s, 108 at 1.41 GHz
-    86: Rates(matrix=256, fp32=128, l2=38),  # RTX 3090: 71 TFLOP/s, 82 at 1.695 GHz
-    89: Rates(matrix=256, fp32=128, l2=38),  # RTX 4090: 165 TFLOP/s, 128 at 2.52 GHz
-    90: Rates(matrix=2048, fp32=128, l2=38),  # H100 SXM: 989 TFLOP/s, 132 at 1.83 GHz
-    100: Rates(matrix=4096, fp32=128, l2=38),  # B200: 2,250 TFLOP/s, 148 at 1.85 GHz
-    120: Rates(matrix=256, fp32=128, l2=38),  # RTX 5090: 209.5 TFLOP/s, 170 at 2.407 GHz
+    80: Rates(matrix=1024, int8=2048, fp8=0, fp32=64, l2=47),  # A100: 312 TFLOP/s, 108 at 1.41 GHz
+    86: Rates(
+        matrix=256, int8=1024, fp8=0, fp32=128, l2=38
+    ),  # RTX 3090: 71 TFLOP/s, 82 at 1.695 GHz
+    89: Rates(
+        matrix=256, int8=1024, fp8=512, fp32=128, l2=38
+    ),  # RTX 4090: 165 TFLOP/s, 128 at 2.52 GHz
+    90: Rates(
+        matrix=2048, int8=4096, fp8=4096, fp32=128, l2=38
+    ),  # H100 SXM: 989 TFLOP/s, 132 at 1.83 GHz
+    100: Rates(
+        matrix=4096, int8=8192, fp8=8192, fp32=128, l2=38
+    ),  # B200: 2,250 TFLOP/s, 148 at 1.85 GHz
+    120: Rates(
+        matrix=256, int8=1024, fp8=512, fp32=128, l2=38
+    ),  # RTX 5090: 209.5 TFLOP/s, 170 at 2.407 GHz
 }
 
 PIPES = ("matrix", "mufu", "fma", "alu", "shuffle", "shared", "l2", "issue")
 
-_PRODUCTS = {"HMMA", "HGMMA", "UTCHMMA"}
+_OF_WARPS = {"HMMA", "IMMA", "QMMA"}
+_OF_GROUPS = {"HGMMA": 2, "IGMMA": 1, "QGMMA": 1}  # bytes of an element
+_TCGEN05 = {"UTCHMMA", "UTCQMMA"}
+_PRODUCTS = {*_OF_WARPS, *_OF_GROUPS, *_TCGEN05}
 _COPIES = {"LDGSTS", "UTMALDG", "UBLKCP"}
 _SPILLS = {"LDL", "STL"}
 
@@ -69,7 +87,7 @@ _SPILLS = {"LDL", "STL"}
 _PIPE = {
     name: pipe
     for pipe, names in {
-        "matrix": "HMMA HGMMA UTCHMMA",
+        "matrix": "HMMA IMMA QMMA HGMMA IGMMA QGMMA UTCHMMA UTCQMMA",
         "mufu": "MUFU F2F F2I I2F FRND POPC FLO BREV",
         "fp32": "FADD FMUL FFMA FSWZADD HADD2 HMUL2 HFMA2",
         "fp32 pair": "FADD2 FMUL2 FFMA2",
@@ -321,13 +339,13 @@ def _turn(instructions: list[Instruction]) -> Turn:
     names = Counter(one.name for one in instructions)
     fed = shared = multiplies = 0
     for one in instructions:
-        if one.name == "HMMA":
-            multiplies += _hmma(one)
-        elif one.name == "HGMMA":
-            work, operands = _hgmma(one)
+        if one.name in _OF_WARPS:
+            multiplies += _of_a_warp(one)
+        elif one.name in _OF_GROUPS:
+            work, operands = _of_a_group(one)
             multiplies += work
             fed += operands
-        elif one.name == "LDSM" and names["HMMA"]:  # fragments of the operands
+        elif one.name == "LDSM" and names.keys() & _OF_WARPS:  # fragments of the operands
             fed += _shared_bytes(one)
         elif one.pipe == "shared":
             shared += _shared_bytes(one)
@@ -335,7 +353,7 @@ def _turn(instructions: list[Instruction]) -> Turn:
         instructions=len(instructions),
         products=pipes["matrix"],
         multiplies=multiplies,
-        tcgen05=names["UTCHMMA"],
+        tcgen05=sum(names[one] for one in _TCGEN05),
         mufu=pipes["mufu"],
         fp32=pipes["fp32"] + 2 * pipes["fp32 pair"],
         imad=pipes["imad"],
@@ -346,27 +364,28 @@ def _turn(instructions: list[Instruction]) -> Turn:
     )
 
 
-def _hmma(one: Instruction) -> int:
+def _of_a_warp(one: Instruction) -> int:
     """Multiply-adds; the shape stands in the name, as in HMMA.16816.F32.BF16: 16 x 8 x 16."""
-    shapes = {"16816": 16 * 8 * 16, "1688": 16 * 8 * 8}
+    shapes = {"16832": 16 * 8 * 32, "16816": 16 * 8 * 16, "1688": 16 * 8 * 8}
+    deepest = "16816" if one.name == "HMMA" else "16832"
     shape = one.op.split(".")[1]
-    if shape not in shapes:
+    if shape not in shapes or shapes[shape] > shapes[deepest]:
         raise ValueError(f"an unknown shape of {one.op}")
     return shapes[shape]
 
 
-def _hgmma(one: Instruction) -> tuple[int, int]:
+def _of_a_group(one: Instruction) -> tuple[int, int]:
     """Multiply-adds and bytes of shared memory, a quarter of those of the group of four warps.
 
     B always comes from shared memory; A too, unless the second operand is a register.
     """
-    found = re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)\.", one.op)
+    found = re.match(r"[HIQ]GMMA\.(\d+)x(\d+)x(\d+)\.", one.op)
     if not found:
         raise ValueError(f"an unknown shape of {one.op}")
     rows, columns, depth = map(int, found.groups())
     in_registers = re.match(r"R\d+, R\d+,", one.operands)
     elements = columns * depth + (0 if in_registers else rows * depth)
-    return rows * columns * depth // 4, 2 * elements // 4
+    return rows * columns * depth // 4, _OF_GROUPS[one.name] * elements // 4
 
 
 def _shared_bytes(one: Instruction) -> int:
@@ -398,6 +417,10 @@ class Tile:
         """Multiply-adds of scores and values."""
         return 2 * self.block_m * self.block_n * self.head_dim
 
+    def rate(self, rates: Rates) -> int:
+        """Multiply-adds of a cycle."""
+        return rates.matrix
+
     @property
     def copied(self) -> int:
         """Bytes of K and V, in bfloat16."""
@@ -409,8 +432,55 @@ class Tile:
         parts = 1 if self.head_dim & (self.head_dim - 1) == 0 else 2
         return (self.head_dim + parts * self.block_n) // 16 * max(1, self.block_m // 128)
 
+    @property
+    def fed_by_tcgen05(self) -> int:
+        """Bytes of queries, keys and values; probabilities come from tensor memory."""
+        return 2 * self.head_dim * (self.block_m + 2 * self.block_n)
 
-def cycles(capability: int, turn: Turn, tile: Tile) -> dict[str, float]:
+
+@dataclass(frozen=True)
+class ProductTile:
+    """What a CTA of a product in 8 bits works on in a turn.
+
+    Attributes:
+        block_m: rows of the result.
+        block_n: its columns.
+        block_k: depth.
+        form: int8 or fp8.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    form: str
+
+    @property
+    def multiplies(self) -> int:
+        """Multiply-adds."""
+        return self.block_m * self.block_n * self.block_k
+
+    def rate(self, rates: Rates) -> int:
+        """Multiply-adds of a cycle."""
+        return {"int8": rates.int8, "fp8": rates.fp8}[self.form]
+
+    @property
+    def copied(self) -> int:
+        """Bytes of both factors."""
+        return (self.block_m + self.block_n) * self.block_k
+
+    @property
+    def tcgen05(self) -> int:
+        """Products of 128 x N x 32, with N up to 256."""
+        return self.block_k // 32 * (self.block_m // 128) * -(-self.block_n // 256)
+
+    @property
+    def fed_by_tcgen05(self) -> int:
+        """Bytes of both factors."""
+        return self.copied
+
+
+def cycles(capability: int, turn: Turn, tile: Tile | ProductTile) -> dict[str, float]:
     """Cycles of each of `PIPES` for one turn of one CTA.
 
     Raises:
@@ -421,7 +491,7 @@ def cycles(capability: int, turn: Turn, tile: Tile) -> dict[str, float]:
     # from 8.6 on half of the float32 lanes do integer multiply-adds too; on 8.0 all
     floats = (turn.fp32 + turn.imad) * lanes / rates.fp32
     return {
-        "matrix": tile.multiplies / rates.matrix,
+        "matrix": tile.multiplies / tile.rate(rates),
         "mufu": turn.mufu * lanes / rates.mufu,
         "fma": max(floats, turn.imad * lanes / rates.imad),
         "alu": turn.alu * lanes / rates.alu,
@@ -432,7 +502,7 @@ def cycles(capability: int, turn: Turn, tile: Tile) -> dict[str, float]:
     }
 
 
-def _check(turn: Turn, tile: Tile) -> None:
+def _check(turn: Turn, tile: Tile | ProductTile) -> None:
     found, expected = turn.multiplies * tile.warps, tile.multiplies
     if turn.tcgen05:
         found, expected = turn.tcgen05, tile.tcgen05
@@ -440,14 +510,9 @@ def _check(turn: Turn, tile: Tile) -> None:
         raise ValueError(f"a turn has {found} matrix products, its tile {expected}: {tile}")
 
 
-def _fed(turn: Turn, tile: Tile) -> int:
-    """Bytes of shared memory that the products of a CTA read.
-
-    On 10.x queries, keys and values come from there, probabilities from tensor memory.
-    """
-    if turn.tcgen05:
-        return 2 * tile.head_dim * (tile.block_m + 2 * tile.block_n)
-    return turn.fed * tile.warps
+def _fed(turn: Turn, tile: Tile | ProductTile) -> int:
+    """Bytes of shared memory that the products of a CTA read."""
+    return tile.fed_by_tcgen05 if turn.tcgen05 else turn.fed * tile.warps
 
 
 @dataclass(frozen=True)
@@ -458,12 +523,12 @@ class Bounds:
     separate: float
 
 
-def bounds(capability: int, turn: Turn, tile: Tile, ctas: int) -> Bounds:
+def bounds(capability: int, turn: Turn, tile: Tile | ProductTile, ctas: int) -> Bounds:
     """Of a loop of which `ctas` share a multiprocessor."""
     rates, found = RATES[capability], cycles(capability, turn, tile)
     matrix = found["matrix"]
     overlapped = matrix / max(found.values())
-    # products wait for what they read; the rest of a turn is the softmax, without the copies
+    # products wait for what they read; the rest of a turn, the softmax, is without the copies
     products = max(matrix, _fed(turn, tile) / rates.shared)
     softmax = max(
         *(found[pipe] for pipe in ("mufu", "fma", "alu", "shuffle")),

@@ -41,7 +41,13 @@ def candidates(kernel: str, capability: int) -> Iterator[Launch]:
     elif kernel == "guidance_step_":
         for num_warps, block in product((1, 2, 4), (32, 64, 128)):
             yield Launch(num_warps, block=block)
-    elif kernel.startswith(("swiglu", "rope_", "dequantise_")):
+    elif kernel == "scaled_mm_":
+        for block_m, block_n, block_k, num_warps, num_stages in product(
+            (64, 128, 256), (64, 128, 256), (64, 128), (4, 8), (3, 4)
+        ):
+            if block_m * block_n // num_warps <= 128 * 32:  # sums that a thread holds
+                yield Launch(num_warps, num_stages, block_m, block_n, block_k)
+    elif kernel in ("swiglu", "quantise_cache_") or kernel.startswith(("rope_", "dequantise_")):
         for num_warps, block in product((2, 4, 8), (512, 1024, 2048, 4096)):
             yield Launch(num_warps, block=block)
     else:

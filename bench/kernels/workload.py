@@ -17,6 +17,7 @@ from itertools import accumulate
 import torch
 import torch.nn.functional as F
 from omnigen_fast.kernels import ops, reference
+from omnigen_fast.kernels.contract import cache_width
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -196,7 +197,12 @@ class _Maker:
 
 
 # These read lengths on the host, which breaks a graph.
-_NOT_COMPILED = ("guidance_step_", "attention_step", "attention_prefill")
+_NOT_COMPILED = (
+    "guidance_step_",
+    "attention_step",
+    "attention_step_8bit",
+    "attention_prefill",
+)
 
 
 def contenders_of(name: str, on_gpu: bool) -> list[str]:
@@ -212,17 +218,21 @@ def contenders_of(name: str, on_gpu: bool) -> list[str]:
     return names
 
 
-def _both(name: str, *args, result: int | None = None) -> dict[str, Callable[[], Tensor]]:
+def _both(
+    name: str, *args, result: int | Callable[[], Tensor] | None = None
+) -> dict[str, Callable[[], Tensor]]:
     """An operation by the kernels, by the reference, and by the compiled reference.
 
     Args:
-        result: place among `args` of the tensor that the operation changes; None where it
-            returns one.
+        result: place among `args` of the tensor that the operation changes, or what makes one of
+            them; None where it returns one.
     """
 
     def run(function: Callable) -> Tensor:
         returned = function(*args)
-        return returned if result is None else args[result]
+        if result is None:
+            return returned
+        return args[result] if isinstance(result, int) else result()
 
     def by_kernels() -> Tensor:
         with ops.use("triton"):
@@ -300,6 +310,87 @@ def _dequantise(form: str) -> Callable[[Size, _Maker], Case]:
         return Case(name, _both(name, weight, *parts, result=0), exact, moved)
 
     return build
+
+
+def _rows_in_8_bits(name: str) -> Callable[[Size, _Maker], Case]:
+    """What writes rows in int8: judged by what they stand for."""
+
+    def build(size: Size, make: _Maker) -> Case:
+        width = size.inner if name == "swiglu_quantise_" else size.hidden
+        x = make.random(size.rows, 2 * width if name == "swiglu_quantise_" else width)
+        weight, residual = make.random(width), make.random(*x.shape)
+        original = residual.clone()
+        values = torch.zeros(size.rows, width, dtype=torch.int8, device=make.device)
+        scales = make.random(size.rows, dtype=torch.float32)
+        plain: dict[str, tuple[tuple, Callable[[], Tensor]]] = {
+            "quantise_": ((x,), lambda: x.double()),
+            "rms_norm_quantise_": (
+                (x, weight, 1e-5),
+                lambda: reference.rms_norm(x.double(), weight.double(), 1e-5),
+            ),
+            "add_rms_norm_quantise_": (
+                (residual, x, weight, 1e-5),
+                lambda: reference.rms_norm((original + x).double(), weight.double(), 1e-5),
+            ),
+            "swiglu_quantise_": ((x,), lambda: reference.swiglu(x.double())),
+        }
+        args, exact = plain[name]
+        adds = args[0] is residual
+        contenders = _both(name, *args, values, scales, result=lambda: values * scales.unsqueeze(1))
+        moved = x.nbytes * (3 if adds else 1) + values.nbytes
+        return Case(name, contenders, exact, moved, reset=lambda: adds and residual.copy_(original))
+
+    return build
+
+
+def product(size: Size, make: _Maker) -> Case:
+    """The largest of a layer, gate and up, in int8."""
+    rows, columns, width = size.rows, 2 * size.inner, size.hidden
+
+    def factor(count: int) -> tuple[Tensor, Tensor]:
+        values = torch.randint(-127, 128, (count, width), dtype=torch.int8, device=make.device)
+        return values, make.random(count, dtype=torch.float32).abs()
+
+    x, weight = factor(rows), factor(columns)
+    result = make.random(rows, columns)
+    sampled = torch.tensor([0, rows // 2, rows - 1], device=make.device)
+
+    def exact() -> Tensor:
+        found = x[0][sampled].double() @ weight[0].double().t()
+        return found * x[1][sampled].double().unsqueeze(1) * weight[1].double()
+
+    moved = x[0].nbytes + weight[0].nbytes + result.nbytes
+    # products in 8 bits run at twice the rate of bfloat16's or more
+    flops = rows * columns * width
+    contenders = _both("scaled_mm_", *x, *weight, result, result=4)
+    return Case("scaled_mm_", contenders, exact, moved, flops, sampled)
+
+
+def _narrow(x: Tensor) -> Tensor:
+    """Rows [rows, heads, head_dim] of a cache in int8."""
+    rows, heads, head_dim = x.shape
+    width = cache_width(heads, head_dim)
+    caches = [torch.zeros(rows, width, dtype=torch.int8, device=x.device) for _ in range(2)]
+    reference.quantise_cache_(x, x, *caches, torch.arange(rows, device=x.device))
+    return caches[0]
+
+
+def quantise_cache(size: Size, make: _Maker) -> Case:
+    head_dim = size.hidden // size.heads
+    qkv = make.random(size.rows, 3 * size.hidden)
+    k, v = qkv.unflatten(1, (-1, head_dim)).split(size.heads, 1)[1:]
+    caches = [_narrow(torch.ones_like(k)) for _ in range(2)]
+    places = torch.randperm(size.rows, device=make.device)
+    args = (k, v, *caches, places)
+
+    def kept() -> Tensor:
+        return reference._dequantised(caches[0], k)
+
+    def exact() -> Tensor:
+        return torch.empty_like(k, dtype=torch.float64).index_copy_(0, places, k.double())
+
+    moved = 2 * k.numel() * k.element_size() + sum(one.nbytes for one in caches)
+    return Case("quantise_cache_", _both("quantise_cache_", *args, result=kept), exact, moved)
 
 
 def _rotary(size: Size, make: _Maker) -> tuple[Tensor, Tensor, Tensor]:
@@ -446,6 +537,37 @@ def attention_step(size: Size, make: _Maker) -> Case:
     )
 
 
+def attention_step_8bit(size: Size, make: _Maker) -> Case:
+    head_dim, groups = size.hidden // size.heads, len(size.cached)
+    qkv = make.random(size.rows, 3 * size.hidden)
+    q, k, v = qkv.unflatten(1, (-1, head_dim)).split(size.heads, 1)
+    plain = [make.random(sum(size.cached), size.heads, head_dim) for _ in range(2)]
+    caches = [_narrow(one) for one in plain]
+    firsts = list(accumulate(size.cached, initial=0))[:-1]
+    cu_rows = make.integers(*range(0, size.rows + 1, size.noise))
+    args = (q, k, v, *caches, cu_rows, make.integers(*firsts), make.integers(*size.cached))
+
+    def joined(part: Tensor, cache: Tensor, group: int) -> Tensor:
+        rows = slice(group * size.noise, (group + 1) * size.noise)
+        kept = cache[firsts[group] : firsts[group] + size.cached[group]]
+        return torch.cat([reference._dequantised(kept, part.double()), part[rows].double()])
+
+    starts = [group * size.noise for group in range(groups)]
+    return Case(
+        "attention_step_8bit",
+        _both("attention_step_8bit", *args, size.noise),
+        _sampled(
+            q,
+            [joined(k, caches[0], group) for group in range(groups)],
+            [joined(v, caches[1], group) for group in range(groups)],
+            starts,
+        ),
+        4 * q.numel() * q.element_size() + sum(x.nbytes for x in caches),
+        sum(4 * size.hidden * size.noise * (size.noise + cached) for cached in size.cached),
+        torch.tensor(starts, device=make.device),
+    )
+
+
 def attention_prefill(size: Size, make: _Maker) -> Case:
     head_dim, length = size.hidden // size.heads, size.cached[0]
     text = length // 50
@@ -472,11 +594,18 @@ CASES = {
     "rope_cache_": rope_cache,
     "swiglu": swiglu,
     "modulate": modulate,
+    "quantise_": _rows_in_8_bits("quantise_"),
+    "rms_norm_quantise_": _rows_in_8_bits("rms_norm_quantise_"),
+    "add_rms_norm_quantise_": _rows_in_8_bits("add_rms_norm_quantise_"),
+    "swiglu_quantise_": _rows_in_8_bits("swiglu_quantise_"),
+    "scaled_mm_": product,
+    "quantise_cache_": quantise_cache,
     "dequantise_int8_": _dequantise("int8"),
     "dequantise_fp8_": _dequantise("fp8"),
     "dequantise_nf4_": _dequantise("nf4"),
     "guidance_step_": guidance,
     "attention_step": attention_step,
+    "attention_step_8bit": attention_step_8bit,
     "attention_prefill": attention_prefill,
 }
 

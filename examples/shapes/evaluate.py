@@ -188,6 +188,7 @@ def main() -> None:
     parser.add_argument("--image-guidance", type=float, default=IMAGE_GUIDANCE)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--compute", help="of the layers' products: int8 or fp8 (see --dtype)")
+    parser.add_argument("--cache", help="of keys and values: int8 or fp8 (see --dtype)")
     parser.add_argument("--vae-dtype", default="float32")
     parser.add_argument("--weights", help="how they are stored: int8, nf4, ... (see --dtype)")
     parser.add_argument("--guided-only", action="store_true", help="skip the runs without guidance")
@@ -203,6 +204,7 @@ def main() -> None:
         dtype=arguments.dtype,
         weights=arguments.weights,
         compute=arguments.compute,
+        cache=arguments.cache,
         vae_dtype=arguments.vae_dtype,
     )
     start = time.monotonic()

@@ -41,6 +41,7 @@ def app(
     dtype: str,
     weights: str | None,
     compute: str | None,
+    cache: str | None,
     vae_dtype: str,
     compile: bool | None,
     local_files_only: bool,
@@ -62,7 +63,8 @@ def app(
         number = serve(
             model,
             {"device": device, "dtype": dtype, "weights": weights, "compute": compute}
-            | {"vae_dtype": vae_dtype, "compile": compile, "local_files_only": local_files_only},
+            | {"cache": cache, "vae_dtype": vae_dtype, "compile": compile}
+            | {"local_files_only": local_files_only},
             host,
             port,
             allowed_hosts,

@@ -244,6 +244,7 @@ def generate(
     dtype: str,
     weights: str | None,
     compute: str | None,
+    cache: str | None,
     vae_dtype: str,
     compile: bool | None,
     lora: tuple[str, ...],
@@ -270,7 +271,7 @@ def generate(
     Several images become NAME-1.png, NAME-2.png and so on. Existing files are replaced. PNG, JPEG
     and WebP files carry the request: `show` prints it, --from runs it again.
     """
-    precision = {"weights": weights, "compute": compute, "vae_dtype": vae_dtype}
+    precision = {"weights": weights, "compute": compute, "cache": cache, "vae_dtype": vae_dtype}
     try:
         images = None
         given = given_options(context, file=picture is None)

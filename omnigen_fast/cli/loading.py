@@ -43,6 +43,10 @@ _OPTIONS = {
     "compute": click.option(
         "--compute", help="What layers multiply in: int8 or fp8; default: --dtype."
     ),
+    "cache": click.option(
+        "--cache",
+        help="How the condition's keys and values are kept: int8 or fp8; default: --dtype.",
+    ),
     "vae_dtype": click.option(
         "--vae-dtype", default="float32", show_default=True, help="float32 or bfloat16."
     ),

@@ -8,7 +8,7 @@ from ..errors import OmniGenError
 from ..fewer_steps import QUALITIES, preset
 from ..guidance import typical_schedule
 from ..memory.plan import PROMPT_TOKENS, Switches, typical_workload
-from ..precision import AUTO, COMPUTES, STORAGES, Precision, check_capability
+from ..precision import AUTO, CACHED, COMPUTES, STORAGES, Precision, check_capability
 from ..request import checked_side
 from .config_file import given_options
 from .failure import failure
@@ -96,6 +96,11 @@ from .sizes import aspect_option, chosen_sides
     help="What the layers' products are computed in; default: --dtype.",
 )
 @click.option(
+    "--cache",
+    type=click.Choice(CACHED),
+    help="How the condition's keys and values are kept; default: --dtype.",
+)
+@click.option(
     "--vae-dtype",
     default="float32",
     show_default=True,
@@ -126,6 +131,7 @@ def plan(
     dtype: str,
     weights: str,
     compute: str | None,
+    cache: str | None,
     vae_dtype: str,
     separate_cfg_infer: bool | None,
     use_kv_cache: bool | None,
@@ -177,7 +183,7 @@ def plan(
         if profile.capability is not None:
             check_capability(compute, tuple(map(int, profile.capability.split("."))))
         stored = None if weights in (STORAGES[0], AUTO) else weights
-        precision = Precision.of(dtype, stored, compute)
+        precision = Precision.of(dtype, stored, compute, cache)
         vae = VaeShape(value_bytes=4 if vae_dtype == "float32" else 2)
         switches = Switches(
             use_kv_cache=use_kv_cache,

@@ -58,7 +58,7 @@ class ByteEstimate:
         self.on_host = profile.on_host
         self.unit = config.hidden_size * precision.arithmetic_bytes  # one token's hidden state
         # one token's keys and values in one layer
-        self.pair = 2 * config.num_kv_heads * config.head_dim * precision.cache_bytes
+        self.pair = precision.pair_bytes(config.num_kv_heads, config.head_dim)
 
     # Sizes
 
@@ -364,4 +364,6 @@ class ByteEstimate:
         needed = self.cache_rows(plan)
         kept = self.arena_bytes(plan) // self.row_bytes(plan) - needed
         more = f" and {kept} for earlier requests" if kept else ""
-        return f"keys and values of {needed} rows, all layers{more}"
+        form = self.precision.quantised_cache
+        kept_in = f", in {form}" if form else ""
+        return f"keys and values of {needed} rows, all layers{more}{kept_in}"

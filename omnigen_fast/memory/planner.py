@@ -225,6 +225,8 @@ def describe(plan: MemoryPlan, config: ModelConfig) -> str:
             "none": "no KV cache",
         }[plan.cache]
     )
+    if plan.precision is not None and plan.precision.quantised_cache is not None:
+        words[-1] += f" in {plan.precision.cache}" * (plan.cache != "none")
     if plan.branches_per_pass is not None:
         words.append(f"passes of {plan.branches_per_pass}")
     if plan.mlp_rows != MLP_ROWS:

@@ -24,6 +24,10 @@ _GAP_CAPTURED, _GAP_EAGER, _LAUNCH = 1e-6, 2e-6, 15e-6
 _VAE_MOVES = 10
 # Of the rate of products, what convolutions in bfloat16 are counted to reach; not measured.
 _CONVOLUTION_SHARE = 0.4
+# What keys and values in 8 bits take beyond ones in bfloat16, in units of the products with them,
+# by compute capability: counted from machine code by the model in `bench.kernels.pipes`.
+_EXPANDING = {"8.0": 1.5, "8.6": 0.5, "8.9": 0.5}
+_EXPANDING_ELSEWHERE = 1.0
 _decode_flops, _encode_flops = lru_cache(256)(decode_flops), lru_cache(256)(encode_flops)
 
 
@@ -53,6 +57,13 @@ def attention_flops(config: ModelConfig, tokens: Sequence[int], noise_tokens: in
     """Of a layer's attention; `tokens` are those of each group's condition."""
     keys = sum(one + 1 + noise_tokens for one in tokens)
     return 4 * noise_tokens * keys * config.num_heads * config.head_dim
+
+
+def cached_flops(config: ModelConfig, tokens: Sequence[int], noise_tokens: int) -> int:
+    """The part of `attention_flops` that reads the cache."""
+    return attention_flops(config, tokens, noise_tokens) - attention_flops(
+        config, [-1] * len(tokens), noise_tokens
+    )
 
 
 @dataclass(frozen=True)
@@ -192,6 +203,10 @@ class SecondsEstimate:
             seconds += self.condition_work(plan, kind).seconds
         return seconds + self.expanding + self.contention(plan)
 
+    @property
+    def _expanding_keys(self) -> float:
+        return _EXPANDING.get(self._profile.capability or "", _EXPANDING_ELSEWHERE)
+
     @cached_property
     def expanding(self) -> float:
         """Of one pass through all layers: reading them as they are stored, writing them dense."""
@@ -242,11 +257,15 @@ class SecondsEstimate:
             rows = len(tokens) * noise
             products += layers * self._product_seconds(rows, plan.mlp_rows)
             width = config.num_heads * config.head_dim
-            size = rows * (2 * width * value + self._sizes.pair) + sum(tokens) * self._sizes.pair
-            attention += layers * max(
-                attention_flops(config, tokens, noise) / self._attention_rate,
-                size / self._bandwidth,
-            )
+            pair = 2 * config.num_kv_heads * config.head_dim * value
+            size = rows * (2 * width * value + pair) + sum(tokens) * self._sizes.pair
+            flops = float(attention_flops(config, tokens, noise))
+            if self._sizes.precision.quantised_cache is not None:
+                if self._sizes.on_host:  # expanded ahead: written and read
+                    size += 2 * sum(tokens) * pair
+                else:
+                    flops += self._expanding_keys * cached_flops(config, tokens, noise)
+            attention += layers * max(flops / self._attention_rate, size / self._bandwidth)
             moved += layers * rows * self._row_moves
             # input: product, positions, choice of pictures; output: two norms, product, guidance
             moved += rows * (13 * self._sizes.unit + 4 * PATCH_VALUES * value)

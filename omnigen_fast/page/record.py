@@ -370,7 +370,7 @@ _DEFAULTS = {
 
 
 # Arguments of `from_pretrained` that affect the picture, recorded where they are not the defaults.
-RECORDED_PRECISION = {"weights": None, "compute": None, "vae_dtype": "float32"}
+RECORDED_PRECISION = {"weights": None, "compute": None, "cache": None, "vae_dtype": "float32"}
 
 
 def recorded_precision(options: Mapping[str, Any]) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -108,12 +109,23 @@ def test_what_changes_no_image_changes_none():
     assert len(errors) == 2 and max(errors) < 1e-5
 
 
+def test_storage_and_products_by_one_name():
+    assert parse_configuration("nf4+int8+cache-fp8") == replace(
+        parse_configuration("nf4+compute-int8+cache-fp8"), name="nf4+int8+cache-fp8"
+    )
+    found = parse_configuration("float32+int8+int8")
+    assert (found.storage, found.compute, found.cache) == ("int8", "int8", None)
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
         ("float16", "'float16' is not known"),
         ("float32+bfloat16", "float32 and bfloat16 contradict"),
         ("kv+no-kv", "kv and no-kv contradict"),
+        ("int8+nf4", "int8 and nf4 contradict"),
+        ("int8+int8+int8", "int8 and int8 and int8 contradict"),
+        ("cache-int8+cache-fp8", "cache-int8 and cache-fp8 contradict"),
         ("euler+ab2", "euler and ab2 contradict"),
         ("high+fast", "high and fast contradict"),
         ("", "'' is not known"),

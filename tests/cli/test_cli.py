@@ -50,7 +50,7 @@ WITHOUT_OPTION = {
 EVERY_OPTION = """
 --model owner/name --vae-path vae --revision v1 --cache-dir cache
 --local-files-only --device cuda:1 --dtype float32
---weights int8 --compute int8 --vae-dtype bfloat16 --compile
+--weights int8 --compute int8 --cache fp8 --vae-dtype bfloat16 --compile
 --lora one --lora two:0.5
 --prompt x --image a --image b --negative-prompt y --height 64 --width 80
 --num-inference-steps 7 --guidance-scale 2.5 --no-img-guidance
@@ -305,6 +305,7 @@ class TestArguments:
                 "dtype": "float32",
                 "weights": "int8",
                 "compute": "int8",
+                "cache": "fp8",
                 "vae_dtype": "bfloat16",
                 "compile": True,
                 "revision": "v1",

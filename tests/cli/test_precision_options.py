@@ -13,8 +13,8 @@ from omnigen_fast.cli.main import main
 from omnigen_fast.page.record import read_record
 
 SMALL = ("--model", str(TINY), "--height", "32", "--width", "32", "--steps", "1", "--quiet")
-CHOSEN = {"weights": "int8", "compute": "int8", "vae_dtype": "bfloat16"}
-OPTIONS = ("--weights", "int8", "--compute", "int8", "--vae-dtype", "bfloat16")
+CHOSEN = {"weights": "int8", "compute": "int8", "cache": "fp8", "vae_dtype": "bfloat16"}
+OPTIONS = ("--weights", "int8", "--compute", "int8", "--cache", "fp8", "--vae-dtype", "bfloat16")
 
 
 @pytest.fixture
@@ -51,7 +51,8 @@ def test_a_picture_carries_them(folder, loaded):
 
 def test_a_plain_picture_carries_none(folder, loaded):
     run("generate", "--prompt", "a cat", "--seed", "1", *SMALL, "--out", "one.png")
-    assert loaded == [{"weights": None, "compute": None, "vae_dtype": "float32"}]
+    plain = {"weights": None, "compute": None, "cache": None, "vae_dtype": "float32"}
+    assert loaded == [plain]
     assert not read_record("one.png").precision
 
 
@@ -67,6 +68,8 @@ def test_plans(folder):
     plain = run("plan", "--device", "a800")
     chosen = run("plan", "--device", "a800", "--compute", "int8", "--vae-dtype", "bfloat16")
     assert "products in int8" in chosen and "products in" not in plain
+    kept = run("plan", "--device", "a800", "--cache", "fp8")
+    assert "KV cache on device in fp8" in kept and "device in" not in plain
     explained = run("plan", "--device", "a800", "--vae-dtype", "bfloat16", "--explain")
     assert "in bfloat16, on the device" in explained
     refused = CliRunner().invoke(main, ["plan", "--device", "rtx3090", "--compute", "fp8"])

@@ -49,6 +49,11 @@ def arguments(name: str, dtype: torch.dtype = torch.float32) -> dict:
         "k_cache": random(CACHE_ROWS, KV_HEADS, HEAD_DIM, dtype=dtype, seed=2),
         "v_cache": random(CACHE_ROWS, KV_HEADS, HEAD_DIM, dtype=dtype, seed=3),
     }
+    width = contract.cache_width(KV_HEADS, HEAD_DIM)
+    narrow = {
+        name: torch.zeros(CACHE_ROWS, width, dtype=torch.int8, device=DEVICE)
+        for name in ("k_cache", "v_cache")
+    }
     x = {"x": random(ROWS, HIDDEN, dtype=dtype, seed=4)}
     weight = random(HIDDEN, dtype=dtype, seed=5)
     table = random(3, HIDDEN, dtype=dtype, seed=11)
@@ -76,6 +81,20 @@ def arguments(name: str, dtype: torch.dtype = torch.float32) -> dict:
             **rope,
             **caches,
             "cache_rows": torch.tensor([8, 1, 0, 4, 3, 7], device=DEVICE),
+        },
+        "quantise_cache_": {
+            "k": q_k_v["k"],
+            "v": q_k_v["v"],
+            **narrow,
+            "cache_rows": torch.tensor([8, 1, 0, 4, 3, 7], device=DEVICE),
+        },
+        "attention_step_8bit": {
+            **q_k_v,
+            **narrow,
+            **groups,
+            "cache_start": integers(2, 0),
+            "cache_len": integers(7, 0),
+            "max_rows": 4,
         },
         "attention_step": {
             **q_k_v,
@@ -412,6 +431,9 @@ REFUSED = [
             ("guidance_step_", "lengths"),
             ("guidance_step_", "step"),
             ("rope_cache_", "cache_rows"),
+            ("quantise_cache_", "k_cache"),
+            ("quantise_cache_", "cache_rows"),
+            ("attention_step_8bit", "v_cache"),
             ("quantise_", "values"),
             ("add_rms_norm_quantise_", "scales"),
             ("scaled_mm_", "weight"),
@@ -426,6 +448,7 @@ REFUSED = [
             ("attention_step", "cu_rows"),
             ("attention_step", "cache_start"),
             ("attention_step", "cache_len"),
+            ("attention_step_8bit", "cache_len"),
             ("attention_prefill", "cu_rows"),
             ("attention_prefill", "kv_end"),
             ("guidance_step_", "cu_groups"),
@@ -444,6 +467,9 @@ REFUSED = [
             ("attention_step", "v"),
             ("attention_step", "k_cache"),
             ("attention_step", "v_cache"),
+            ("quantise_cache_", "v"),
+            ("attention_step_8bit", "k"),
+            ("attention_step_8bit", "k_cache"),
             ("attention_prefill", "k"),
             ("modulate", "shift"),
             ("modulate", "scale"),
@@ -559,6 +585,16 @@ REFUSED = [
     ("attention_step", "cu_rows", lambda x: x[:0], ValueError),
     ("guidance_step_", "patch", lambda x: 3, ValueError),
     ("guidance_step_", "lengths", lambda x: x[None], ValueError),
+    ("quantise_cache_", "k_cache", lambda x: x.view(torch.uint8), TypeError),
+    ("quantise_cache_", "k_cache", lambda x: x[:, 16:], ValueError),
+    ("quantise_cache_", "v_cache", lambda x: x[:1].expand(CACHE_ROWS, -1), ValueError),
+    ("attention_step_8bit", "v_cache", lambda x: x[:-1], ValueError),
+    (
+        "attention_step_8bit",
+        "k_cache",
+        lambda x: x.new_zeros(x.numel() + 1)[1:].view(x.shape),
+        ValueError,
+    ),
     ("modulate", "step", lambda x: x[0], ValueError),
     ("modulate", "step", lambda x: x.int(), TypeError),
     ("modulate", "step", lambda x: x[:0], ValueError),

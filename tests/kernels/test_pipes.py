@@ -205,6 +205,47 @@ def test_products_of_tensor_memory():
     assert found["shared"] == (2 * 96 * (128 + 64 + 64) + 8 * 384 + 2 * 2 * 64 * 96) / 128
 
 
+def test_products_in_8_bits_of_warps():
+    """Twice as deep as those of bfloat16; fragments are fed all the same."""
+    for op in ("IMMA.16832.S8.S8", "QMMA.16832.F32.E4M3.E4M3"):
+        found = pipes.main_turn(loop(f"LDSM.16.M88.4 R8, [R6]\n{op} R16, R8, R12, R16"))
+        assert (found.products, found.multiplies, found.fed) == (1, 16 * 8 * 32, 512)
+
+
+def test_products_in_8_bits_of_a_group_of_warps():
+    found = pipes.main_turn(
+        loop(
+            "IGMMA.64x256x32.S8.S8 R24, gdesc[UR20], RZ, !UPT\n"
+            "QGMMA.64x128x32.F32.E4M3.E4M3 R88, gdesc[UR4], R88"
+        )
+    )
+    assert found.multiplies == (64 * 256 * 32 + 64 * 128 * 32) // 4
+    assert found.fed == ((64 + 256) * 32 + (64 + 128) * 32) // 4
+
+
+PRODUCT = pipes.ProductTile(block_m=128, block_n=256, block_k=128, warps=8, form="fp8")
+
+
+@pytest.mark.parametrize(
+    ("capability", "form", "matrix"),
+    [(80, "int8", 2048), (86, "int8", 4096), (89, "fp8", 8192), (90, "int8", 1024)],
+)
+def test_cycles_of_a_product(capability, form, matrix):
+    tile = replace(PRODUCT, form=form)
+    turn = replace(STEP, multiplies=tile.multiplies // 8, mufu=0)
+    found = pipes.cycles(capability, turn, tile)
+    assert found["matrix"] == matrix  # 128 x 256 x 128 over the rate in 8 bits
+    assert found["l2"] == (128 + 256) * 128 / pipes.RATES[capability].l2
+    with pytest.raises(ValueError, match="matrix products, its tile"):
+        pipes.cycles(capability, STEP, tile)
+
+
+def test_a_product_of_tensor_memory():
+    turn = replace(STEP, tcgen05=4, multiplies=0, fed=0, shared=0)
+    found = pipes.cycles(100, turn, PRODUCT)
+    assert (found["matrix"], found["shared"]) == (512, 2 * (128 + 256))  # fed and copied
+
+
 @pytest.mark.parametrize("change", [{"multiplies": 98304}, {"tcgen05": 7}])
 def test_code_that_does_not_do_the_tile(change):
     with pytest.raises(ValueError, match="matrix products, its tile"):

@@ -118,11 +118,18 @@ CASES = (
     "rope_cache_",
     "swiglu",
     "modulate",
+    "quantise_",
+    "rms_norm_quantise_",
+    "add_rms_norm_quantise_",
+    "swiglu_quantise_",
+    "scaled_mm_",
+    "quantise_cache_",
     "dequantise_int8_",
     "dequantise_fp8_",
     "dequantise_nf4_",
     "guidance_step_",
     "attention_step",
+    "attention_step_8bit",
     "attention_prefill",
 )
 

@@ -135,9 +135,12 @@ def random_pictures(rng: random.Random, height: int, width: int) -> list[Any]:
 
 
 def random_case(
-    rng: random.Random, storage: str | None = None, compute: str | None = None
+    rng: random.Random,
+    storage: str | None = None,
+    compute: str | None = None,
+    cache: str | None = None,
 ) -> tuple[Call, MemoryPlan]:
-    """A request and a plan for it, with weights stored and products computed so."""
+    """A request and a plan for it, with weights stored, products computed, rows cached so."""
     height, width = (rng.choice((256, 512, 768, 1024, 1280)) for _ in range(2))
     pictures = random_pictures(rng, height, width)
     request = SimpleNamespace(
@@ -152,7 +155,8 @@ def random_case(
     )
     latents = torch.empty(request.latent_shape, device=META)
     schedule = StepSchedule.euler(request.steps)
-    call = Call(request, schedule, pictures, Precision.of("bfloat16", storage, compute), latents)
+    precision = Precision.of("bfloat16", storage, compute, cache)
+    call = Call(request, schedule, pictures, precision, latents)
     layers = CONFIG.num_layers
     plan = MemoryPlan(
         resident_layers=rng.choice((layers, layers, 0, 1, 8, layers - 1)),

@@ -10,7 +10,7 @@ from dry_run import CONFIG, as_edit, peaks, random_case
 
 from omnigen_fast import profiles
 from omnigen_fast.config import released_sizes
-from omnigen_fast.forms import FORMS, PRODUCTS
+from omnigen_fast.forms import CACHES, FORMS, PRODUCTS
 from omnigen_fast.memory.autoencoder import VaeShape, decode_bytes, encode_bytes
 from omnigen_fast.memory.cost import Estimate, cost
 from omnigen_fast.memory.plan import MemoryPlan, typical_workload
@@ -41,7 +41,8 @@ def test_bytes_are_those_of_the_pipeline(seed):
     for place in range(21):
         storage = rng.choice((None, *FORMS)) if place % 2 else None
         compute = rng.choice((None, *PRODUCTS)) if place % 3 else None
-        call, plan = random_case(rng, storage, compute)
+        cache = rng.choice((None, *CACHES)) if place % 5 else None
+        call, plan = random_case(rng, storage, compute, cache)
         if place % 3 == 0:
             kinds = (ALL_BRANCHES, StepKind(branches=(0,)))
             kinds = tuple(rng.choice(kinds) for _ in range(len(call.schedule)))
