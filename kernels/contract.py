@@ -319,9 +319,13 @@ def rope_cache_(
     _shape("cache_rows", cache_rows, (qkv.shape[0],))
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, cu_rows: Tensor, fused: bool) -> None:
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_rows: Tensor, fused: bool, keys: int | None = None
+) -> None:
+    """`keys` rows of k and v; None for those of q."""
     _rows("q", q, 3, fused)
     rows, heads, head_dim = q.shape
+    rows = rows if keys is None else keys
     if fused and head_dim not in HEAD_DIMS:
         raise ValueError(f"q must have a head_dim of 64, 96 or 128, got {head_dim}")
     _rows("k", k, 3, fused)
@@ -348,17 +352,25 @@ def attention_step(
     cache_start: Tensor,
     cache_len: Tensor,
     max_rows: int,
+    cu_keys: Tensor | None = None,
     fused: bool = False,
 ) -> None:
-    """q [rows, heads, head_dim], k and v [rows, kv_heads, head_dim], k_cache and v_cache
-    [cache rows, kv_heads, head_dim], all of one dtype; cu_rows [groups + 1], cache_start and
-    cache_len [groups], int32.
+    """q [rows, heads, head_dim], k and v [keys, kv_heads, head_dim], k_cache and v_cache
+    [cache rows, kv_heads, head_dim], all of one dtype; cu_rows and cu_keys [groups + 1],
+    cache_start and cache_len [groups], int32. Without cu_keys, keys are rows.
 
     Raises:
         TypeError: wrong dtype.
         ValueError: wrong shape, device, strides or head_dim.
     """
-    _attention(q, k, v, cu_rows, fused)
+    keys = None
+    if cu_keys is not None:
+        _rows("k", k, 3, fused)
+        keys = k.shape[0]
+    _attention(q, k, v, cu_rows, fused, keys)
+    if cu_keys is not None:
+        _numbers("cu_keys", cu_keys, torch.int32, "q", q)
+        _shape("cu_keys", cu_keys, tuple(cu_rows.shape))
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         _rows(name, cache, 3, fused)
         _like(name, cache, "q", q)
@@ -371,8 +383,8 @@ def attention_step(
         _shape(name, numbers, (groups,))
     _longest(max_rows, q.shape[0], groups)
     if fused:
-        cached = k_cache.shape[0]
-        _near((("q", q, max_rows), ("k", k, max_rows), ("v", v, max_rows)))
+        cached, longest = k_cache.shape[0], max_rows if keys is None else keys
+        _near((("q", q, max_rows), ("k", k, longest), ("v", v, longest)))
         _near((("k_cache", k_cache, cached), ("v_cache", v_cache, cached)))
 
 
