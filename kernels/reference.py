@@ -291,8 +291,8 @@ def attention_step(
 
     `softmax(q [K_cache, K]^T / sqrt(head_dim)) [V_cache, V]`, the two key segments joined by their
     log-sum-exp (Milakov & Gimelshein, 2018): no concatenation, no mask. Several groups may read
-    the same cache rows. Without `cu_keys` the group's rows are those of q, k and v alike; with it, q
-    has some of the rows whose keys and values k and v have, and `rows` and `keys` may differ.
+    the same cache rows. Without `cu_keys` a group's rows are those of q, k and v alike; with it, q
+    has some of the rows that k and v have.
     """
     out = _out(q.shape, q, out)
     share = q.shape[1] // k.shape[1]

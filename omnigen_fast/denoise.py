@@ -12,11 +12,20 @@ from torch import Tensor
 
 from .cache import Cache, Entry, Span
 from .config import PATCH
+from .errors import RequestError
 from .kernels import ops
 from .memory.plan import MLP_ROWS
-from .model import StepGroups, TimeEmbeddings, Transformer
+from .model import NoiseRows, StepGroups, TimeEmbeddings, Transformer, patches_of
+from .parallel.exchange import (
+    ExchangeSpace,
+    RowExchange,
+    Share,
+    VelocityGather,
+    velocity_places,
+)
+from .parallel.group import Group
 from .parameters import PATCH_VALUES
-from .placement import OneDevice, Placement
+from .placement import Placement
 from .schedule import ALL_BRANCHES, StepKind, StepSchedule
 from .sequence import EncodedBranch, lay_out
 
@@ -26,7 +35,7 @@ class PlacedBranch:
     """A guidance branch, its rows in the cache, and its coefficient."""
 
     branch: EncodedBranch
-    span: Span
+    span: Span | None  # None where another rank has them
     coefficient: float
 
     @staticmethod
@@ -42,7 +51,10 @@ class PlacedBranch:
             for branch, span in zip(branches, cache[entry])
         }
         return [
-            [PlacedBranch(branch, spans[branch.key], coefficient) for branch, coefficient in one]
+            [
+                PlacedBranch(branch, spans.get(branch.key), coefficient)
+                for branch, coefficient in one
+            ]
             for one in pictures
         ]
 
@@ -62,6 +74,63 @@ class PassValues:
 
 
 @dataclass(frozen=True)
+class SharedValues:
+    """What a step whose groups are divided among ranks needs besides."""
+
+    share: Share  # of this rank
+    noise: NoiseRows
+    sent: int  # rows of velocities that each rank sends, padding included
+    places: Tensor  # [groups * N], int64, see `velocity_places`
+
+    @classmethod
+    def make(
+        cls,
+        placement: Placement,
+        chosen: Sequence[Sequence[_Chosen]],
+        kind: StepKind,
+        branches: Sequence[Sequence[EncodedBranch]],
+        branches_per_pass: int | None,
+        latents: Tensor,
+    ) -> tuple[list[list[_Member]], SharedValues]:
+        """The passes of this rank, and what they need.
+
+        Args:
+            placement: of this rank.
+            chosen: see `_chosen`.
+            kind: of the steps.
+            branches: all that each picture has.
+            branches_per_pass: see `StepValues.make`.
+            latents: of all pictures.
+        """
+        patches = patches_of(torch.arange(latents.numel(), device=latents.device).view_as(latents))
+        tokens = patches.shape[1:3].numel()
+        division = placement.divide(kind, branches)
+        share = placement.share(division, tokens)
+        if not share.rows:
+            raise RequestError(
+                f"pictures of {tokens} noise tokens can't be split into {share.layout.rows} parts; "
+                "ask for larger ones or start fewer ranks"
+            )
+        by_part = [_members(_kept(chosen, part), branches_per_pass) for part in division.parts]
+        orders = [[place for one in passes for place, *_ in one] for passes in by_part]
+        places, sent = velocity_places(division, orders, tokens, sum(map(len, chosen)))
+        own = by_part[share.layout.branch_rank(placement.rank)]
+        pictures = tuple(sorted({picture for one in own for _, picture, _ in one}))
+        index = patches.flatten(1, 2)[list(pictures), share.first : share.stop].flatten(2)
+        return own, cls(
+            share=share,
+            noise=NoiseRows(
+                pictures=pictures,
+                first=share.first,
+                places=index.contiguous(),
+                values=latents.new_empty(index.shape),
+            ),
+            sent=sent,
+            places=torch.tensor(places, dtype=torch.int64).to(latents.device),
+        )
+
+
+@dataclass(frozen=True)
 class Passes:
     """The groups of a kind of step, pass by pass, and how their velocities are combined."""
 
@@ -69,6 +138,7 @@ class Passes:
     branches: tuple[int, ...]  # whose conditions they read, of the call's distinct ones
     coefficient: Tensor  # [groups], float32
     cu_groups: Tensor  # [pictures + 1], int32
+    shared: SharedValues | None = None  # None where all groups run here
 
     @property
     def rows(self) -> int:
@@ -78,7 +148,8 @@ class Passes:
     @property
     def in_order(self) -> bool:
         """Whether one pass computes all groups in the prediction's own order."""
-        return len(self.passes) == 1 and len(self.passes[0].pictures) == len(self.coefficient)
+        whole = len(self.passes) == 1 and len(self.passes[0].pictures) == len(self.coefficient)
+        return whole and self.shared is None
 
 
 @dataclass(frozen=True)
@@ -105,7 +176,7 @@ class SolverValues:
         runs = [chosen[replace(kind, computed=True)] for kind in schedule.kinds]
         tables = []
         for picture in range(len(latents)):
-            own = [[(place, b.coefficient) for place, b, _ in one[picture]] for one in runs]
+            own = [[(place, b.coefficient) for _, place, b in one[picture]] for one in runs]
             fresh = [True, *(one != before for before, one in pairwise(own))]
             tables.append(schedule.updates(fresh))
         weights = torch.tensor(tables, dtype=torch.float32).to(latents.device)
@@ -223,39 +294,51 @@ class StepValues:
             times: the embedded times of all steps.
             kinds: of the steps, without repetition.
             branches_per_pass: so many branches of every picture at once; None for all.
-            placement: which branches run here; None for all.
+            placement: which branches and rows run here; None for all.
             schedule: of all steps; None where nothing but their velocities is wanted.
             mask: of an edit that keeps part of its input image.
         """
-        device, placement = model.device, placement or OneDevice()
+        device, placement = model.device, placement or Placement()
         height, width = (side // PATCH for side in latents.shape[2:])
         noise_tokens = height * width
         branches = _distinct(pictures)
-        chosen = {kind: _chosen(pictures, kind, placement) for kind in kinds}
-        passes = {kind: _members(groups, branches_per_pass) for kind, groups in chosen.items()}
+        chosen = {kind: _chosen(pictures, kind) for kind in kinds}
+        passes, shared = {}, dict.fromkeys(kinds)
+        if placement.group is None:
+            passes = {kind: _members(groups, branches_per_pass) for kind, groups in chosen.items()}
+        else:
+            encoded = [[b.branch for b in picture] for picture in pictures]
+            for kind, some in chosen.items():
+                passes[kind], shared[kind] = SharedValues.make(
+                    placement, some, kind, encoded, branches_per_pass, latents
+                )
         groups = sum(len(one) for some in passes.values() for one in some)
         first = torch.zeros(len(pictures) + groups + len(branches), dtype=torch.int64)
-        first[len(first) - len(branches) :] = torch.tensor([b.span.times for b in branches])
+        first[len(first) - len(branches) :] = torch.tensor([_span(b).times for b in branches])
         first = first.to(device)
         counters = first.clone()
         place, made = len(pictures), {}
         for kind, members in passes.items():
-            values = []
+            values, own = [], shared[kind]
+            rows = range(noise_tokens)
+            if own is not None:
+                rows = rows[own.share.first : own.share.stop]
             for one in members:
                 step = counters[place : place + len(one)]
-                values.append(_pass_values(model, one, noise_tokens, step))
+                values.append(_pass_values(model, one, rows, step))
                 place += len(one)
             counts = [len(picture) for picture in chosen[kind]]
-            read = {b.branch.key for picture in chosen[kind] for _, b, _ in picture}
+            read = {b.branch.key for one in members for *_, b in one}
             made[kind] = Passes(
                 passes=tuple(values),
                 branches=tuple(i for i, b in enumerate(branches) if b.branch.key in read),
                 coefficient=torch.tensor(
-                    [b.coefficient for picture in chosen[kind] for _, b, _ in picture],
+                    [b.coefficient for picture in chosen[kind] for *_, b in picture],
                     dtype=torch.float32,
                     device=device,
                 ),
                 cu_groups=torch.tensor([0, *accumulate(counts)], dtype=torch.int32, device=device),
+                shared=own,
             )
         return cls(
             latents=latents,
@@ -264,7 +347,7 @@ class StepValues:
             lengths=lengths,
             times=times,
             kinds=made,
-            slots=torch.tensor([b.span.slot for b in branches], device=device),
+            slots=torch.tensor([_span(b).slot for b in branches], device=device),
             pos_embed=model.crop_pos_embed(height, width),
             solver=None
             if schedule is None or schedule.plain
@@ -306,6 +389,8 @@ class StepValues:
             found += [self.mask.edited, self.mask.known, self.mask.noise, self.mask.reached]
         for one in self.kinds.values():
             found += [one.coefficient, one.cu_groups]
+            if one.shared is not None:
+                found += [one.shared.places, one.shared.noise.places]
             for each in one.passes:
                 found += [each.places, each.cu_rows, each.cache_start, each.cache_len]
                 found += [each.cos, each.sin]
@@ -313,28 +398,34 @@ class StepValues:
 
 
 def _distinct(pictures: Sequence[Sequence[PlacedBranch]]) -> list[PlacedBranch]:
-    """The branches of all pictures without repetition."""
-    return list({b.branch.key: b for picture in pictures for b in picture}.values())
+    """The branches of all pictures that run here, without repetition."""
+    here = [b for picture in pictures for b in picture if b.span is not None]
+    return list({b.branch.key: b for b in here}.values())
 
 
-# (place in the picture's list, the branch, whether it runs here)
-_Chosen = tuple[int, PlacedBranch, bool]
+def _span(placed: PlacedBranch) -> Span:
+    assert placed.span is not None, "its condition is on another rank"
+    return placed.span
+
+
+# (place in the prediction, place in the picture's list, the branch)
+_Chosen = tuple[int, int, PlacedBranch]
 # (place in the prediction, picture, branch)
 _Member = tuple[int, int, PlacedBranch]
 
 
-def _chosen(
-    pictures: Sequence[Sequence[PlacedBranch]], kind: StepKind, placement: Placement
-) -> list[list[_Chosen]]:
+def _chosen(pictures: Sequence[Sequence[PlacedBranch]], kind: StepKind) -> list[list[_Chosen]]:
     """The branches of each picture that a kind of step combines."""
     found: list[list[_Chosen]] = []
+    group = 0
     for picture, branches in enumerate(pictures):
         some = []
         for place, coefficient in kind.places(picture, len(branches)):
             one = branches[place]
             if coefficient is not None:
                 one = replace(one, coefficient=coefficient)
-            some.append((place, one, placement.runs(picture, place)))
+            some.append((group, place, one))
+            group += 1
         found.append(some)
     return found
 
@@ -342,28 +433,40 @@ def _chosen(
 def _members(
     pictures: Sequence[Sequence[_Chosen]], branches_per_pass: int | None
 ) -> list[list[_Member]]:
-    """The groups of each pass that run here."""
+    """The groups of each pass."""
     most = max(map(len, pictures))
     size = min(branches_per_pass or most, most)
-    offsets = [0, *accumulate(map(len, pictures))]
-    passes = [
+    return [
         [
-            (offset + first + i, picture, b)
-            for picture, (offset, branches) in enumerate(zip(offsets, pictures))
-            for i, (_, b, here) in enumerate(branches[first : first + size])
-            if here
+            (group, picture, b)
+            for picture, branches in enumerate(pictures)
+            for group, _, b in branches[first : first + size]
         ]
         for first in range(0, most, size)
     ]
-    return [one for one in passes if one]
+
+
+def _kept(
+    pictures: Sequence[Sequence[_Chosen]], part: Sequence[tuple[int, int]]
+) -> list[list[_Chosen]]:
+    """Those that are of a part, as (picture, place in its list)."""
+    kept = set(part)
+    return [
+        [one for one in branches if (picture, one[1]) in kept]
+        for picture, branches in enumerate(pictures)
+    ]
 
 
 def _pass_values(
-    model: Transformer, members: Sequence[_Member], noise_tokens: int, step: Tensor
+    model: Transformer, members: Sequence[_Member], rows: range, step: Tensor
 ) -> PassValues:
-    device = model.device
-    places = torch.arange(noise_tokens, device=device)
-    tables = [model.rotary(places + b.span.condition + 1, b.branch.long) for _, _, b in members]
+    """Args: the groups, and which of each picture's noise tokens run here."""
+    device, spans = model.device, [_span(b) for *_, b in members]
+    places = torch.arange(rows.start, rows.stop, device=device)
+    tables = [
+        model.rotary(places + span.condition + 1, b.branch.long)
+        for span, (*_, b) in zip(spans, members)
+    ]
 
     def integers(values: list[int], dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=device)
@@ -371,9 +474,9 @@ def _pass_values(
     return PassValues(
         pictures=tuple(picture for _, picture, _ in members),
         places=integers([place for place, _, _ in members], torch.int64),
-        cu_rows=integers([i * noise_tokens for i in range(len(members) + 1)]),
-        cache_start=integers([b.span.start for _, _, b in members]),
-        cache_len=integers([b.span.condition + 1 for _, _, b in members]),
+        cu_rows=integers([i * len(rows) for i in range(len(members) + 1)]),
+        cache_start=integers([span.start for span in spans]),
+        cache_len=integers([span.condition + 1 for span in spans]),
         cos=torch.cat([cos for cos, _ in tables]),
         sin=torch.cat([sin for _, sin in tables]),
         step=step,
@@ -423,9 +526,9 @@ class RecomputedVelocity:
         distinct = _distinct(pictures)
         self._model, self._cache = model, cache
         self._image_latents = image_latents
-        sequences = [lay_out(b.branch, 1, b.span, model.device) for b in distinct]
+        sequences = [lay_out(b.branch, 1, _span(b), model.device) for b in distinct]
         self._states = model.prefill_states(sequences, mlp_rows)
-        self._time_rows = torch.tensor([b.span.times for b in distinct], device=model.device)
+        self._time_rows = torch.tensor([_span(b).times for b in distinct], device=model.device)
         self._staging = cache.staging(len(distinct))
 
     def __call__(
@@ -469,30 +572,43 @@ class Loop:
         self.values = values
         self.busy = False  # whether a call that goes on takes its steps here
         self._velocity = velocity
-        self._placement = placement or OneDevice()
         noise, like = values.noise_tokens, model.norm
         rows = max(one.rows for one in values.kinds.values())
+        shared = {kind: one.shared for kind, one in values.kinds.items() if one.shared is not None}
+        group = None if placement is None else placement.group
         longest = max(len(one.cos) for some in values.kinds.values() for one in some.passes)
         space = model.workspace(longest, mlp_rows)
         residual = like.new_empty(rows, model.config.hidden_size)
         delta = torch.empty_like(residual)
-        velocities = like.new_empty(rows, PATCH_VALUES)
+        sent = max([rows, *(one.sent for one in shared.values())])
+        velocities = like.new_empty(sent, PATCH_VALUES)
         prediction: Tensor | None = None
         if not all(one.in_order for one in values.kinds.values()):
             groups = max(len(one.coefficient) for one in values.kinds.values())
             prediction = like.new_empty(groups, noise, PATCH_VALUES)
         self._groups: dict[StepKind, list[StepGroups]] = {}
         self._predictions: dict[StepKind, Tensor] = {}
+        self._gathers: dict[StepKind, VelocityGather] = {}
+        self._exchanged: list[Tensor] = []  # what travels between ranks
+        exchanges: dict[StepKind, list[RowExchange | None]] = {}
+        if group is not None:
+            exchanges = self._exchanges(model, group, values)
+            gathered = like.new_empty(group.size * sent, PATCH_VALUES)
+            self._exchanged.append(gathered)
+            for kind, own in shared.items():
+                mine = velocities[: own.sent]
+                self._gathers[kind] = VelocityGather(group, mine, gathered, own.places)
         for kind, passes in values.kinds.items():
             first, made = 0, []
-            for one in passes.passes:
+            apart = exchanges.get(kind) or [None] * len(passes.passes)
+            for one, exchange in zip(passes.passes, apart):
                 part = slice(first, first + len(one.cos))
                 made.append(
                     StepGroups(
                         pictures=one.pictures,
                         step=one.step,
                         cu_rows=one.cu_rows,
-                        max_rows=noise,
+                        max_rows=len(one.cos) // len(one.pictures),
                         cache_start=one.cache_start,
                         cache_len=one.cache_len,
                         cos=one.cos,
@@ -501,24 +617,52 @@ class Loop:
                         delta=delta[part],
                         values=velocities[part],
                         space=space,
+                        noise=None if passes.shared is None else passes.shared.noise,
+                        exchange=exchange,
                     )
                 )
                 first = part.stop
             self._groups[kind] = made
-            whole = velocities[:first].unflatten(0, (-1, noise))
-            if not passes.in_order:
+            if passes.in_order:
+                self._predictions[kind] = velocities[:first].unflatten(0, (-1, noise))
+            else:
                 assert prediction is not None
-                whole = prediction[: len(passes.coefficient)]
-            self._predictions[kind] = whole
+                self._predictions[kind] = prediction[: len(passes.coefficient)]
+
+    def _exchanges(
+        self, model: Transformer, group: Group, values: StepValues
+    ) -> dict[StepKind, list[RowExchange | None]]:
+        """Of every pass, how its keys and values meet those of other rows; None without such."""
+        split = [
+            (one.shared.share, len(each.pictures))
+            for one in values.kinds.values()
+            for each in one.passes
+            if one.shared is not None and one.shared.share.layout.rows > 1
+        ]
+        config = model.config
+        like = model.norm.new_empty(0, 2 * config.num_kv_heads, config.head_dim)
+        space = ExchangeSpace.of(split, like)
+        self._exchanged += space.tensors()
+        found: dict[StepKind, list[RowExchange | None]] = {}
+        for kind, one in values.kinds.items():
+            found[kind] = []
+            for each in one.passes:
+                exchange = None
+                if one.shared is not None and one.shared.share.layout.rows > 1:
+                    exchange = RowExchange(group, one.shared.share, len(each.pictures), space)
+                    self._exchanged += exchange.tensors()
+                found[kind].append(exchange)
+        return found
 
     def predict(self, kind: StepKind = ALL_BRANCHES) -> Tensor:
         """Velocities of all groups, [groups, N, 16], until the next step."""
         passes, prediction = self.values.kinds[kind], self._predictions[kind]
         velocities = self._velocity(self.values, self._groups[kind], passes.branches)
-        if not passes.in_order:
+        if kind in self._gathers:
+            self._gathers[kind](prediction)
+        elif not passes.in_order:
             for one, found in zip(passes.passes, velocities):
                 prediction.index_copy_(0, one.places, found)
-        self._placement.gather(prediction)
         return prediction
 
     def step(self, kind: StepKind = ALL_BRANCHES) -> None:
@@ -557,7 +701,7 @@ class Loop:
 
     def memory(self) -> list[Tensor]:
         """All tensors that the steps use."""
-        found = [*self.values.tensors(), *self._predictions.values()]
+        found = [*self.values.tensors(), *self._predictions.values(), *self._exchanged]
         if self.values.solver is not None:
             found += [self.values.solver.velocity, self.values.solver.moved]
         for groups in self._groups.values():

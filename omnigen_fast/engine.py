@@ -160,7 +160,9 @@ class Engine(Holdings):
             if self.streamed is not None:
                 self.streamed.free()
         with self.vae.loaded():
-            images = self.vae.decode(latents, plan.strip_rows, store=_strip_store(plan))
+            images = self.vae.decode(
+                latents, plan.strip_rows, store=_strip_store(plan), group=self.placement.group
+            )
         if not finite(images.sum()):  # of values from 0 to 1
             raise OmniGenError(
                 "the VAE gave pixels that are no numbers; its weights may be damaged"
@@ -209,7 +211,9 @@ class Engine(Holdings):
 
     def _prepared(self, call: Call, plan: MemoryPlan, own_rows: bool) -> Running:
         """Computes all that does not depend on the noise, or finds it kept."""
-        schedule, entries = call.schedule, call.entries(plan)
+        schedule = call.schedule
+        kinds = list({replace(kind, computed=True): None for kind in schedule.counts})
+        entries = call.entries(plan, self.placement.conditions(kinds, call.branches))
         embedded = self.model.embed_times(schedule.evaluated_tensor().to(self.device))
         if plan.cache == "none":
             cache: Cache = self._new_cache(layers=1)
@@ -239,8 +243,9 @@ class Engine(Holdings):
                 latents,
                 schedule.lengths().to(self.device),
                 embedded,
-                list({replace(kind, computed=True): None for kind in schedule.counts}),
+                kinds,
                 plan.branches_per_pass,
+                self.placement,
                 schedule=schedule,
                 mask=mask,
             )
@@ -280,7 +285,7 @@ class Engine(Holdings):
                 )
             else:
                 velocity = CachedVelocity(self.model, cache, len(values.slots))
-            loop = Loop(self.model, values, velocity, plan.mlp_rows)
+            loop = Loop(self.model, values, velocity, plan.mlp_rows, self.placement)
         if fixed is None:
             return loop, loop.step
         return loop, self.graphs.runner(loop, fixed, plan.mlp_rows, call.schedule.counts)

@@ -22,6 +22,8 @@ from .memory.device import held_bytes
 from .memory.plan import MemoryPlan
 from .model import Transformer
 from .packing import Pack
+from .parallel.group import Group
+from .placement import Placement
 from .precision import Precision
 from .running import Running
 from .streamed_cache import StreamedCache
@@ -43,6 +45,7 @@ class Holdings:
         device: where to run.
         condition_cache_bytes: how much memory to keep for the conditions of earlier calls.
         capture_steps: whether steps are captured where they can be.
+        group: the ranks that carry out every call together; None for this process alone.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class Holdings:
         device: torch.device,
         condition_cache_bytes: int,
         capture_steps: bool,
+        group: Group | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.vae = vae
@@ -60,7 +64,9 @@ class Holdings:
         self.precision = precision
         self.loras = Loras()
         self.cache_bytes = condition_cache_bytes
-        self.capture_steps = capture_steps
+        # exchanges between ranks are captured with a step, or it is not captured
+        self.capture_steps = capture_steps and (group is None or group.capturable)
+        self.placement = Placement(group)
         self.image_latents: OrderedDict[tuple[str, int | None], Tensor] = OrderedDict()
         self.host = HostMemory(device)
         self.cache = self._new_cache()

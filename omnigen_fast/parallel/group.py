@@ -98,7 +98,7 @@ class Group:
         # as bytes: gloo does not know every dtype
         mine, all_ = sent.view(-1).view(torch.uint8), gathered.view(-1).view(torch.uint8)
         with self.failing():
-            dist.all_gather_into_tensor(all_, mine, group=group)
+            _all_gather(all_, mine, group=group)
         self.received[name] += all_.numel() - mine.numel()
 
     def broadcast_(self, tensor: Tensor) -> None:
@@ -138,7 +138,7 @@ class Group:
         mine = torch.frombuffer(bytearray(digest + told), dtype=torch.uint8)
         every = torch.empty(self.size, len(mine), dtype=torch.uint8)
         with self.failing():
-            dist.all_gather_into_tensor(every.view(-1), mine, group=self._control)
+            _all_gather(every.view(-1), mine, group=self._control)
         found = [bytes(one.tolist()) for one in every]
         if error is not None:
             raise error
@@ -160,6 +160,12 @@ class Group:
         """Raises what another rank has left."""
 
 
+def _all_gather(gathered: Tensor, sent: Tensor, group: Any) -> None:
+    # the second is the first's name before PyTorch 2.13
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(gathered, sent, group=group)
+
+
 def join(parallel: Any, device: torch.device) -> Group | None:
     """The group that the argument `parallel` asks for; None for one rank.
 
@@ -176,5 +182,3 @@ def join(parallel: Any, device: torch.device) -> Group | None:
     ranks = dist.get_world_size()
     layout = parse_layout(parallel, ranks) or most_branches(ranks)
     return None if ranks == 1 else Group(layout, device)
-
-

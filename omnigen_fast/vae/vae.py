@@ -16,9 +16,11 @@ from ..errors import CheckpointError, RequestError, brief
 from ..images import InputImage, normalized
 from ..memory.autoencoder import VaeShape
 from ..memory.device import on_host
+from ..parallel.group import Group
 from ..regular_files import read_json
 from ..weights.files import WeightFiles, find_weights, read_tensors
 from . import strips
+from .bands import Bands
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -216,6 +218,7 @@ class Vae:
         *,
         store: torch.device | None = None,
         recompute: bool = False,
+        group: Group | None = None,
     ) -> Tensor:
         """Images [pictures, 3, height, width] in [0, 1] of latents [pictures, 4, ...], float32.
 
@@ -227,6 +230,8 @@ class Vae:
             store: where to keep the strips; by default with the weights. On the host, a GPU needs
                 memory for only a few strips.
             recompute: keep half as much and compute about a third more.
+            group: ranks that make the same call and decode a band of rows each; every rank gets
+                the whole images.
 
         Raises:
             RequestError: `strip_rows` is less than 1, or strips don't support the autoencoder's
@@ -238,7 +243,11 @@ class Vae:
         images = torch.empty(size, dtype=torch.float32, device=self.device)
         for one, image in zip(latents.split(1), images, strict=True):
             one = (one / self._scale + self._shift).to(self.dtype)
-            if strip_rows is None:
+            if group is not None and Bands.possible(group, height):
+                bands = Bands(group, height)
+                rows = strip_rows or bands.most_rows
+                strips.decode(self.autoencoder, one, image, rows, store, bands=bands)
+            elif strip_rows is None:
                 image.copy_(self.autoencoder.decode(one).sample[0])
             else:
                 strips.decode(self.autoencoder, one, image, strip_rows, store, recompute)
