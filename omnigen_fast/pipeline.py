@@ -409,6 +409,10 @@ class OmniGenPipeline(LoraMethods, DiffusersMethods):
                 self.engine.refresh()
             self._latest = request
             call = self._start(request, precision)
+            if group is not None:
+                group.broadcast_(call.latents)  # one draw: without a seed, each rank has its own
+                if call.noise is not None:
+                    call.noise.copy_(call.latents)
             with progress_bar(progress, {**self._bar, "total": request.steps}) as bar:
                 after_step = self._after_step(call, callback_on_step_end, given, bar)
                 images = generate(self.engine, call, memory, after_step, self._remember)
@@ -552,13 +556,7 @@ class OmniGenPipeline(LoraMethods, DiffusersMethods):
 
     def _start(self, request: Request, precision: Precision) -> Call:
         with naming_memory("before the first step", SMALLER):
-            call = Call.of(request, self.processor, precision, self.device)
-        group = self.engine.placement.group
-        if group is not None:
-            group.broadcast_(call.latents)  # one draw: without a seed, each rank has its own
-            if call.noise is not None:
-                call.noise.copy_(call.latents)
-        return call
+            return Call.of(request, self.processor, precision, self.device)
 
     def _remember(self, report: Report) -> None:
         self._report = report

@@ -110,25 +110,24 @@ class RowExchange:
 
     def __init__(self, group: Group, share: Share, groups: int, space: ExchangeSpace) -> None:
         layout, tokens = share.layout, share.tokens
-        self._group, self._parts = group, layout.rows
-        most = groups * layout.most_rows(tokens)
-        self._rows = groups * share.rows
-        self._sent = space.sent[:most]
-        self._gathered = space.gathered[: layout.rows * most]
+        self._group, self._parts, self._rows = group, layout.rows, share.rows
+        most = layout.most_rows(tokens)
+        row = space.sent.shape[1:]
+        self._sent = space.sent[: groups * most].view(groups, most, *row)
+        self._gathered = space.gathered[: groups * layout.rows * most].view(groups, -1, *row)
         device = space.sent.device
         bounds = [tokens * i for i in range(groups + 1)]
         self.cu_keys = torch.tensor(bounds, dtype=torch.int32, device=device)
+        # of a group's rows, where parts are of unequal length
         self._places: Tensor | None = None
         self._ordered = self._gathered
-        if not _in_order(share, groups):
+        if not _even(share):
             places: list[int] = []
-            for one in range(groups):
-                for part in range(layout.rows):
-                    first, stop = layout.row_bounds(tokens, part)
-                    start = part * most + one * (stop - first)
-                    places += range(start, start + stop - first)
+            for part in range(layout.rows):
+                first, stop = layout.row_bounds(tokens, part)
+                places += range(part * most, part * most + stop - first)
             self._places = torch.tensor(places, dtype=torch.int64, device=device)
-            self._ordered = space.ordered[: groups * tokens]
+            self._ordered = space.ordered[: groups * tokens].view(groups, tokens, *row)
 
     def __call__(self, keys_values: Tensor) -> Tensor:
         """Keys and values of all rows, [groups * N, 2 kv_heads, head_dim], until the next call.
@@ -136,12 +135,13 @@ class RowExchange:
         Args:
             keys_values: of this rank's rows, [groups * rows, 2 kv_heads, head_dim].
         """
-        self._sent[: self._rows].copy_(keys_values)
-        gathered = self._gathered.unflatten(0, (self._parts, -1))
-        self._group.exchange_rows(self._sent, gathered, self._parts)
+        self._sent[:, : self._rows].copy_(keys_values.unflatten(0, (len(self._sent), -1)))
+        # one by one, so that each group's rows arrive in their order
+        for sent, gathered in zip(self._sent, self._gathered):
+            self._group.exchange_rows(sent, gathered, self._parts)
         if self._places is not None:
-            torch.index_select(self._gathered, 0, self._places, out=self._ordered)
-        return self._ordered
+            torch.index_select(self._gathered, 1, self._places, out=self._ordered)
+        return self._ordered.flatten(0, 1)
 
     def tensors(self) -> list[Tensor]:
         """What it holds of its own."""
@@ -166,20 +166,16 @@ class ExchangeSpace:
         """
         sent = [groups * share.layout.most_rows(share.tokens) for share, groups in passes]
         gathered = [rows * share.layout.rows for rows, (share, _) in zip(sent, passes)]
-        ordered = [
-            0 if _in_order(share, groups) else groups * share.tokens for share, groups in passes
-        ]
+        ordered = [0 if _even(share) else groups * share.tokens for share, groups in passes]
+        row = like.shape[1:]
         return cls(
-            *(
-                like.new_empty(max(one, default=0), *like.shape[1:])
-                for one in (sent, gathered, ordered)
-            )
+            *(like.new_empty(max(one, default=0), *row) for one in (sent, gathered, ordered))
         )
 
     def tensors(self) -> list[Tensor]:
         return [self.sent, self.gathered, self.ordered]
 
 
-def _in_order(share: Share, groups: int) -> bool:
-    """Whether what is gathered is in the order of the rows as it comes."""
-    return groups == 1 and not share.tokens % share.layout.rows
+def _even(share: Share) -> bool:
+    """Whether all parts of the rows are of one length."""
+    return share.tokens % share.layout.rows == 0

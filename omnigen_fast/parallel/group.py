@@ -80,7 +80,7 @@ class Group:
 
         Args:
             sent: [most rows, 2 kv_heads, head_dim], of one size on all ranks.
-            gathered: [parts, most rows, 2 kv_heads, head_dim], written.
+            gathered: [parts * most rows, 2 kv_heads, head_dim], written.
             parts: of the rows in this step, see `Layout.for_groups`.
         """
         self._gather(sent, gathered, self._rows[parts], "rows")
