@@ -106,7 +106,7 @@ class SharedValues:
         tokens = patches.shape[1:3].numel()
         division = placement.divide(kind, branches)
         share = placement.share(division, tokens)
-        if not share.rows:
+        if tokens < share.layout.rows:  # on every rank
             raise RequestError(
                 f"pictures of {tokens} noise tokens can't be split into {share.layout.rows} parts; "
                 "ask for larger ones or start fewer ranks"

@@ -88,7 +88,7 @@ class VelocityGather:
 
     def __init__(self, group: Group, velocities: Tensor, gathered: Tensor, places: Tensor) -> None:
         self._group, self._sent, self._places = group, velocities, places
-        count = group.size * velocities.numel()
+        count = group.size * len(velocities)
         self._gathered = gathered[:count].view(group.size, *velocities.shape)
 
     def __call__(self, prediction: Tensor) -> None:

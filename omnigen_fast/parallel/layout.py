@@ -140,9 +140,10 @@ def divide(
     orders = [[one for unit in units for one in unit] for units in (by_picture, pairs_first)]
     own = layout.for_groups(len(orders[0]))
 
-    def conditions(order: list[tuple[int, int, Hashable]]) -> int:
-        """Of the rank that prefills the most."""
-        return max(len({order[i][2] for i in part}) for part in own.parts(len(order)))
+    def conditions(order: list[tuple[int, int, Hashable]]) -> tuple[int, int]:
+        """Of the rank that prefills the most, and of all."""
+        counts = [len({order[i][2] for i in part}) for part in own.parts(len(order))]
+        return max(counts), sum(counts)
 
     order = min(orders, key=conditions)
     return Division(
