@@ -140,12 +140,14 @@ def divide(
     orders = [[one for unit in units for one in unit] for units in (by_picture, pairs_first)]
     own = layout.for_groups(len(orders[0]))
 
-    def conditions(order: list[tuple[int, int, Hashable]]) -> tuple[int, int]:
-        """Of the rank that prefills the most, and of all."""
-        counts = [len({order[i][2] for i in part}) for part in own.parts(len(order))]
-        return max(counts), sum(counts)
+    def work(order: list[tuple[int, int, Hashable]]) -> tuple[int, int]:
+        """Conditions of the rank that prefills the most; of all, and common prefixes again."""
+        parts = [[order[i] for i in part] for part in own.parts(len(order))]
+        counts = [len({key for *_, key in part}) for part in parts]
+        together = sum(set(unit) <= set(part) for unit in by_picture for part in parts)
+        return max(counts), sum(counts) + len(by_picture) - together
 
-    order = min(orders, key=conditions)
+    order = min(orders, key=work)
     return Division(
         own,
         tuple(
