@@ -15,15 +15,7 @@ from torch import Tensor
 
 from .cache import Cache, ConditionCache, Entry
 from .call import Call
-from .denoise import (
-    CachedVelocity,
-    Loop,
-    MaskValues,
-    PlacedBranch,
-    RecomputedVelocity,
-    StepValues,
-    Velocity,
-)
+from .denoise import CachedVelocity, Loop, RecomputedVelocity, Velocity
 from .errors import OmniGenError
 from .graph import Runner
 from .holdings import Holdings
@@ -34,6 +26,7 @@ from .packing import Member, Pack
 from .precision import Precision
 from .running import Running, left_by_steps
 from .sequence import EncodedBranch, lay_out_all
+from .step_values import MaskValues, PlacedBranch, StepValues
 from .surroundings import isolated
 from .vae.vae import Vae
 from .weights.checkpoint import Checkpoint

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from .cache import Cache, Entry
 from .call import Call
-from .denoise import Loop, StepValues
+from .denoise import Loop
 from .graph import Runner
 from .memory.plan import MemoryPlan
 from .solvers import MULTISTEP
+from .step_values import StepValues
 
 
 @dataclass(eq=False)  # two of one request are two

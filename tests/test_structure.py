@@ -74,6 +74,7 @@ ORDER = [
     "vae.preview",
     "conversion",
     "placement",
+    "step_values",
     "denoise",
     "graph",
     "packing",
