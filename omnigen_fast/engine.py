@@ -153,9 +153,11 @@ class Engine(Holdings):
             if self.streamed is not None:
                 self.streamed.free()
         with self.vae.loaded():
-            images = self.vae.decode(
-                latents, plan.strip_rows, store=_strip_store(plan), group=self.placement.group
-            )
+            group, store = self.placement.group, _strip_store(plan)
+            if group is None:
+                images = self.vae.decode(latents, plan.strip_rows, store=store)
+            else:
+                images = self.vae.decode_in_bands(latents, group, plan.strip_rows, store=store)
         if not finite(images.sum()):  # of values from 0 to 1
             raise OmniGenError(
                 "the VAE gave pixels that are no numbers; its weights may be damaged"

@@ -28,11 +28,6 @@ class Bands:
         self._group, self._height = group, height
         self._layout = Layout(rows=group.size)
 
-    @staticmethod
-    def possible(group: Group | None, height: int) -> bool:
-        """Whether every rank has a row of so many rows of latents."""
-        return group is not None and group.size <= height
-
     @property
     def most_rows(self) -> int:
         """Rows of latents in the longest band."""
