@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-_START = 120.0  # seconds until ranks are given up
+_START = 300.0  # seconds until ranks are given up
 # A server imports these once, and every rank is forked from it.
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(

@@ -27,11 +27,16 @@ QUICK = {**TEXT, "num_inference_steps": 1, "output_type": "latent", "progress": 
 COUNTED = ("uneven text", "uneven edit", "intervals", "several pictures", "one branch at a time")
 
 
-def latents_of(pipe: Any, **call: Any) -> torch.Tensor:
-    """The last latents, on every rank."""
+def after_each_step(pipe: Any, **call: Any) -> list[torch.Tensor]:
+    """The latents, on every rank."""
     found = []
     pipe(**{**QUICK, **call}, callback_on_step_end=lambda *given: found.append(given[3]["latents"]))
-    return found[-1]
+    return found
+
+
+def latents_of(pipe: Any, **call: Any) -> torch.Tensor:
+    """The last latents, on every rank."""
+    return after_each_step(pipe, **call)[-1]
 
 
 def refusal(pipe: Any, **call: Any) -> str:
@@ -74,8 +79,7 @@ def on_four_ranks() -> dict[str, Any]:
         pipe.to("cpu")
     found["moved"] = str(error.value)
 
-    expected = latents_of(pipe)
-    found["latents"] = expected
+    found["latents"] = latents_of(pipe)
     found["without a seed"] = latents_of(pipe, seed=None)
 
     def change(_, step, time, tensors):
@@ -105,8 +109,10 @@ def on_four_ranks() -> dict[str, Any]:
         time.sleep(late.choice((0, 0, 0, 2e-4, 1e-3)))
         yield
 
+    in_time = after_each_step(pipe, num_inference_steps=200)
     with mock.patch.object(Group, "failing", lagging):
-        found["late"] = sum(torch.equal(latents_of(pipe), expected) for _ in range(200))
+        late_steps = after_each_step(pipe, num_inference_steps=200)
+    found["late"] = sum(map(torch.equal, late_steps, in_time))
     found["replayed"] = replayed(pipe)
     return found
 
