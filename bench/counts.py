@@ -351,12 +351,14 @@ def _ours(name: str, given: dict[str, Any], result: Any) -> Operation:
         q, lengths = given["q"], _Values.of(given["cache_len"])
         starts, bounds = _Values.of(given["cache_start"]), _Values.of(given["cu_rows"])
         rows = [stop - first for first, stop in pairwise(bounds)]
+        own = bounds if given.get("cu_keys") is None else _Values.of(given["cu_keys"])
+        keys = [stop - first for first, stop in pairwise(own)]
         seen = {row for first, more in zip(starts, lengths) for row in range(first, first + more)}
         narrow = name == "attention_step_8bit"
         cached = 2 * len(seen)
         cached *= _narrow_row(given["k"]) if narrow else touched(given["k_cache"][0])
         read = sum(touched(given[one]) for one in ("q", "k", "v")) + cached
-        pairs = sum(count * (count + more) for count, more in zip(rows, lengths))
+        pairs = sum(count * (key + more) for count, key, more in zip(rows, keys, lengths))
         flops = 4 * q.shape[1] * q.shape[2] * pairs
     elif name == "attention_prefill":
         q, ends, bounds = given["q"], _Values.of(given["kv_end"]), _Values.of(given["cu_rows"])

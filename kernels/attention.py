@@ -151,6 +151,7 @@ def attention_step_kernel(
     v_cache_ptr,
     out_ptr,
     cu_rows_ptr,
+    cu_keys_ptr,  # None where keys are those of the rows
     cache_start_ptr,
     cache_len_ptr,
     stride_q_row,
@@ -171,6 +172,10 @@ def attention_step_kernel(
     rows = tl.load(cu_rows_ptr + i_group + 1) - first
     if i_tile * BLOCK_M >= rows:
         return
+    first_key, keys = first, rows
+    if cu_keys_ptr is not None:
+        first_key = tl.load(cu_keys_ptr + i_group)
+        keys = tl.load(cu_keys_ptr + i_group + 1) - first_key
     cached_first = tl.load(cache_start_ptr + i_group)
     cached = tl.load(cache_len_ptr + i_group)
 
@@ -179,8 +184,8 @@ def attention_step_kernel(
     o_k_head = (i_head // SHARE) * (HEAD_A + HEAD_B)
     q_ptr += first.to(tl.int64) * stride_q_row + o_q_head
     out_ptr += first.to(tl.int64) * stride_out_row + o_q_head
-    k_ptr += first.to(tl.int64) * stride_k_row + o_k_head
-    v_ptr += first.to(tl.int64) * stride_v_row + o_k_head
+    k_ptr += first_key.to(tl.int64) * stride_k_row + o_k_head
+    v_ptr += first_key.to(tl.int64) * stride_v_row + o_k_head
     k_cache_ptr += cached_first.to(tl.int64) * stride_k_cache_row + o_k_head
     v_cache_ptr += cached_first.to(tl.int64) * stride_v_cache_row + o_k_head
 
@@ -201,14 +206,14 @@ def attention_step_kernel(
     # In a cut block the segment's last row is repeated past its end, without a score. A segment
     # without a remainder adds no block, so every block has a visible key and the maximum stays
     # finite.
-    cached_blocks, own_blocks = cached // BLOCK_N, rows // BLOCK_N
+    cached_blocks, own_blocks = cached // BLOCK_N, keys // BLOCK_N
     whole_blocks = cached_blocks + own_blocks
     cut_from_cache = (cached % BLOCK_N > 0).to(tl.int32)
-    cut_from_own = (rows % BLOCK_N > 0).to(tl.int32)
+    cut_from_own = (keys % BLOCK_N > 0).to(tl.int32)
     for i_block in range(whole_blocks + cut_from_cache + cut_from_own):
         is_cut = i_block >= whole_blocks
         in_cache = i_block < tl.where(is_cut, whole_blocks + cut_from_cache, cached_blocks)
-        end = tl.where(in_cache, cached, rows)
+        end = tl.where(in_cache, cached, keys)
         i_whole = tl.where(in_cache, i_block, i_block - cached_blocks)
         i_cut = tl.where(in_cache, cached_blocks, own_blocks)
         o_row = tl.where(is_cut, i_cut, i_whole) * BLOCK_N + o_n
@@ -263,6 +268,7 @@ def attention_step_maps_kernel(
     v_cache_ptr,
     out_ptr,
     cu_rows_ptr,
+    cu_keys_ptr,  # None where keys are those of the rows
     cache_start_ptr,
     cache_len_ptr,
     stride_q_row,
@@ -283,6 +289,10 @@ def attention_step_maps_kernel(
     rows = tl.load(cu_rows_ptr + i_group + 1) - first
     if i_tile * BLOCK_M >= rows:
         return
+    first_key, keys = first, rows
+    if cu_keys_ptr is not None:
+        first_key = tl.load(cu_keys_ptr + i_group)
+        keys = tl.load(cu_keys_ptr + i_group + 1) - first_key
     cached_first = tl.load(cache_start_ptr + i_group)
     cached = tl.load(cache_len_ptr + i_group)
 
@@ -291,8 +301,8 @@ def attention_step_maps_kernel(
     o_k_head = (i_head // SHARE) * (HEAD_A + HEAD_B)
     q_ptr += first.to(tl.int64) * stride_q_row + o_q_head
     out_ptr += first.to(tl.int64) * stride_out_row + o_q_head
-    k_ptr += first.to(tl.int64) * stride_k_row + o_k_head
-    v_ptr += first.to(tl.int64) * stride_v_row + o_k_head
+    k_ptr += first_key.to(tl.int64) * stride_k_row + o_k_head
+    v_ptr += first_key.to(tl.int64) * stride_v_row + o_k_head
     k_cache_ptr += cached_first.to(tl.int64) * stride_k_cache_row + o_k_head
     v_cache_ptr += cached_first.to(tl.int64) * stride_v_cache_row + o_k_head
 
@@ -315,8 +325,8 @@ def attention_step_maps_kernel(
         b_s = scores(q_a, q_b, k_a, k_b, HEAD_B)
         v_a, v_b = _load_map(v_cache_a_map, v_cache_b_map, o_row, o_k_head, HEAD_A, HEAD_B)
         acc_a, acc_b, b_max, b_sum = fold(b_s, v_a, v_b, acc_a, acc_b, b_max, b_sum, scale, HEAD_B)
-    for i_block in range(rows // BLOCK_N):
-        o_row = first + i_block * BLOCK_N
+    for i_block in range(keys // BLOCK_N):
+        o_row = first_key + i_block * BLOCK_N
         k_a, k_b = _load_map(k_a_map, k_b_map, o_row, o_k_head, HEAD_A, HEAD_B)
         b_s = scores(q_a, q_b, k_a, k_b, HEAD_B)
         v_a, v_b = _load_map(v_a_map, v_b_map, o_row, o_k_head, HEAD_A, HEAD_B)
@@ -324,7 +334,7 @@ def attention_step_maps_kernel(
 
     acc_a, acc_b, b_max, b_sum = tails(
         q_a, q_b, acc_a, acc_b, b_max, b_sum, scale,
-        k_ptr, v_ptr, stride_k_row, stride_v_row, rows,
+        k_ptr, v_ptr, stride_k_row, stride_v_row, keys,
         k_cache_ptr, v_cache_ptr, stride_k_cache_row, stride_v_cache_row, cached,
         HEAD_A, HEAD_B, BLOCK_N,
     )  # fmt: skip
@@ -416,14 +426,15 @@ def attention_prefill_kernel(
 
 def attention_step(
     q: Tensor,  # [rows, heads, head_dim]
-    k: Tensor,  # [rows, kv_heads, head_dim]
-    v: Tensor,  # [rows, kv_heads, head_dim]
+    k: Tensor,  # [keys, kv_heads, head_dim]
+    v: Tensor,  # [keys, kv_heads, head_dim]
     k_cache: Tensor,  # [cache rows, kv_heads, head_dim]
     v_cache: Tensor,  # [cache rows, kv_heads, head_dim]
     cu_rows: Tensor,  # [groups + 1], int32
     cache_start: Tensor,  # [groups], int32
     cache_len: Tensor,  # [groups], int32
     max_rows: int,
+    cu_keys: Tensor | None = None,  # [groups + 1], int32
     out: Tensor | None = None,  # [rows, heads, head_dim]
 ) -> Tensor:  # [rows, heads, head_dim]
     """Launches the step's attention; see `reference.attention_step`.
@@ -435,7 +446,7 @@ def attention_step(
         TypeError, ValueError: see `contract.attention_step`.
     """
     contract.attention_step(
-        q, k, v, k_cache, v_cache, cu_rows, cache_start, cache_len, max_rows, fused=True
+        q, k, v, k_cache, v_cache, cu_rows, cache_start, cache_len, max_rows, cu_keys, fused=True
     )
     out = output_of(q, out)
     groups = cu_rows.shape[0] - 1
@@ -462,6 +473,7 @@ def attention_step(
         v_cache,
         out,
         cu_rows,
+        cu_keys,
         cache_start,
         cache_len,
         q.stride(0),

@@ -47,6 +47,7 @@ def attention_step_8bit_kernel(
     v_scales_ptr,
     out_ptr,
     cu_rows_ptr,
+    cu_keys_ptr,  # None where keys are those of the rows
     cache_start_ptr,
     cache_len_ptr,
     stride_q_row,
@@ -71,6 +72,10 @@ def attention_step_8bit_kernel(
     rows = tl.load(cu_rows_ptr + i_group + 1) - first
     if i_tile * BLOCK_M >= rows:
         return
+    first_key, keys = first, rows
+    if cu_keys_ptr is not None:
+        first_key = tl.load(cu_keys_ptr + i_group)
+        keys = tl.load(cu_keys_ptr + i_group + 1) - first_key
     cached_first = tl.load(cache_start_ptr + i_group)
     cached = tl.load(cache_len_ptr + i_group)
 
@@ -80,8 +85,8 @@ def attention_step_8bit_kernel(
     o_k_head = i_k_head * (HEAD_A + HEAD_B)
     q_ptr += first.to(tl.int64) * stride_q_row + o_q_head
     out_ptr += first.to(tl.int64) * stride_out_row + o_q_head
-    k_ptr += first.to(tl.int64) * stride_k_row + o_k_head
-    v_ptr += first.to(tl.int64) * stride_v_row + o_k_head
+    k_ptr += first_key.to(tl.int64) * stride_k_row + o_k_head
+    v_ptr += first_key.to(tl.int64) * stride_v_row + o_k_head
     k_cache_ptr += cached_first.to(tl.int64) * stride_k_cache_row + o_k_head
     v_cache_ptr += cached_first.to(tl.int64) * stride_v_cache_row + o_k_head
     k_scales_ptr += cached_first.to(tl.int64) * stride_k_scales_row + i_k_head
@@ -122,7 +127,7 @@ def attention_step_8bit_kernel(
             v_b = _widened(v_b, q_a, E4M3)
             acc_b = tl.dot(b_p, v_b, acc_b * b_shrink[:, None], input_precision="ieee")
 
-    for i_block in range(rows // BLOCK_N):
+    for i_block in range(keys // BLOCK_N):
         o_row = i_block * BLOCK_N + o_n
         k_a, k_b = load(k_ptr, o_row, stride_k_row, HEAD_A, HEAD_B)
         b_s = scores(q_a, q_b, k_a, k_b, HEAD_B)
@@ -131,7 +136,7 @@ def attention_step_8bit_kernel(
     # of an empty second segment: the cache's own rows are all folded in
     acc_a, acc_b, b_max, b_sum = tails(
         q_a, q_b, acc_a, acc_b, b_max, b_sum, scale,
-        k_ptr, v_ptr, stride_k_row, stride_v_row, rows,
+        k_ptr, v_ptr, stride_k_row, stride_v_row, keys,
         k_ptr, v_ptr, stride_k_row, stride_v_row, 0,
         HEAD_A, HEAD_B, BLOCK_N,
     )  # fmt: skip
@@ -143,14 +148,15 @@ def attention_step_8bit_kernel(
 
 def attention_step_8bit(
     q: Tensor,  # [rows, heads, head_dim]
-    k: Tensor,  # [rows, kv_heads, head_dim]
-    v: Tensor,  # [rows, kv_heads, head_dim]
+    k: Tensor,  # [keys, kv_heads, head_dim]
+    v: Tensor,  # [keys, kv_heads, head_dim]
     k_cache: Tensor,  # [cache rows, width], int8 or uint8
     v_cache: Tensor,  # [cache rows, width], of the dtype of k_cache
     cu_rows: Tensor,  # [groups + 1], int32
     cache_start: Tensor,  # [groups], int32
     cache_len: Tensor,  # [groups], int32
     max_rows: int,
+    cu_keys: Tensor | None = None,  # [groups + 1], int32
     out: Tensor | None = None,  # [rows, heads, head_dim]
 ) -> Tensor:  # [rows, heads, head_dim]
     """Launches the step's attention; see `reference.attention_step_8bit`.
@@ -162,7 +168,7 @@ def attention_step_8bit(
         TypeError, ValueError: see `contract.attention_step_8bit`.
     """
     contract.attention_step_8bit(
-        q, k, v, k_cache, v_cache, cu_rows, cache_start, cache_len, max_rows, fused=True
+        q, k, v, k_cache, v_cache, cu_rows, cache_start, cache_len, max_rows, cu_keys, fused=True
     )
     out = output_of(q, out)
     groups = cu_rows.shape[0] - 1
@@ -184,6 +190,7 @@ def attention_step_8bit(
         v_scales,
         out,
         cu_rows,
+        cu_keys,
         cache_start,
         cache_len,
         q.stride(0),

@@ -388,9 +388,13 @@ def quantise_cache_(
     _shape("cache_rows", cache_rows, (k.shape[0],))
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, cu_rows: Tensor, fused: bool) -> None:
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_rows: Tensor, fused: bool, keys: int | None = None
+) -> None:
+    """`keys` rows of k and v; None for those of q."""
     _rows("q", q, 3, fused)
     rows, heads, head_dim = q.shape
+    rows = rows if keys is None else keys
     if fused and head_dim not in HEAD_DIMS:
         raise ValueError(f"q must have a head_dim of 64, 96 or 128, got {head_dim}")
     _rows("k", k, 3, fused)
@@ -417,22 +421,24 @@ def attention_step(
     cache_start: Tensor,
     cache_len: Tensor,
     max_rows: int,
+    cu_keys: Tensor | None = None,
     fused: bool = False,
 ) -> None:
-    """q [rows, heads, head_dim], k and v [rows, kv_heads, head_dim], k_cache and v_cache
-    [cache rows, kv_heads, head_dim], all of one dtype; cu_rows [groups + 1], cache_start and
-    cache_len [groups], int32.
+    """q [rows, heads, head_dim], k and v [keys, kv_heads, head_dim], k_cache and v_cache
+    [cache rows, kv_heads, head_dim], all of one dtype; cu_rows and cu_keys [groups + 1],
+    cache_start and cache_len [groups], int32. Without cu_keys, keys are rows.
 
     Raises:
         TypeError: wrong dtype.
         ValueError: wrong shape, device, strides or head_dim.
     """
-    _attention(q, k, v, cu_rows, fused)
+    _attention_of_a_step(q, k, v, cu_rows, cu_keys, fused)
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         _rows(name, cache, 3, fused)
         _like(name, cache, "q", q)
         _shape(name, cache, (cache.shape[0], *k.shape[1:]))
-    _groups_of_a_step(q, k, v, k_cache, v_cache, cu_rows, cache_start, cache_len, max_rows, fused)
+    places = cu_rows, cache_start, cache_len, max_rows, cu_keys
+    _groups_of_a_step(q, k, v, k_cache, v_cache, *places, fused)
 
 
 def attention_step_8bit(
@@ -445,19 +451,33 @@ def attention_step_8bit(
     cache_start: Tensor,
     cache_len: Tensor,
     max_rows: int,
+    cu_keys: Tensor | None = None,
     fused: bool = False,
 ) -> None:
-    """q [rows, heads, head_dim], k and v [rows, kv_heads, head_dim], of one dtype; k_cache and
-    v_cache [cache rows, `cache_width`], both int8 or both uint8; cu_rows [groups + 1], cache_start
-    and cache_len [groups], int32.
+    """q [rows, heads, head_dim], k and v [keys, kv_heads, head_dim], of one dtype; k_cache and
+    v_cache [cache rows, `cache_width`], both int8 or both uint8; cu_rows and cu_keys [groups + 1],
+    cache_start and cache_len [groups], int32. Without cu_keys, keys are rows.
 
     Raises:
         TypeError: wrong dtype.
         ValueError: wrong shape, device, strides or head_dim.
     """
-    _attention(q, k, v, cu_rows, fused)
+    _attention_of_a_step(q, k, v, cu_rows, cu_keys, fused)
     _quantised_caches(k_cache, v_cache, k)
-    _groups_of_a_step(q, k, v, k_cache, v_cache, cu_rows, cache_start, cache_len, max_rows, fused)
+    places = cu_rows, cache_start, cache_len, max_rows, cu_keys
+    _groups_of_a_step(q, k, v, k_cache, v_cache, *places, fused)
+
+
+def _attention_of_a_step(
+    q: Tensor, k: Tensor, v: Tensor, cu_rows: Tensor, cu_keys: Tensor | None, fused: bool
+) -> None:
+    if cu_keys is None:
+        _attention(q, k, v, cu_rows, fused)
+        return
+    _rows("k", k, 3, fused)
+    _attention(q, k, v, cu_rows, fused, k.shape[0])
+    _numbers("cu_keys", cu_keys, torch.int32, "q", q)
+    _shape("cu_keys", cu_keys, tuple(cu_rows.shape))
 
 
 def _groups_of_a_step(
@@ -470,6 +490,7 @@ def _groups_of_a_step(
     cache_start: Tensor,
     cache_len: Tensor,
     max_rows: int,
+    cu_keys: Tensor | None,
     fused: bool,
 ) -> None:
     """What a step asks of its groups, however the cache keeps its rows."""
@@ -481,8 +502,8 @@ def _groups_of_a_step(
         _shape(name, numbers, (groups,))
     _longest(max_rows, q.shape[0], groups)
     if fused:
-        cached = k_cache.shape[0]
-        _near((("q", q, max_rows), ("k", k, max_rows), ("v", v, max_rows)))
+        cached, longest = k_cache.shape[0], max_rows if cu_keys is None else k.shape[0]
+        _near((("q", q, max_rows), ("k", k, longest), ("v", v, longest)))
         _near((("k_cache", k_cache, cached), ("v_cache", v_cache, cached)))
 
 

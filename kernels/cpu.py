@@ -319,6 +319,7 @@ def attention_step(
     cache_start: Tensor,
     cache_len: Tensor,
     max_rows: int,
+    cu_keys: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """See `reference.attention_step`."""
@@ -326,25 +327,27 @@ def attention_step(
     library = None if _has_amx() else _libraries.get(head_dim)
     if not _takes(library, head_dim, q):
         return reference.attention_step(
-            q, k, v, k_cache, v_cache, cu_rows, cache_start, cache_len, max_rows, out
+            q, k, v, k_cache, v_cache, cu_rows, cache_start, cache_len, max_rows, cu_keys, out
         )
     assert library is not None
     out = torch.empty(q.shape, dtype=q.dtype) if out is None else out
     heads, kv_heads, threads = q.shape[1], k.shape[1], torch.get_num_threads()
-    groups = list(zip(pairwise(cu_rows.tolist()), cache_start.tolist(), cache_len.tolist()))
+    own_keys = (cu_rows if cu_keys is None else cu_keys).tolist()
+    places = pairwise(own_keys), cache_start.tolist(), cache_len.tolist()
+    groups = list(zip(pairwise(cu_rows.tolist()), *places))
     # so many heads at once that every thread has some blocks of queries
     blocks = max(1, heads // kv_heads * -(-max_rows // _ROWS))
     at_once = min(kv_heads, -(-4 * threads // blocks))
     tiles = max(
-        (-(-(stop - start) // _TILE) + -(-length // _TILE) for (start, stop), _, length in groups),
+        (-(-(end - key) // _TILE) + -(-length // _TILE) for _, (key, end), _, length in groups),
         default=0,
     )
     packed = torch.empty(at_once * tiles * _TILE * head_dim, dtype=torch.int32)
-    for (start, stop), first, length in groups:
+    for (start, stop), (key, end), first, length in groups:
         if start == stop:
             continue
         cached = _keys(k_cache, v_cache, first, length)
-        own = _keys(k, v, start, stop - start)
+        own = _keys(k, v, key, end - key)
         library.attention_step(
             q.data_ptr() + start * q.stride(0) * q.element_size(),
             q.stride(0),

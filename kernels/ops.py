@@ -450,41 +450,41 @@ def quantise_cache_(
 @_operation("attention")
 def attention_step(
     q: Tensor,  # [rows, heads, head_dim]
-    k: Tensor,  # [rows, kv_heads, head_dim]
-    v: Tensor,  # [rows, kv_heads, head_dim]
+    k: Tensor,  # [keys, kv_heads, head_dim]
+    v: Tensor,  # [keys, kv_heads, head_dim]
     k_cache: Tensor,  # [cache rows, kv_heads, head_dim], one layer of the condition cache
     v_cache: Tensor,  # [cache rows, kv_heads, head_dim]
     cu_rows: Tensor,  # [groups + 1], int32: group g has rows cu_rows[g] to cu_rows[g + 1]
     cache_start: Tensor,  # [groups], int32: its first cache row
     cache_len: Tensor,  # [groups], int32: how many cache rows it sees, may be 0
     max_rows: int,  # rows of the longest group
+    cu_keys: Tensor | None = None,  # [groups + 1], int32: as cu_rows, of k and v where they differ
     out: Tensor | None = None,  # [rows, heads, head_dim]
 ) -> Tensor:  # [rows, heads, head_dim]
     """See `reference.attention_step` and `contract.attention_step`."""
     run = _trace if torch.compiler.is_compiling() else _call
-    return run(
-        "attention_step", q, k, v, k_cache, v_cache, cu_rows, cache_start, cache_len, max_rows, out
-    )
+    places = cu_rows, cache_start, cache_len, max_rows, cu_keys
+    return run("attention_step", q, k, v, k_cache, v_cache, *places, out)
 
 
 @_operation("attention_8bit")
 def attention_step_8bit(
     q: Tensor,  # [rows, heads, head_dim]
-    k: Tensor,  # [rows, kv_heads, head_dim]
-    v: Tensor,  # [rows, kv_heads, head_dim]
+    k: Tensor,  # [keys, kv_heads, head_dim]
+    v: Tensor,  # [keys, kv_heads, head_dim]
     k_cache: Tensor,  # [cache rows, width], int8 or uint8, one layer of the condition cache
     v_cache: Tensor,  # [cache rows, width], of the dtype of k_cache
     cu_rows: Tensor,  # [groups + 1], int32: group g has rows cu_rows[g] to cu_rows[g + 1]
     cache_start: Tensor,  # [groups], int32: its first cache row
     cache_len: Tensor,  # [groups], int32: how many cache rows it sees, may be 0
     max_rows: int,  # rows of the longest group
+    cu_keys: Tensor | None = None,  # [groups + 1], int32: as cu_rows, of k and v where they differ
     out: Tensor | None = None,  # [rows, heads, head_dim]
 ) -> Tensor:  # [rows, heads, head_dim]
     """See `reference.attention_step_8bit` and `contract.attention_step_8bit`."""
     run = _trace if torch.compiler.is_compiling() else _call
-    caches = k_cache, v_cache
-    places = cu_rows, cache_start, cache_len
-    return run("attention_step_8bit", q, k, v, *caches, *places, max_rows, out)
+    places = cu_rows, cache_start, cache_len, max_rows, cu_keys
+    return run("attention_step_8bit", q, k, v, k_cache, v_cache, *places, out)
 
 
 @_operation("attention")

@@ -326,36 +326,39 @@ def _plain_attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 def attention_step(
     q: Tensor,  # [rows, heads, head_dim]
-    k: Tensor,  # [rows, kv_heads, head_dim]
-    v: Tensor,  # [rows, kv_heads, head_dim]
+    k: Tensor,  # [keys, kv_heads, head_dim]
+    v: Tensor,  # [keys, kv_heads, head_dim]
     k_cache: Tensor,  # [cache rows, kv_heads, head_dim], one layer of the condition cache
     v_cache: Tensor,  # [cache rows, kv_heads, head_dim]
     cu_rows: Tensor,  # [groups + 1], int32: group g has rows cu_rows[g] to cu_rows[g + 1]
     cache_start: Tensor,  # [groups], int32: its first cache row
     cache_len: Tensor,  # [groups], int32: how many cache rows it sees, may be 0
     max_rows: int,  # rows of the longest group
+    cu_keys: Tensor | None = None,  # [groups + 1], int32: as cu_rows, of k and v where they differ
     out: Tensor | None = None,  # [rows, heads, head_dim]
 ) -> Tensor:  # [rows, heads, head_dim]
     """Attention of a denoising step: every row sees its group's cache rows and its own group.
 
     `softmax(q [K_cache, K]^T / sqrt(head_dim)) [V_cache, V]`, the two key segments joined by their
     log-sum-exp (Milakov & Gimelshein, 2018): no concatenation, no mask. Several groups may read
-    the same cache rows.
+    the same cache rows. Without `cu_keys` a group's rows are those of q, k and v alike; with it, q
+    has some of the rows that k and v have.
     """
-    places = cu_rows, cache_start, cache_len
-    return _step(q, k, v, lambda rows: (k_cache[rows], v_cache[rows]), *places, max_rows, out)
+    places = cu_rows, cache_start, cache_len, max_rows, cu_keys
+    return _step(q, k, v, lambda rows: (k_cache[rows], v_cache[rows]), *places, out)
 
 
 def attention_step_8bit(
     q: Tensor,  # [rows, heads, head_dim]
-    k: Tensor,  # [rows, kv_heads, head_dim]
-    v: Tensor,  # [rows, kv_heads, head_dim]
+    k: Tensor,  # [keys, kv_heads, head_dim]
+    v: Tensor,  # [keys, kv_heads, head_dim]
     k_cache: Tensor,  # [cache rows, width], int8 or uint8, one layer of the condition cache
     v_cache: Tensor,  # [cache rows, width], of the dtype of k_cache
     cu_rows: Tensor,  # [groups + 1], int32: group g has rows cu_rows[g] to cu_rows[g + 1]
     cache_start: Tensor,  # [groups], int32: its first cache row
     cache_len: Tensor,  # [groups], int32: how many cache rows it sees, may be 0
     max_rows: int,  # rows of the longest group
+    cu_keys: Tensor | None = None,  # [groups + 1], int32: as cu_rows, of k and v where they differ
     out: Tensor | None = None,  # [rows, heads, head_dim]
 ) -> Tensor:  # [rows, heads, head_dim]
     """`attention_step` with a cache that `quantise_cache_` has written."""
@@ -363,7 +366,8 @@ def attention_step_8bit(
     def cached_rows(rows: slice) -> tuple[Tensor, Tensor]:
         return _dequantised(k_cache[rows], k), _dequantised(v_cache[rows], k)
 
-    return _step(q, k, v, cached_rows, cu_rows, cache_start, cache_len, max_rows, out)
+    places = cu_rows, cache_start, cache_len, max_rows, cu_keys
+    return _step(q, k, v, cached_rows, *places, out)
 
 
 def _step(
@@ -375,17 +379,24 @@ def _step(
     cache_start: Tensor,
     cache_len: Tensor,
     max_rows: int,
+    cu_keys: Tensor | None,
     out: Tensor | None,
 ) -> Tensor:
     """`attention_step`; `cached_rows` gives keys and values of rows of the cache."""
     out = _out(q.shape, q, out)
     share = q.shape[1] // k.shape[1]
     scratch = _scratch(q[:max_rows].unflatten(1, (-1, share)), 2)
-    groups = zip(pairwise(cu_rows.tolist()), cache_start.tolist(), cache_len.tolist())
-    for (start, stop), first, length in groups:
-        rows, cached = slice(start, stop), slice(first, first + length)
+    bounds = cu_rows.tolist()
+    groups = zip(
+        pairwise(bounds),
+        pairwise(bounds if cu_keys is None else cu_keys.tolist()),
+        cache_start.tolist(),
+        cache_len.tolist(),
+    )
+    for (start, stop), keys, first, length in groups:
+        rows, own_keys, cached = slice(start, stop), slice(*keys), slice(first, first + length)
         queries = _by_head(q[rows], share)
-        views = [_by_head(t, 1).expand(share, -1, -1, -1) for t in (k[rows], v[rows])]
+        views = [_by_head(t, 1).expand(share, -1, -1, -1) for t in (k[own_keys], v[own_keys])]
         own, own_lse = _attend(queries, *views)
         if length:
             views = [_by_head(t, 1).expand(share, -1, -1, -1) for t in cached_rows(cached)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -53,9 +53,23 @@ class Call:
         kept = None if request.edit is None else noise.clone()
         return cls(request, schedule, pictures, precision, noise, noise=kept)
 
-    def entries(self, plan: MemoryPlan) -> dict[Entry, tuple[EncodedBranch, ...]]:
-        """What the cache is to hold under a plan, or what each step computes again."""
-        branches = [[branch for branch, _ in picture] for picture in self.pictures]
+    @property
+    def branches(self) -> list[list[EncodedBranch]]:
+        """Those of each picture."""
+        return [[branch for branch, _ in picture] for picture in self.pictures]
+
+    def entries(
+        self, plan: MemoryPlan, here: Collection[Hashable] | None = None
+    ) -> dict[Entry, tuple[EncodedBranch, ...]]:
+        """What the cache is to hold under a plan, or what each step computes again.
+
+        Args:
+            plan: of the call.
+            here: the keys of the branches that this rank runs; None for all.
+        """
+        branches = [
+            [one for one in picture if here is None or one.key in here] for picture in self.branches
+        ]
         if plan.cache == "none":
             return cache_entries(branches, 1, share=False)
         steps = self.schedule.evaluations

@@ -3,381 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import accumulate, pairwise
+from dataclasses import replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from .cache import Cache, Entry, Span
+from .cache import Cache
 from .config import PATCH
 from .kernels import ops
 from .memory.plan import MLP_ROWS
-from .model import StepGroups, TimeEmbeddings, Transformer
+from .model import StepGroups, Transformer
+from .parallel.exchange import ExchangeSpace, RowExchange, VelocityGather
+from .parallel.group import Group
 from .parameters import PATCH_VALUES
-from .placement import OneDevice, Placement
-from .schedule import ALL_BRANCHES, StepKind, StepSchedule
-from .sequence import EncodedBranch, lay_out
-
-
-@dataclass(frozen=True)
-class PlacedBranch:
-    """A guidance branch, its rows in the cache, and its coefficient."""
-
-    branch: EncodedBranch
-    span: Span
-    coefficient: float
-
-    @staticmethod
-    def of(
-        pictures: Sequence[Sequence[tuple[EncodedBranch, float]]],
-        entries: Mapping[Entry, Sequence[EncodedBranch]],
-        cache: Cache,
-    ) -> list[list[PlacedBranch]]:
-        """Those of each picture, from its branches with their coefficients."""
-        spans = {
-            branch.key: span
-            for entry, branches in entries.items()
-            for branch, span in zip(branches, cache[entry])
-        }
-        return [
-            [PlacedBranch(branch, spans[branch.key], coefficient) for branch, coefficient in one]
-            for one in pictures
-        ]
-
-
-@dataclass(frozen=True)
-class PassValues:
-    """The (picture, branch) groups that run together."""
-
-    pictures: tuple[int, ...]  # of each group: whose latents
-    places: Tensor  # [groups], int64: where in the prediction their velocities go
-    cu_rows: Tensor  # [groups + 1], int32
-    cache_start: Tensor  # [groups], int32
-    cache_len: Tensor  # [groups], int32
-    cos: Tensor  # [groups * N, head_dim / 2], float32
-    sin: Tensor  # [groups * N, head_dim / 2], float32
-    step: Tensor  # [groups], int64, of `StepValues.counters`
-
-
-@dataclass(frozen=True)
-class Passes:
-    """The groups of a kind of step, pass by pass, and how their velocities are combined."""
-
-    passes: tuple[PassValues, ...]
-    branches: tuple[int, ...]  # whose conditions they read, of the call's distinct ones
-    coefficient: Tensor  # [groups], float32
-    cu_groups: Tensor  # [pictures + 1], int32
-
-    @property
-    def rows(self) -> int:
-        """Of all groups that run here."""
-        return sum(len(one.cos) for one in self.passes)
-
-    @property
-    def in_order(self) -> bool:
-        """Whether one pass computes all groups in the prediction's own order."""
-        return len(self.passes) == 1 and len(self.passes[0].pictures) == len(self.coefficient)
-
-
-@dataclass(frozen=True)
-class SolverValues:
-    """What updates other than Euler's need; see `solvers.Update`."""
-
-    weights: Tensor  # [pictures, evaluations, 5], float32: the update of each
-    history: Tensor  # like latents
-    velocity: Tensor  # likewise
-    moved: Tensor  # likewise
-
-    @classmethod
-    def make(
-        cls,
-        schedule: StepSchedule,
-        chosen: Mapping[StepKind, Sequence[Sequence[_Chosen]]],
-        latents: Tensor,
-    ) -> SolverValues:
-        """For pictures that start from `latents`, with these branches in each kind of step.
-
-        A picture whose branches or coefficients change begins anew: what was found before belongs
-        to another flow.
-        """
-        runs = [chosen[replace(kind, computed=True)] for kind in schedule.kinds]
-        tables = []
-        for picture in range(len(latents)):
-            own = [[(place, b.coefficient) for place, b, _ in one[picture]] for one in runs]
-            fresh = [True, *(one != before for before, one in pairwise(own))]
-            tables.append(schedule.updates(fresh))
-        weights = torch.tensor(tables, dtype=torch.float32).to(latents.device)
-        return cls(
-            weights=weights,
-            history=torch.zeros_like(latents),
-            velocity=torch.empty_like(latents),
-            moved=torch.empty_like(latents),
-        )
-
-    def advance_(self, latents: Tensor, step: Tensor) -> None:
-        """Moves latents by their velocities, each picture by the update of its step."""
-        place = step.view(-1, 1, 1).expand(-1, 1, self.weights.shape[2])
-        row = self.weights.gather(1, place).view(len(latents), -1, 1, 1, 1)
-        velocity, same, history, kept_latents, kept_velocity = row.unbind(1)  # as `Update`
-        torch.mul(self.history, history, out=self.moved)
-        self.moved.addcmul_(latents, same).addcmul_(self.velocity, velocity)
-        torch.mul(latents, kept_latents, out=self.history)
-        self.history.addcmul_(self.velocity, kept_velocity)
-        latents.copy_(self.moved)
-
-
-@dataclass(frozen=True)
-class ReuseValues:
-    """The velocities of the last computed steps, from which others are extrapolated."""
-
-    weights: Tensor  # [evaluations, order + 2], float32, see `StepSchedule.extrapolations`
-    kept: Tensor  # [order + 1, *latents], float32, the latest first
-
-    @classmethod
-    def make(cls, schedule: StepSchedule, latents: Tensor) -> ReuseValues:
-        """For pictures like `latents`, of which nothing is kept yet."""
-        weights = torch.tensor(schedule.extrapolations(), dtype=torch.float32)
-        kept = latents.new_zeros(schedule.order + 1, *latents.shape)
-        return cls(weights.to(latents.device), kept)
-
-    def keep_(self, velocity: Tensor, step: Tensor) -> None:
-        """Keeps computed velocities, each picture's if its step wants that."""
-        keeps = self._of(step)[-1] > 0
-        for older, newer in reversed(list(pairwise((velocity, *self.kept)))):
-            newer.copy_(torch.where(keeps, older, newer))
-
-    def extrapolate(self, step: Tensor, out: Tensor) -> None:
-        """Writes the velocities of a step that is not computed."""
-        *weights, _ = self._of(step)
-        torch.mul(self.kept[0], weights[0], out=out)
-        for weight, velocity in zip(weights[1:], self.kept[1:]):
-            out.addcmul_(velocity, weight)
-
-    def _of(self, step: Tensor) -> tuple[Tensor, ...]:
-        """The columns of `weights` for each picture, [pictures, 1, 1, 1]."""
-        rows = self.weights.index_select(0, step)
-        return rows.view(len(step), -1, 1, 1, 1).unbind(1)
-
-
-@dataclass(frozen=True)
-class MaskValues:
-    """What keeps latents outside a mask on the input image's own way from the call's noise."""
-
-    edited: Tensor  # [height / 8, width / 8], bool
-    known: Tensor  # [4, height / 8, width / 8], float32: of the input image
-    noise: Tensor  # like latents
-    reached: Tensor  # [evaluations], float32: the time after each
-
-    def blend_(self, latents: Tensor, step: Tensor) -> None:
-        """Puts that way's latents outside the mask: `(1 - t) noise + t known`."""
-        time = self.reached.index_select(0, step).view(-1, 1, 1, 1)
-        way = (1 - time) * self.noise + time * self.known
-        latents.copy_(torch.where(self.edited, latents, way))
-
-
-@dataclass(frozen=True)
-class StepValues:
-    """The tensors that the steps of one call read and write, workspace excluded.
-
-    Whatever differs from step to step depends on `counters` alone, which live on the device too:
-    every step does the same work, so it can be captured once and replayed.
-    """
-
-    latents: Tensor  # [pictures, 4, height / 8, width / 8], float32, updated by each step
-    # [pictures | groups of every pass | branches], int64: the step that comes next for each picture
-    # and each group, and the cache row of each branch's time token. One addition advances all.
-    counters: Tensor
-    first: Tensor  # the counters of step 0
-    lengths: Tensor  # [steps], float32: of each Euler step
-    times: TimeEmbeddings
-    kinds: Mapping[StepKind, Passes]
-    slots: Tensor  # [branches], int64, see `Cache.select_step`
-    pos_embed: Tensor  # [N, hidden]: held here, since a captured step reads it in later calls too
-    solver: SolverValues | None = None  # None where latents only move by their velocities
-    mask: MaskValues | None = None
-    reuse: ReuseValues | None = None  # None where nothing is extrapolated
-
-    @classmethod
-    def make(
-        cls,
-        model: Transformer,
-        pictures: Sequence[Sequence[PlacedBranch]],
-        latents: Tensor,
-        lengths: Tensor,
-        times: TimeEmbeddings,
-        kinds: Sequence[StepKind] = (ALL_BRANCHES,),
-        branches_per_pass: int | None = None,
-        placement: Placement | None = None,
-        schedule: StepSchedule | None = None,
-        mask: MaskValues | None = None,
-    ) -> StepValues:
-        """Lays out the groups of all pictures.
-
-        Args:
-            model: gives rotary tables, positions and the device.
-            pictures: the branches of each picture.
-            latents: see above.
-            lengths: likewise.
-            times: the embedded times of all steps.
-            kinds: of the steps, without repetition.
-            branches_per_pass: so many branches of every picture at once; None for all.
-            placement: which branches run here; None for all.
-            schedule: of all steps; None where nothing but their velocities is wanted.
-            mask: of an edit that keeps part of its input image.
-        """
-        device, placement = model.device, placement or OneDevice()
-        height, width = (side // PATCH for side in latents.shape[2:])
-        noise_tokens = height * width
-        branches = _distinct(pictures)
-        chosen = {kind: _chosen(pictures, kind, placement) for kind in kinds}
-        passes = {kind: _members(groups, branches_per_pass) for kind, groups in chosen.items()}
-        groups = sum(len(one) for some in passes.values() for one in some)
-        first = torch.zeros(len(pictures) + groups + len(branches), dtype=torch.int64)
-        first[len(first) - len(branches) :] = torch.tensor([b.span.times for b in branches])
-        first = first.to(device)
-        counters = first.clone()
-        place, made = len(pictures), {}
-        for kind, members in passes.items():
-            values = []
-            for one in members:
-                step = counters[place : place + len(one)]
-                values.append(_pass_values(model, one, noise_tokens, step))
-                place += len(one)
-            counts = [len(picture) for picture in chosen[kind]]
-            read = {b.branch.key for picture in chosen[kind] for _, b, _ in picture}
-            made[kind] = Passes(
-                passes=tuple(values),
-                branches=tuple(i for i, b in enumerate(branches) if b.branch.key in read),
-                coefficient=torch.tensor(
-                    [b.coefficient for picture in chosen[kind] for _, b, _ in picture],
-                    dtype=torch.float32,
-                    device=device,
-                ),
-                cu_groups=torch.tensor([0, *accumulate(counts)], dtype=torch.int32, device=device),
-            )
-        return cls(
-            latents=latents,
-            counters=counters,
-            first=first,
-            lengths=lengths,
-            times=times,
-            kinds=made,
-            slots=torch.tensor([b.span.slot for b in branches], device=device),
-            pos_embed=model.crop_pos_embed(height, width),
-            solver=None
-            if schedule is None or schedule.plain
-            else SolverValues.make(schedule, chosen, latents),
-            mask=mask,
-            reuse=None
-            if schedule is None or not schedule.extrapolates
-            else ReuseValues.make(schedule, latents),
-        )
-
-    @property
-    def step(self) -> Tensor:
-        """[pictures], int64: the step that comes next."""
-        return self.counters[: len(self.latents)]
-
-    @property
-    def time_rows(self) -> Tensor:
-        """[branches], int64: the cache row of the time token that comes next."""
-        return self.counters[len(self.counters) - len(self.slots) :]
-
-    @property
-    def noise_tokens(self) -> int:
-        """Of one picture."""
-        return len(self.pos_embed)
-
-    def seek(self, step: int) -> None:
-        """Makes `step` the one that comes next."""
-        torch.add(self.first, step, out=self.counters)
-
-    def tensors(self) -> list[Tensor]:
-        """Everything whose values differ between calls of one shape."""
-        found = [self.latents, self.counters, self.first, self.lengths, self.slots]
-        found += [self.times.shift, self.times.scale]
-        if self.solver is not None:
-            found += [self.solver.weights, self.solver.history]
-        if self.reuse is not None:
-            found += [self.reuse.weights, self.reuse.kept]
-        if self.mask is not None:
-            found += [self.mask.edited, self.mask.known, self.mask.noise, self.mask.reached]
-        for one in self.kinds.values():
-            found += [one.coefficient, one.cu_groups]
-            for each in one.passes:
-                found += [each.places, each.cu_rows, each.cache_start, each.cache_len]
-                found += [each.cos, each.sin]
-        return found
-
-
-def _distinct(pictures: Sequence[Sequence[PlacedBranch]]) -> list[PlacedBranch]:
-    """The branches of all pictures without repetition."""
-    return list({b.branch.key: b for picture in pictures for b in picture}.values())
-
-
-# (place in the picture's list, the branch, whether it runs here)
-_Chosen = tuple[int, PlacedBranch, bool]
-# (place in the prediction, picture, branch)
-_Member = tuple[int, int, PlacedBranch]
-
-
-def _chosen(
-    pictures: Sequence[Sequence[PlacedBranch]], kind: StepKind, placement: Placement
-) -> list[list[_Chosen]]:
-    """The branches of each picture that a kind of step combines."""
-    found: list[list[_Chosen]] = []
-    for picture, branches in enumerate(pictures):
-        some = []
-        for place, coefficient in kind.places(picture, len(branches)):
-            one = branches[place]
-            if coefficient is not None:
-                one = replace(one, coefficient=coefficient)
-            some.append((place, one, placement.runs(picture, place)))
-        found.append(some)
-    return found
-
-
-def _members(
-    pictures: Sequence[Sequence[_Chosen]], branches_per_pass: int | None
-) -> list[list[_Member]]:
-    """The groups of each pass that run here."""
-    most = max(map(len, pictures))
-    size = min(branches_per_pass or most, most)
-    offsets = [0, *accumulate(map(len, pictures))]
-    passes = [
-        [
-            (offset + first + i, picture, b)
-            for picture, (offset, branches) in enumerate(zip(offsets, pictures))
-            for i, (_, b, here) in enumerate(branches[first : first + size])
-            if here
-        ]
-        for first in range(0, most, size)
-    ]
-    return [one for one in passes if one]
-
-
-def _pass_values(
-    model: Transformer, members: Sequence[_Member], noise_tokens: int, step: Tensor
-) -> PassValues:
-    device = model.device
-    places = torch.arange(noise_tokens, device=device)
-    tables = [model.rotary(places + b.span.condition + 1, b.branch.long) for _, _, b in members]
-
-    def integers(values: list[int], dtype: torch.dtype = torch.int32) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=device)
-
-    return PassValues(
-        pictures=tuple(picture for _, picture, _ in members),
-        places=integers([place for place, _, _ in members], torch.int64),
-        cu_rows=integers([i * noise_tokens for i in range(len(members) + 1)]),
-        cache_start=integers([b.span.start for _, _, b in members]),
-        cache_len=integers([b.span.condition + 1 for _, _, b in members]),
-        cos=torch.cat([cos for cos, _ in tables]),
-        sin=torch.cat([sin for _, sin in tables]),
-        step=step,
-    )
+from .placement import Placement
+from .schedule import ALL_BRANCHES, StepKind
+from .sequence import lay_out
+from .step_values import PlacedBranch, StepValues, distinct_branches, span_of
 
 
 class Velocity(Protocol):
@@ -420,12 +63,12 @@ class RecomputedVelocity:
         image_latents: Mapping[str, Tensor],
         mlp_rows: int = MLP_ROWS,
     ) -> None:
-        distinct = _distinct(pictures)
+        distinct = distinct_branches(pictures)
         self._model, self._cache = model, cache
         self._image_latents = image_latents
-        sequences = [lay_out(b.branch, 1, b.span, model.device) for b in distinct]
+        sequences = [lay_out(b.branch, 1, span_of(b), model.device) for b in distinct]
         self._states = model.prefill_states(sequences, mlp_rows)
-        self._time_rows = torch.tensor([b.span.times for b in distinct], device=model.device)
+        self._time_rows = torch.tensor([span_of(b).times for b in distinct], device=model.device)
         self._staging = cache.staging(len(distinct))
         for one in image_latents.values():  # the table is on the host: a step would wait for it
             model.crop_pos_embed(*(side // PATCH for side in one.shape[1:]))
@@ -471,30 +114,43 @@ class Loop:
         self.values = values
         self.busy = False  # whether a call that goes on takes its steps here
         self._velocity = velocity
-        self._placement = placement or OneDevice()
         noise, like = values.noise_tokens, model.norm
         rows = max(one.rows for one in values.kinds.values())
+        shared = {kind: one.shared for kind, one in values.kinds.items() if one.shared is not None}
+        group = None if placement is None else placement.group
         longest = max(len(one.cos) for some in values.kinds.values() for one in some.passes)
         space = model.workspace(longest, mlp_rows)
         residual = like.new_empty(rows, model.config.hidden_size)
         delta = torch.empty_like(residual)
-        velocities = like.new_empty(rows, PATCH_VALUES)
+        sent = max([rows, *(one.sent for one in shared.values())])
+        velocities = like.new_empty(sent, PATCH_VALUES)
         prediction: Tensor | None = None
         if not all(one.in_order for one in values.kinds.values()):
             groups = max(len(one.coefficient) for one in values.kinds.values())
             prediction = like.new_empty(groups, noise, PATCH_VALUES)
         self._groups: dict[StepKind, list[StepGroups]] = {}
         self._predictions: dict[StepKind, Tensor] = {}
+        self._gathers: dict[StepKind, VelocityGather] = {}
+        self._exchanged: list[Tensor] = []  # what travels between ranks
+        exchanges: dict[StepKind, list[RowExchange | None]] = {}
+        if group is not None:
+            exchanges = self._exchanges(model, group, values)
+            gathered = like.new_empty(group.size * sent, PATCH_VALUES)
+            self._exchanged.append(gathered)
+            for kind, own in shared.items():
+                mine = velocities[: own.sent]
+                self._gathers[kind] = VelocityGather(group, mine, gathered, own.places)
         for kind, passes in values.kinds.items():
             first, made = 0, []
-            for one in passes.passes:
+            apart = exchanges.get(kind) or [None] * len(passes.passes)
+            for one, exchange in zip(passes.passes, apart):
                 part = slice(first, first + len(one.cos))
                 made.append(
                     StepGroups(
                         pictures=one.pictures,
                         step=one.step,
                         cu_rows=one.cu_rows,
-                        max_rows=noise,
+                        max_rows=len(one.cos) // len(one.pictures),
                         cache_start=one.cache_start,
                         cache_len=one.cache_len,
                         cos=one.cos,
@@ -503,24 +159,52 @@ class Loop:
                         delta=delta[part],
                         values=velocities[part],
                         space=space,
+                        noise=None if passes.shared is None else passes.shared.noise,
+                        exchange=exchange,
                     )
                 )
                 first = part.stop
             self._groups[kind] = made
-            whole = velocities[:first].unflatten(0, (-1, noise))
-            if not passes.in_order:
+            if passes.in_order:
+                self._predictions[kind] = velocities[:first].unflatten(0, (-1, noise))
+            else:
                 assert prediction is not None
-                whole = prediction[: len(passes.coefficient)]
-            self._predictions[kind] = whole
+                self._predictions[kind] = prediction[: len(passes.coefficient)]
+
+    def _exchanges(
+        self, model: Transformer, group: Group, values: StepValues
+    ) -> dict[StepKind, list[RowExchange | None]]:
+        """Of every pass, how its keys and values meet those of other rows; None without such."""
+        split = [
+            (one.shared.share, len(each.pictures))
+            for one in values.kinds.values()
+            for each in one.passes
+            if one.shared is not None and one.shared.share.layout.rows > 1
+        ]
+        config = model.config
+        like = model.norm.new_empty(0, 2 * config.num_kv_heads, config.head_dim)
+        space = ExchangeSpace.of(split, like)
+        self._exchanged += space.tensors()
+        found: dict[StepKind, list[RowExchange | None]] = {}
+        for kind, one in values.kinds.items():
+            found[kind] = []
+            for each in one.passes:
+                exchange = None
+                if one.shared is not None and one.shared.share.layout.rows > 1:
+                    exchange = RowExchange(group, one.shared.share, len(each.pictures), space)
+                    self._exchanged += exchange.tensors()
+                found[kind].append(exchange)
+        return found
 
     def predict(self, kind: StepKind = ALL_BRANCHES) -> Tensor:
         """Velocities of all groups, [groups, N, 16], until the next step."""
         passes, prediction = self.values.kinds[kind], self._predictions[kind]
         velocities = self._velocity(self.values, self._groups[kind], passes.branches)
-        if not passes.in_order:
+        if kind in self._gathers:
+            self._gathers[kind](prediction)
+        elif not passes.in_order:
             for one, found in zip(passes.passes, velocities):
                 prediction.index_copy_(0, one.places, found)
-        self._placement.gather(prediction)
         return prediction
 
     def step(self, kind: StepKind = ALL_BRANCHES) -> None:
@@ -559,7 +243,7 @@ class Loop:
 
     def memory(self) -> list[Tensor]:
         """All tensors that the steps use."""
-        found = [*self.values.tensors(), *self._predictions.values()]
+        found = [*self.values.tensors(), *self._predictions.values(), *self._exchanged]
         if self.values.solver is not None:
             found += [self.values.solver.velocity, self.values.solver.moved]
         for groups in self._groups.values():

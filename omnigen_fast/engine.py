@@ -15,15 +15,7 @@ from torch import Tensor
 
 from .cache import Cache, ConditionCache, Entry
 from .call import Call
-from .denoise import (
-    CachedVelocity,
-    Loop,
-    MaskValues,
-    PlacedBranch,
-    RecomputedVelocity,
-    StepValues,
-    Velocity,
-)
+from .denoise import CachedVelocity, Loop, RecomputedVelocity, Velocity
 from .errors import OmniGenError
 from .graph import Runner
 from .holdings import Holdings
@@ -34,6 +26,7 @@ from .packing import Member, Pack
 from .precision import Precision
 from .running import Running, left_by_steps
 from .sequence import EncodedBranch, lay_out_all
+from .step_values import MaskValues, PlacedBranch, StepValues
 from .surroundings import isolated
 from .vae.vae import Vae
 from .weights.checkpoint import Checkpoint
@@ -166,7 +159,11 @@ class Engine(Holdings):
             if self.streamed is not None:
                 self.streamed.free()
         with self.vae.loaded():
-            images = self.vae.decode(latents, plan.strip_rows, store=_strip_store(plan))
+            group, store = self.placement.group, _strip_store(plan)
+            if group is None:
+                images = self.vae.decode(latents, plan.strip_rows, store=store)
+            else:
+                images = self.vae.decode_in_bands(latents, group, plan.strip_rows, store=store)
         if not finite(images.sum()):  # of values from 0 to 1
             raise OmniGenError(
                 "the VAE gave pixels that are no numbers; its weights may be damaged"
@@ -215,7 +212,9 @@ class Engine(Holdings):
 
     def _prepared(self, call: Call, plan: MemoryPlan, own_rows: bool) -> Running:
         """Computes all that does not depend on the noise, or finds it kept."""
-        schedule, entries = call.schedule, call.entries(plan)
+        schedule = call.schedule
+        kinds = list({replace(kind, computed=True): None for kind in schedule.counts})
+        entries = call.entries(plan, self.placement.conditions(kinds, call.branches))
         embedded = self.model.embed_times(schedule.evaluated_tensor().to(self.device))
         if plan.cache == "none":
             cache: Cache = self._new_cache(layers=1)
@@ -245,8 +244,9 @@ class Engine(Holdings):
                 latents,
                 schedule.lengths().to(self.device),
                 embedded,
-                list({replace(kind, computed=True): None for kind in schedule.counts}),
+                kinds,
                 plan.branches_per_pass,
+                self.placement,
                 schedule=schedule,
                 mask=mask,
             )
@@ -286,7 +286,7 @@ class Engine(Holdings):
                 )
             else:
                 velocity = CachedVelocity(self.model, cache, len(values.slots))
-            loop = Loop(self.model, values, velocity, plan.mlp_rows)
+            loop = Loop(self.model, values, velocity, plan.mlp_rows, self.placement)
         if fixed is None:
             return loop, loop.step
         return loop, self.graphs.runner(loop, fixed, plan.mlp_rows, call.schedule.counts)

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from .cache import ConditionCache
-from .denoise import Loop, StepValues
+from .denoise import Loop
 from .errors import first_line
 from .kernels import ops
 from .schedule import StepKind
+from .step_values import StepValues
 
 _log = logging.getLogger("omnigen_fast")
 _WORTH = 3  # steps of a kind: a capture costs about one

@@ -23,7 +23,9 @@ from .memory.device import held_bytes
 from .memory.plan import MemoryPlan
 from .model import Transformer
 from .packing import Pack
+from .parallel.group import Group
 from .parameters import layer_parts, stored_bytes
+from .placement import Placement
 from .precision import Precision
 from .running import Running
 from .streamed_cache import StreamedCache
@@ -46,6 +48,7 @@ class Holdings:
         condition_cache_bytes: how much memory to keep for the conditions of earlier calls.
         capture_steps: whether steps are captured where they can be.
         compile: whether a CPU's operations run in C++, see `Compilation`.
+        group: the ranks that carry out every call together; None for this process alone.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class Holdings:
         condition_cache_bytes: int,
         capture_steps: bool,
         compile: bool | None = None,
+        group: Group | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.vae = vae
@@ -64,7 +68,9 @@ class Holdings:
         self.precision = precision
         self.loras = Loras()
         self.cache_bytes = condition_cache_bytes
-        self.capture_steps = capture_steps
+        # exchanges between ranks are captured with a step, or it is not captured
+        self.capture_steps = capture_steps and (group is None or group.capturable)
+        self.placement = Placement(group)
         self.compilation = Compilation(compile)
         self.image_latents: OrderedDict[tuple[str, int | None], Tensor] = OrderedDict()
         self.host = HostMemory(device)

@@ -17,12 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cache import Cache
-from .config import LATENT_CHANNELS, PATCH, ModelConfig
+from .config import PATCH, ModelConfig
 from .errors import RequestError
 from .forms import PRODUCTS
 from .kernels import ops
 from .linear import QuantisedRows, Weight, linear
 from .memory.plan import MLP_ROWS
+from .parallel.exchange import RowExchange
 from .parameters import PATCH_VALUES, layer_shapes
 from .quantised import QuantisedWeight, parts_of_weight
 from .sequence import ConditionSequence
@@ -58,6 +59,20 @@ class StepGroups:
     delta: Tensor  # [groups * N, hidden], what a layer leaves to be added
     values: Tensor  # [groups * N, 16], the velocities
     space: Workspace  # of all passes
+    # Where other ranks have some groups, or some of their rows: N above is then the number of rows
+    # here, and these say which, and how the others' keys and values come here.
+    noise: NoiseRows | None = None
+    exchange: RowExchange | None = None
+
+
+@dataclass(frozen=True)
+class NoiseRows:
+    """The noise tokens that a rank runs of a step that several ranks share."""
+
+    pictures: tuple[int, ...]  # that have groups here
+    first: int  # of each picture's tokens, the first that runs here
+    places: Tensor  # [pictures, N, 16], int64: where the patches' values are in the latents
+    values: Tensor  # likewise, float32: memory for these values
 
 
 @dataclass(frozen=True)
@@ -70,6 +85,15 @@ class PrefillState:
     residual: Tensor  # [rows, hidden]
     delta: Tensor  # [rows, hidden], still to be added to it
     space: Workspace  # of all branches
+
+
+def patches_of(latents: Tensor) -> Tensor:
+    """The 2 x 2 patches of latents [pictures, 4, height, width], one for each noise token.
+
+    A view [pictures, height / 2, width / 2, 4, 2, 2].
+    """
+    apart = latents.unflatten(3, (-1, PATCH)).unflatten(2, (-1, PATCH))
+    return apart.permute(0, 2, 4, 1, 3, 5)
 
 
 class Workspace:
@@ -602,14 +626,23 @@ class Transformer(nn.Module):
             residual, space = groups.residual, groups.space
             qkv = block.project(residual, groups.delta if layer else None, space)
             ops.rope_(qkv, groups.cos, groups.sin, config.num_heads, config.num_kv_heads)
+            q, k, v = self._split(qkv)
+            cu_keys = None
+            if groups.exchange is not None:
+                both = qkv.unflatten(1, (-1, config.head_dim))[:, config.num_heads :]
+                k, v = groups.exchange(both).chunk(2, dim=1)
+                cu_keys = groups.exchange.cu_keys
             attended = attend(
-                *self._split(qkv),
+                q,
+                k,
+                v,
                 keys,
                 values,
                 groups.cu_rows,
                 groups.cache_start,
                 groups.cache_len,
                 groups.max_rows,
+                cu_keys,
                 out=block.attended(space, len(residual)),
             )
             block.finish(residual, attended, groups.delta, space)
@@ -628,22 +661,26 @@ class Transformer(nn.Module):
 
         In the workspace, which no layer uses yet; a picture's tokens are made once for all groups.
         """
-        pictures, _, height, width = latents.shape
-        height, width = height // PATCH, width // PATCH
-        space, rows = passes[0].space, pictures * height * width
-        patches = space.qkv[:rows, :PATCH_VALUES]
-        patches.view(pictures, height, width, LATENT_CHANNELS, PATCH, PATCH).copy_(
-            latents.unflatten(3, (width, PATCH))
-            .unflatten(2, (height, PATCH))
-            .permute(0, 2, 4, 1, 3, 5)
-        )
+        space, noise = passes[0].space, passes[0].noise
+        if noise is None:
+            pictures: Sequence[int] = range(len(latents))
+            found = patches_of(latents)
+            rows = len(pictures) * found.shape[1:3].numel()
+            patches = space.qkv[:rows, :PATCH_VALUES]
+            patches.view(found.shape).copy_(found)
+        else:
+            pictures, rows = noise.pictures, noise.places.shape[:2].numel()
+            torch.take(latents, noise.places, out=noise.values)
+            patches = space.qkv[:rows, :PATCH_VALUES]
+            patches.copy_(noise.values.flatten(0, 1))
+            pos_embed = pos_embed[noise.first : noise.first + noise.places.shape[1]]
         weight = self.noise_proj_weight.flatten(1)
         tokens = linear(patches, weight, out=space.normed[:rows], bias=self.noise_proj_bias)
-        tokens = tokens.unflatten(0, (pictures, -1))
+        of_picture = dict(zip(pictures, tokens.unflatten(0, (len(pictures), -1))))
         for groups in passes:
             residuals = groups.residual.unflatten(0, (len(groups.pictures), -1))
             for picture, residual in zip(groups.pictures, residuals):
-                torch.add(tokens[picture], pos_embed, out=residual)
+                torch.add(of_picture[picture], pos_embed, out=residual)
 
     def _embed_image(self, latents: Tensor, out: Tensor) -> None:
         """Embeds latents [4, height, width] of an image, positions added; `out` [N, hidden].

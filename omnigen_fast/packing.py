@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from .cache import ConditionCache
-from .denoise import CachedVelocity, Loop, Passes, PassValues, StepValues
+from .denoise import CachedVelocity, Loop
 from .model import TimeEmbeddings, Transformer
 from .schedule import ALL_BRANCHES, StepKind
+from .step_values import Passes, PassValues, StepValues
 
 
 @dataclass(frozen=True)

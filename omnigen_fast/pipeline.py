@@ -29,6 +29,9 @@ from .memory.plan import MemoryPlan
 from .memory.planner import Decision
 from .model import Transformer
 from .model_defaults import read_defaults
+from .parallel.digest import digest
+from .parallel.group import join
+from .parallel.layout import Parallel
 from .precision import AUTO, Precision, check_capability
 from .processor import Processor
 from .request import Request, check_switch, checked_integer, make_request
@@ -38,6 +41,7 @@ from .run import (
     SMALLER,
     AfterStep,
     auto_precision,
+    common_memory,
     decide,
     first_plan,
     generate,
@@ -122,6 +126,7 @@ class OmniGenPipeline(LoraMethods, DiffusersMethods):
         cache: str | None = None,
         vae_dtype: str | torch.dtype = torch.float32,
         compile: bool | str | None = None,
+        parallel: Parallel | None = None,
     ) -> OmniGenPipeline:
         """Loads a model from a folder or from the hub, in the original's or diffusers' layout.
 
@@ -164,6 +169,10 @@ class OmniGenPipeline(LoraMethods, DiffusersMethods):
                 ~/.cache/omnigen_fast: faster in bfloat16 on CPUs with AVX512-BF16, and equal up to
                 rounding. Where it can't be had, PyTorch's operations run, and a line says why. None
                 or "auto" does so for models from 25 million weights in their layers.
+            parallel: several ranks of an initialised `torch.distributed` group make each picture
+                together (see docs/several-gpus.md): "auto", or how many parts of the guidance
+                branches and of the noise rows, as {"branches": 2, "rows": 2}. Every rank makes
+                the same calls. None for this process alone.
 
         Raises:
             CheckpointError: files are missing, malformed, or not an OmniGen model.
@@ -179,6 +188,7 @@ class OmniGenPipeline(LoraMethods, DiffusersMethods):
         target = check_device(device)
         check_compute(compute, target)
         cache_bytes = check_cache_bytes(condition_cache_bytes)
+        group = join(parallel, target)
         hub: dict[str, Any] = {
             "revision": revision,
             "cache_dir": cache_dir,
@@ -197,13 +207,18 @@ class OmniGenPipeline(LoraMethods, DiffusersMethods):
         else:
             vae_place = checkpoint.vae_folder or resolve(SDXL_VAE, patterns=VAE_FILES, **hub)
         vae = Vae.from_folder(vae_place, torch.device("cpu"), variant, vae_kind)
+        budget = common_memory(memory, target, group)
         if precision is None:
             own = Precision.of(kind, checkpoint.form, compute, cache)
-            precision = auto_precision(checkpoint, vae, own, target, memory)
-        plan = first_plan(checkpoint, vae, precision, target, memory)
+            precision = auto_precision(checkpoint, vae, own, target, budget)
+        plan = first_plan(checkpoint, vae, precision, target, budget)
+        if group is not None:
+            group.same("model or options", digest(checkpoint.config, precision, plan))
         vae.place(plan.vae_resident)
         vae.to(target)
-        engine = Engine(checkpoint, vae, precision, target, cache_bytes, capture_steps, compiled)
+        engine = Engine(
+            checkpoint, vae, precision, target, cache_bytes, capture_steps, compiled, group
+        )
         engine.load(precision, plan.resident_layers)
         return cls(engine, processor, memory)
 
@@ -368,50 +383,56 @@ class OmniGenPipeline(LoraMethods, DiffusersMethods):
 
         Returns:
             A list of PIL images, or what `output_type` says. Its attribute `images` is the same.
+            Where several ranks make a picture, rank 0 returns it and the others an empty list.
 
         Raises:
             RequestError: an argument can't be used; says which, and what can.
         """
-        given = check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        return_dict = check_switch("return_dict", return_dict)
-        progress = check_switch("progress", progress)
-        request = self._request(
-            prompt=prompt,
-            input_images=input_images,
-            height=height,
-            width=width,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            use_img_guidance=use_img_guidance,
-            img_guidance_scale=img_guidance_scale,
-            max_input_image_size=max_input_image_size,
-            separate_cfg_infer=separate_cfg_infer,
-            use_kv_cache=use_kv_cache,
-            offload_kv_cache=offload_kv_cache,
-            offload_model=offload_model,
-            use_input_image_size_as_output=use_input_image_size_as_output,
-            seed=seed,
-            output_type=output_type,
-            negative_prompt=negative_prompt,
-            num_images_per_prompt=num_images_per_prompt,
-            generator=generator,
-            latents=latents,
-            guidance_interval=guidance_interval,
-            image_guidance_interval=image_guidance_interval,
-            solver=solver,
-            time_shift=time_shift,
-            timesteps=timesteps,
-            mask_image=mask_image,
-            mask_blur=mask_blur,
-            strength=strength,
-            reuse=reuse,
-            quality=quality,
-        )
+        with self._refusing_together():
+            given = check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
+            return_dict = check_switch("return_dict", return_dict)
+            progress = check_switch("progress", progress)
+            memory = self._memory if memory is None else memory
+            precision = self._precision(dtype, memory)
+            request = self._request(
+                prompt=prompt,
+                input_images=input_images,
+                height=height,
+                width=width,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                use_img_guidance=use_img_guidance,
+                img_guidance_scale=img_guidance_scale,
+                max_input_image_size=max_input_image_size,
+                separate_cfg_infer=separate_cfg_infer,
+                use_kv_cache=use_kv_cache,
+                offload_kv_cache=offload_kv_cache,
+                offload_model=offload_model,
+                use_input_image_size_as_output=use_input_image_size_as_output,
+                seed=seed,
+                output_type=output_type,
+                negative_prompt=negative_prompt,
+                num_images_per_prompt=num_images_per_prompt,
+                generator=generator,
+                latents=latents,
+                guidance_interval=guidance_interval,
+                image_guidance_interval=image_guidance_interval,
+                solver=solver,
+                time_shift=time_shift,
+                timesteps=timesteps,
+                mask_image=mask_image,
+                mask_blur=mask_blur,
+                strength=strength,
+                reuse=reuse,
+                quality=quality,
+            )
         from .progress import progress_bar
 
-        memory = self._memory if memory is None else memory
-        precision = self._precision(dtype, memory)
+        group = self.engine.placement.group
         with self._exclusive():
+            if group is not None:
+                loaded = self.engine.loras.applied()
+                group.same("request", digest(request, memory, precision, loaded))
             with naming_memory("while the LoRAs are merged", LESS_RESIDENT):
                 self.engine.refresh()
             self._latest = request
@@ -419,9 +440,16 @@ class OmniGenPipeline(LoraMethods, DiffusersMethods):
             for text in dict.fromkeys(one.text for one in request.prompts):
                 if unknown := self.processor.unknown_words(text):
                     _log.warning("%s", unknown)
+            if group is not None:
+                group.broadcast_(call.latents)  # one draw: without a seed, each rank has its own
+                if call.noise is not None:
+                    call.noise.copy_(call.latents)
             with progress_bar(progress, {**self._bar, "total": request.steps}) as bar:
                 after_step = self._after_step(call, callback_on_step_end, given, bar)
                 images = generate(self.engine, call, memory, after_step, self._remember)
+        if group is not None and not group.leads:
+            images = images[:0]
+            output_type = "pil"  # an empty list
         with naming_memory("after the last step", SMALLER):
             result = as_result(images, output_type)
         return result if return_dict else (result,)
@@ -496,6 +524,11 @@ class OmniGenPipeline(LoraMethods, DiffusersMethods):
         precision = None if dtype is None else own.with_dtype(check_dtype(dtype))
         if target is None and precision is None:
             raise RequestError("to() needs a device or a dtype")
+        if target is not None and self.engine.placement.group is not None:
+            raise RequestError(
+                "a pipeline of several ranks stays where it was loaded; give from_pretrained the "
+                "device"
+            )
         with self._exclusive(), naming_memory("while the weights move", LESS_RESIDENT):
             if target is not None:
                 self.engine.to(target)
@@ -581,6 +614,8 @@ class OmniGenPipeline(LoraMethods, DiffusersMethods):
     def _after_step(
         self, call: Call, callback: StepCallback | None, names: Sequence[str], bar: Any
     ) -> AfterStep:
+        group = self.engine.placement.group
+
         def after(step: int, latents: Tensor) -> bool:
             bar.update()
             if callback is not None:
@@ -588,9 +623,25 @@ class OmniGenPipeline(LoraMethods, DiffusersMethods):
                 tensors: dict[str, Any] = dict.fromkeys(names, given)
                 changed = callback(self, step, call.schedule.time(step), tensors)
                 _replace(latents, given, changed)
-            return not self._interrupt
+            if group is None:
+                return not self._interrupt
+            stops, called = group.agree(self._interrupt, callback is not None)
+            if called:
+                group.broadcast_(latents)  # a callback may have changed them
+            return not stops
 
         return after
+
+    @contextmanager
+    def _refusing_together(self) -> Iterator[None]:
+        """Around checks of arguments: what one rank refuses, every rank does."""
+        try:
+            yield
+        except Exception as error:
+            group = self.engine.placement.group
+            if group is not None:
+                group.same("request", bytes(32), error)
+            raise
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:

@@ -1,30 +1,64 @@
-"""Placement: which guidance branches run here, and where their velocities meet."""
+"""Placement: which guidance branches and which noise rows of a step this rank computes."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Hashable, Iterable, Sequence
 
-from torch import Tensor
+from .parallel.exchange import Share
+from .parallel.group import Group
+from .parallel.layout import Division, Layout, divide
+from .schedule import StepKind
+from .sequence import EncodedBranch, pair_up
 
 
-class Placement(Protocol):
-    """How the branches of all pictures are divided among the ranks of a run."""
+class Placement:
+    """Divides the groups of a step, which are (picture, guidance branch) pairs, among the ranks.
 
-    def runs(self, picture: int, branch: int) -> bool:
-        """Whether this rank computes a branch, by its place in the picture's list."""
+    Args:
+        group: the ranks; None where everything runs here.
+    """
 
-    def gather(self, prediction: Tensor) -> None:
-        """Fills in the velocities of the other ranks, [groups, N, 16]; this rank's own are there.
+    def __init__(self, group: Group | None = None) -> None:
+        self.group = group
+        self.layout = Layout() if group is None else group.layout
+        self.rank = 0 if group is None else group.rank
 
-        In place: an extrapolated step reads them again.
+    def divide(self, kind: StepKind, pictures: Sequence[Sequence[EncodedBranch]]) -> Division:
+        """The groups of each part of the ranks.
+
+        Args:
+            kind: of the step.
+            pictures: the branches of each picture.
         """
+        units = []
+        for picture, branches in enumerate(pictures):
+            run: dict[Hashable, list[int]] = {}  # places by key: a prompt may be its negative too
+            for place, _ in kind.places(picture, len(branches)):
+                run.setdefault(branches[place].key, []).append(place)
+            pairs = pair_up([branches[places[0]] for places in run.values()])
+            units.append(
+                [[(place, one.key) for one in pair for place in run[one.key]] for pair in pairs]
+            )
+        return divide(self.layout, units)
 
+    def share(self, division: Division, tokens: int) -> Share:
+        """What of a step this rank computes; of each picture's `tokens` noise tokens."""
+        return Share.of(division, self.rank, tokens)
 
-class OneDevice:
-    """All branches run here."""
+    def conditions(
+        self, kinds: Iterable[StepKind], pictures: Sequence[Sequence[EncodedBranch]]
+    ) -> set[Hashable] | None:
+        """The keys of the branches whose conditions this rank needs; None for all.
 
-    def runs(self, picture: int, branch: int) -> bool:
-        return True
-
-    def gather(self, prediction: Tensor) -> None:
-        pass
+        Args:
+            kinds: of the call's steps.
+            pictures: the branches of each picture.
+        """
+        if self.group is None:
+            return None
+        found: set[Hashable] = set()
+        for kind in kinds:
+            division = self.divide(kind, pictures)
+            for picture, place in division.parts[division.layout.branch_rank(self.rank)]:
+                found.add(pictures[picture][place].key)
+        return found

@@ -20,6 +20,7 @@ from .memory.overview import Report, StepCounts
 from .memory.plan import MemoryPlan, Switches, Workload, first_workload
 from .memory.planner import Candidate, Decision, describe, front, least_change
 from .memory.planner import plan as fastest_plan
+from .parallel.group import Group
 from .precision import Precision
 from .streaming import is_out_of_memory
 from .vae.vae import Vae
@@ -139,6 +140,9 @@ def _plans(engine: Engine, call: Call, memory: Memory) -> Iterator[tuple[MemoryP
             f"out of memory with the plan that was given ({call.failures[-1]}); give "
             'memory="auto" or a plan that needs less'
         )
+    group = engine.placement.group
+    if group is not None:
+        memory = group.least(_budget(engine, memory))  # so that all ranks decide alike
     decision = decide(engine, call.workload(), call.request.switches, memory, call.precision)
     following: MemoryPlan | None = decision.plan
     failed: list[MemoryPlan] = []
@@ -156,6 +160,14 @@ def _plans(engine: Engine, call: Call, memory: Memory) -> Iterator[tuple[MemoryP
     raise OmniGenError(
         f"out of memory with every plan for this request ({call.failures[-1]}); {SMALLER}"
     )
+
+
+def _budget(engine: Engine, memory: str | int) -> int:
+    """Bytes that a plan may use."""
+    budget = parse_memory(memory)
+    if budget is None:
+        budget = free_bytes(engine.device, profile_of(engine.device), engine.held_bytes())
+    return budget
 
 
 def _given(plan: MemoryPlan, switches: Switches, engine: Engine) -> MemoryPlan:
@@ -183,9 +195,7 @@ def decide(
         MemoryBudgetError: no plan fits.
     """
     profile = profile_of(engine.device)
-    budget = None if isinstance(memory, MemoryPlan) else parse_memory(memory)
-    if budget is None:
-        budget = free_bytes(engine.device, profile, engine.held_bytes())
+    budget = _budget(engine, "auto" if isinstance(memory, MemoryPlan) else memory)
     if isinstance(memory, MemoryPlan):
         plan = _given(memory, switches, engine)
         estimate = Estimate(engine.config, engine.vae.shape, precision, workload, profile)
@@ -204,6 +214,14 @@ def decide(
         kept_bytes=engine.cache_bytes,
         capture=engine.graphs.possible(),
     )
+
+
+def common_memory(memory: Memory, device: torch.device, group: Group | None) -> Memory:
+    """`memory` as all ranks take it: the amount of the one that has the least."""
+    if group is None or isinstance(memory, MemoryPlan):
+        return memory
+    budget = parse_memory(memory)
+    return group.least(free_bytes(device, profile_of(device)) if budget is None else budget)
 
 
 def first_plan(

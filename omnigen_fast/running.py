@@ -10,10 +10,11 @@ from torch import Tensor
 
 from .cache import Cache, Entry
 from .call import Call
-from .denoise import Loop, StepValues
+from .denoise import Loop
 from .graph import Runner
 from .memory.plan import MemoryPlan
 from .solvers import MULTISTEP
+from .step_values import StepValues
 
 
 @dataclass(eq=False)  # two of one request are two
@@ -55,6 +56,8 @@ class Running:
         kind = call.schedule.kinds[call.steps_done]
         if loop.values.solver is not None or loop.values.mask is not None or not kind.computed:
             return None
+        if loop.values.kinds[kind].shared is not None:
+            return None  # exchanges are laid out for the groups of one call
         size = tuple(loop.values.latents.shape[2:])
         return size, self.plan.branches_per_pass, self.plan.mlp_rows
 

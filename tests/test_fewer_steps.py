@@ -15,12 +15,13 @@ from recording import recording_graphs
 from step_cases import CHANGES, PLAN, assert_packed_is_alone, under
 
 from omnigen_fast import fewer_steps
-from omnigen_fast.denoise import Loop, ReuseValues
+from omnigen_fast.denoise import Loop
 from omnigen_fast.errors import OmniGenError, RequestError
 from omnigen_fast.fewer_steps import QUALITIES, computed_steps, fitted_timesteps, table
 from omnigen_fast.memory.seconds import steps_flops
 from omnigen_fast.schedule import ALL_BRANCHES, StepKind, StepSchedule
 from omnigen_fast.solvers import SOLVERS
+from omnigen_fast.step_values import ReuseValues
 
 PHOTOS = [str(GOLDEN / "images" / name) for name in ("coffee.png", "cat.png")]
 TEXT = {

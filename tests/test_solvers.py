@@ -13,10 +13,11 @@ from golden_cases import GOLDEN, relative_error
 from recording import recording_graphs
 from step_cases import CHANGES, PLAN, assert_packed_is_alone, under
 
-from omnigen_fast.denoise import Loop, PlacedBranch, StepValues
+from omnigen_fast.denoise import Loop
 from omnigen_fast.errors import OmniGenError, RequestError
 from omnigen_fast.schedule import ALL_BRANCHES, StepSchedule
 from omnigen_fast.solvers import MULTISTEP, SOLVERS, TWO_EVALUATIONS, shifted
+from omnigen_fast.step_values import PlacedBranch, StepValues
 
 OTHERS = [solver for solver in SOLVERS if solver != "euler"]
 ORDERS = {"euler": 1, "heun": 2, "midpoint": 2, "ab2": 2, "dpmpp2m": 2}

@@ -296,6 +296,8 @@ def compile_case(case: Case) -> Compiled:
             aligned = not value.data_ptr() % 16 and not parameter.do_not_specialize_on_alignment
         elif isinstance(value, float):
             signature[name] = "fp32"
+        elif value is None:  # as a launch does
+            constants[name] = None
         elif hasattr(value, "block_shape"):
             assert value.base.dtype == torch.bfloat16
             signature[name] = f"tensordesc<bf16{value.block_shape}>"

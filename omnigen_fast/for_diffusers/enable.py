@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from ..cache import ConditionCache
 from ..config import PATCH, ModelConfig
-from ..denoise import CachedVelocity, Loop, PlacedBranch, StepValues
+from ..denoise import CachedVelocity, Loop
 from ..errors import RequestError
 from ..images import InputImage
 from ..kernels import ops
 from ..sequence import EncodedBranch, cache_entries, lay_out_all
+from ..step_values import PlacedBranch, StepValues
 from ..vae.vae import content_noise
 from .binding import DiffusersTransformer, bind, weights_signature
 from .calls import enabled_class

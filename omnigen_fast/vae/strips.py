@@ -20,7 +20,7 @@ order (oneDNN's does); norm and attention match up to floating-point rounding.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -40,6 +40,7 @@ from ..memory.autoencoder import (
     query_count,
     spans,
 )
+from .bands import Bands
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -56,7 +57,7 @@ class Moments:
 
     def __init__(self, groups: int) -> None:
         self._groups = groups
-        self._count = 0
+        self._count: Any = 0
         self._mean: Any = 0.0  # [groups], float64
         self._squares: Any = 0.0  # [groups], float64: squared deviations from the mean, summed
 
@@ -81,6 +82,17 @@ class Moments:
         self._squares = self._squares + squares + step**2 * (self._count * count / total)
         self._mean = self._mean + step * (count / total)
         self._count = total
+
+    def of_all(self, bands: Bands) -> None:
+        """Takes in what the other ranks have found in their bands, in the order of the ranks."""
+        own = torch.cat([self._mean.new_tensor([self._count]), self._mean, self._squares])
+        self._count, self._mean, self._squares = 0, 0.0, 0.0
+        for found in bands.of_all(own):
+            count, mean, squares = found[0], *found[1:].chunk(2)
+            step, total = mean - self._mean, self._count + count
+            self._squares = self._squares + squares + step**2 * (self._count * count / total)
+            self._mean = self._mean + step * (count / total)
+            self._count = total
 
     def scale_and_shift(self, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
         """The norm as a scale and a shift, float32 [1, channels, 1, 1] each."""
@@ -111,7 +123,10 @@ class Rows(Protocol):
 
 
 class Stored:
-    """An activation stored strip by strip on the device `store`."""
+    """An activation stored strip by strip on the device `store`.
+
+    With bands, this rank's band of it; `meet` makes it whole enough for what reads it.
+    """
 
     def __init__(
         self,
@@ -121,9 +136,13 @@ class Stored:
         store: torch.device,
         moments: Moments | None = None,
         dtype: torch.dtype = torch.float32,
+        bands: Bands | None = None,
     ) -> None:
         self.channels, self.height, self.width = shape
         self.moments = moments
+        self._bands = bands
+        self._first, self._last = (0, self.height) if bands is None else bands.bounds(self.height)
+        self._beside: list[tuple[int, Tensor]] = []  # rows of other bands, by their places
         self._dtype = dtype
         self._strip, self._device, self._store = strip, device, store
         self._strips: list[Tensor | None] = []
@@ -136,11 +155,24 @@ class Stored:
 
     def take(self, first: int) -> Tensor:
         """The strip that begins at row `first`; it won't be read again."""
-        index = first // self._strip
+        index = (first - self._first) // self._strip
         strip = self._strips[index]
         assert strip is not None
         self._strips[index] = None
         return strip.to(self._device)
+
+    def meet(self) -> None:
+        """Once all strips are there: exchanges with the other bands what their readers need."""
+        if self._bands is None:
+            return
+        if self.moments is not None:
+            self.moments.of_all(self._bands)
+        ends = [self.rows(row, row + 1)[0, :, 0] for row in (self._first, self._last - 1)]
+        above, below = self._bands.neighbours(torch.stack(ends))
+        if above is not None:
+            self._beside.append((self._first - 1, above))
+        if below is not None:
+            self._beside.append((self._last, below))
 
     def rows(self, first: int, last: int, right: int = 0) -> Tensor:
         outside = first < 0 or last > self.height or right
@@ -148,18 +180,25 @@ class Stored:
         size = (1, self.channels, last - first, self.width + right)
         result = make(size, dtype=self._dtype, device=self._device)
         low, high = max(first, 0), min(last, self.height)
-        for index in range(low // self._strip, (high - 1) // self._strip + 1):
-            strip, start = self._strips[index], index * self._strip
-            assert strip is not None
-            top, bottom = max(low, start), min(high, start + self._strip)
+        for start, strip in self._pieces(low, high):
+            top, bottom = max(low, start), min(high, start + strip.shape[2])
             piece = strip[:, :, top - start : bottom - start]
             if self._store != self._device:
                 piece = piece.to(self._device, memory_format=torch.contiguous_format)
             result[:, :, top - first : bottom - first, : self.width] = piece
         return result
 
+    def _pieces(self, low: int, high: int) -> Iterator[tuple[int, Tensor]]:
+        """What is stored of some rows, with the row that each piece begins at."""
+        yield from (one for one in self._beside if low <= one[0] < high)
+        first, last = max(low, self._first) - self._first, min(high, self._last) - self._first
+        for index in range(first // self._strip, (last - 1) // self._strip + 1):
+            strip = self._strips[index]
+            assert strip is not None
+            yield self._first + index * self._strip, strip
+
     def release(self, before: int) -> None:
-        for index in range(min(max(before, 0) // self._strip, len(self._strips))):
+        for index in range(min(max(before - self._first, 0) // self._strip, len(self._strips))):
             self._strips[index] = None
 
 
@@ -229,7 +268,10 @@ class _Runner:
         store: torch.device,
         dtype: torch.dtype,
         recompute: bool,
+        bands: Bands | None = None,
     ) -> None:
+        assert not (recompute and bands), "computing twice reads two rows of other bands"
+        self._bands = bands
         self._dtype = dtype
         self._layers, self._groups, self._strip = layers, groups, strip
         self._device, self._store, self._recompute = device, store, recompute
@@ -270,18 +312,27 @@ class _Runner:
         self, channels: int, height: int, width: int, moments: Moments | None = None
     ) -> Stored:
         shape = channels, height, width
-        return Stored(shape, self._strip, self._device, self._store, moments, self._dtype)
+        return Stored(
+            shape, self._strip, self._device, self._store, moments, self._dtype, self._bands
+        )
+
+    def _spans(self, height: int) -> Iterator[tuple[int, int]]:
+        """The strips that run here, of an activation of so many rows."""
+        top, bottom = (0, height) if self._bands is None else self._bands.bounds(height)
+        for first, last in spans(bottom - top, self._strip):
+            yield top + first, top + last
 
     def _convolution(self, conv: nn.Conv2d, source: Rows, moments: Moments | None) -> Rows:
         out = self._stored(conv.out_channels, source.height, source.width, moments)
-        for first, last in spans(out.height, self._strip):
+        for first, last in self._spans(out.height):
             out.put(_convolve(conv, source.rows(first - 1, last + 1)))
             source.release(last - 1)
+        out.meet()
         return out
 
     def _downsampling(self, conv: nn.Conv2d, source: Rows, moments: Moments | None) -> Rows:
         out = self._stored(conv.out_channels, source.height // 2, source.width // 2, moments)
-        for first, last in spans(out.height, self._strip):
+        for first, last in self._spans(out.height):
             # padded only by a row below and a column on the right
             rows = source.rows(2 * first, 2 * last + 1, right=1)
             out.put(F.conv2d(rows, conv.weight, conv.bias, stride=2))
@@ -291,14 +342,15 @@ class _Runner:
 
     def _kept(self, source: Upsampled) -> Rows:
         out = self._stored(source.channels, source.height, source.width, source.moments)
-        for first, last in spans(out.height, self._strip):
+        for first, last in self._spans(out.height):
             out.put(source.rows(first, last))
             source.release(last)
+        out.meet()
         return out
 
     def _measured(self, source: Upsampled) -> Rows:
         if source.moments is not None:
-            for first, last in spans(source.height, self._strip):
+            for first, last in self._spans(source.height):
                 source.moments.add(source.rows(first, last))
         return source
 
@@ -320,21 +372,23 @@ class _Runner:
             rows = _convolve(block.conv2, rows)
             return rows.add_(skip.take(first))
 
-        for first, last in spans(source.height, self._strip):
+        for first, last in self._spans(source.height):
             hidden.put(first_half(first, last))
             if skip is not source:
                 source.release(last - 1)
+        hidden.meet()
         after, out = _Norm(block.norm2, hidden), self._stored(*size, moments)
-        for first, last in spans(source.height, self._strip):
+        for first, last in self._spans(source.height):
             out.put(second_half(first, last))
             hidden.release(last - 1)
+        out.meet()
         return out
 
     def _resnet_again(self, block: Any, source: Rows, moments: Moments | None) -> Rows:
         """Computes the first convolution twice: for its moments, then for the second."""
         size = block.conv1.out_channels, source.height, source.width
         before, hidden = _Norm(block.norm1, source), Moments(self._groups)
-        for first, last in spans(source.height, self._strip):
+        for first, last in self._spans(source.height):
             hidden.add(
                 _convolve(
                     block.conv1,
@@ -356,7 +410,7 @@ class _Runner:
             return rows.add_(skip)
 
         out = self._stored(*size, moments)
-        for first, last in spans(source.height, self._strip):
+        for first, last in self._spans(source.height):
             out.put(both_halves(first, last))
             source.release(last - 2)
         return out
@@ -387,22 +441,26 @@ class _Runner:
             del result
             return rows.add_(source.rows(first, last)).to(self._dtype)
 
-        for first, last in spans(source.height, self._strip):
+        for first, last in self._spans(source.height):
             columns = slice(first * width, last * width)
             rows = normed(first, last)
             keys[:, columns] = _linear(block.to_k, rows)
             values[:, columns] = _linear(block.to_v, rows)
             del rows
+        if self._bands is not None:
+            self._bands.join_(keys, source.height)
+            self._bands.join_(values, source.height)
         out = self._stored(channels, source.height, width, moments)
-        for first, last in spans(source.height, self._strip):
+        for first, last in self._spans(source.height):
             out.put(attended(first, last))
             source.release(last)
+        out.meet()
         return out
 
     def _out(self, module: Any, source: Rows, write: Callable[[int, int, Tensor], None]) -> None:
         group_norm, conv = module
         norm = _Norm(group_norm, source)
-        for first, last in spans(source.height, self._strip):
+        for first, last in self._spans(source.height):
             rows = norm.activate(source.rows(first - 1, last + 1), first - 1)
             write(first, last, _convolve(conv, rows))
             del rows
@@ -467,6 +525,7 @@ def decode(
     strip_rows: int,
     store: torch.device | None = None,
     recompute: bool = False,
+    bands: Bands | None = None,
 ) -> None:
     """Decodes into `image`.
 
@@ -477,13 +536,14 @@ def decode(
             many rows.
         store: where to keep activations; by default with the weights.
         recompute: compute the inside of the largest blocks twice instead of storing it.
+        bands: of the ranks that decode the image together; all receive all of it.
 
     Raises:
         RequestError: `strip_rows` is not a positive integer, or strips don't support the
             autoencoder's structure.
     """
     layers = decoder_layers(VaeShape.from_config(autoencoder.config))
-    runner = _runner(autoencoder, layers, latents.device, strip_rows, store, recompute)
+    runner = _runner(autoencoder, layers, latents.device, strip_rows, store, recompute, bands)
     if autoencoder.post_quant_conv is not None:
         latents = autoencoder.post_quant_conv(latents)
     _, channels, height, width = latents.shape
@@ -495,6 +555,8 @@ def decode(
         image[:, first:last] = rows[0]
 
     runner.run(_decoder_modules(autoencoder), source, write)
+    if bands is not None:
+        bands.join_(image.flatten(1), image.shape[1])
 
 
 def encode(
@@ -535,6 +597,7 @@ def _runner(
     strip_rows: int,
     store: torch.device | None,
     recompute: bool,
+    bands: Bands | None = None,
 ) -> _Runner:
     strip = VAE_SCALE * check_strip_rows(strip_rows)
     config = autoencoder.config
@@ -547,7 +610,7 @@ def _runner(
         )
     dtype = autoencoder.decoder.conv_in.weight.dtype
     groups = config["norm_num_groups"]
-    return _Runner(layers, groups, strip, device, store or device, dtype, recompute)
+    return _Runner(layers, groups, strip, device, store or device, dtype, recompute, bands)
 
 
 def _decoder_modules(autoencoder: AutoencoderKL) -> list[Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +16,11 @@ from ..errors import CheckpointError, RequestError, brief
 from ..images import InputImage, normalized
 from ..memory.autoencoder import VaeShape
 from ..memory.device import on_host
+from ..parallel.group import Group
 from ..regular_files import read_json
 from ..weights.files import WeightFiles, find_weights, read_tensors
 from . import strips
+from .bands import Bands
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -232,16 +234,50 @@ class Vae:
             RequestError: `strip_rows` is less than 1, or strips don't support the autoencoder's
                 structure.
         """
+
+        def one(latents: Tensor, image: Tensor) -> None:
+            if strip_rows is None:
+                image.copy_(self.autoencoder.decode(latents).sample[0])
+            else:
+                strips.decode(self.autoencoder, latents, image, strip_rows, store, recompute)
+
+        return self._decoded(latents, one)
+
+    @torch.no_grad()
+    def decode_in_bands(
+        self,
+        latents: Tensor,
+        group: Group,
+        strip_rows: int | None = None,
+        *,
+        store: torch.device | None = None,
+    ) -> Tensor:
+        """As `decode`, by ranks that make the same call and decode a band of rows each.
+
+        Args:
+            latents: of all pictures; pictures with fewer rows than ranks are decoded by every rank.
+            group: the ranks; each gets the whole images.
+            strip_rows, store: as for `decode`; None for a band at once.
+        """
+        height = latents.shape[2]
+        if group.size > height:
+            return self.decode(latents, strip_rows, store=store)
+        bands = Bands(group, height)
+
+        def one(latents: Tensor, image: Tensor) -> None:
+            rows = strip_rows or bands.most_rows
+            strips.decode(self.autoencoder, latents, image, rows, store, bands=bands)
+
+        return self._decoded(latents, one)
+
+    def _decoded(self, latents: Tensor, decode: Callable[[Tensor, Tensor], None]) -> Tensor:
+        """Images of latents, one by one; `decode` writes values of about -1 to 1."""
         latents = latents.to(self.device, torch.float32)
         pictures, _, height, width = latents.shape
         size = pictures, 3, VAE_SCALE * height, VAE_SCALE * width
         images = torch.empty(size, dtype=torch.float32, device=self.device)
         for one, image in zip(latents.split(1), images, strict=True):
-            one = (one / self._scale + self._shift).to(self.dtype)
-            if strip_rows is None:
-                image.copy_(self.autoencoder.decode(one).sample[0])
-            else:
-                strips.decode(self.autoencoder, one, image, strip_rows, store, recompute)
+            decode((one / self._scale + self._shift).to(self.dtype), image)
             image.mul_(0.5).add_(0.5).clamp_(0, 1)
         return images
 

@@ -155,6 +155,39 @@ def test_step_without_maps_where_rows_are_not_aligned():
         check_step(q, k, v, *rest)
 
 
+def some_rows(args, parts):
+    """A step's arguments for a run of every group's rows, whose keys are those of all."""
+    q, k, v, k_cache, v_cache, cu_rows, starts, cached, _ = args
+    picked = [
+        torch.arange(first + start, first + stop)
+        for first, (start, stop) in zip(cu_rows.tolist(), parts)
+    ]
+    rows, counts = torch.cat(picked).to(q.device), [len(one) for one in picked]
+    bounds = integers(*accumulate(counts, initial=0))
+    return q[rows], k, v, k_cache, v_cache, bounds, starts, cached, max(counts), cu_rows
+
+
+PARTS = [(20, 63), (0, 1), (0, 0), (64, 65)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("head_dim", (64, 96, 128))
+def test_step_of_some_rows(head_dim, dtype):
+    check_step(*some_rows(step_arguments(*STEPS["mixed"], 4, 2, head_dim, dtype), PARTS))
+
+
+def test_step_of_some_rows_through_tensor_maps():
+    args = some_rows(step_arguments(*STEPS["mixed"], 4, 2, 96, torch.bfloat16), PARTS)
+    maps = launch.Launch(num_warps=8, block_m=64, block_n=32, tensor_maps=True)
+    with (
+        mock.patch.object(launch, "choose", return_value=maps),
+        mock.patch.object(attention, "attention_step_kernel", None),  # not the one that runs
+    ):
+        if DEVICE != "cpu" and torch.cuda.get_device_capability() < (9, 0):
+            pytest.skip("tensor maps need compute capability 9.0")
+        check_step(*args)
+
+
 def test_step_no_rows():
     args = step_arguments([], [], 2, 2, 64, torch.float32, cache_rows=3)
     assert attention.attention_step(*args).shape == (0, 2, 64)
@@ -282,6 +315,14 @@ def test_specification_of_the_step():
         values = torch.cat([v_cache[seen], v[rows]])
         visible = torch.ones(stop - first, len(keys), dtype=torch.bool, device=q.device)
         torch.testing.assert_close(found[rows], masked(q[rows], keys, values, visible))
+
+
+def test_specification_of_some_rows():
+    """As of all rows, which every row's own result does not depend on."""
+    args = step_arguments(*STEPS["mixed"], 4, 2, 64, torch.float64)
+    whole, bounds = reference.attention_step(*args), args[5].tolist()
+    picked = [whole[first + a : first + b] for first, (a, b) in zip(bounds, PARTS)]
+    torch.testing.assert_close(reference.attention_step(*some_rows(args, PARTS)), torch.cat(picked))
 
 
 @pytest.mark.parametrize("block", (7, 64, 1024))
