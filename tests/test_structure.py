@@ -41,6 +41,7 @@ ORDER = [
     "memory.device",
     "memory.planner",
     "memory.overview",
+    "parallel.planner",
     "streaming",
     "image_files",
     "image_decoder",
@@ -150,6 +151,7 @@ USE_PROFILES = {
     "memory.device",
     "memory.overview",
     "cli.plan",
+    "parallel.planner",
     "serving.scheduler",
 }
 

@@ -248,9 +248,7 @@ class SecondsEstimate:
         passes = self._sizes.passes(plan.branches_per_pass, kind)
         return self.noise_work(plan, passes, self._workload.noise_tokens)
 
-    def noise_work(
-        self, plan: MemoryPlan, passes: Sequence[Sequence[int]], queries: int
-    ) -> Work:
+    def noise_work(self, plan: MemoryPlan, passes: Sequence[Sequence[int]], queries: int) -> Work:
         """Of the noise tokens of one step in some passes.
 
         Args:

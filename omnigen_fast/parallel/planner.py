@@ -3,20 +3,22 @@
 A rank computes its branches of every step, or some rows of noise of each. What it receives of the
 others is counted with the rate and the latency of the devices' link, as if nothing overlapped:
 
-- velocities after each step: N x 16 values in float32 of each branch;
-- under rows, keys and values of each layer: N rows of each branch;
+- velocities after each step, N x 16 values of each branch;
+- under rows, keys and values of each layer, N rows of each branch;
 - pixels of the decoded image, whose strips are divided among all ranks.
 
-A rank that receives `b` of `n` parts of what a collective gathers receives b (n - 1) / n bytes.
+Of what `n` ranks gather, each receives `n - 1` parts.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
 
 from ..config import released_sizes
+from ..errors import RequestError
 from ..memory.autoencoder import VaeShape
 from ..memory.cost import Estimate
 from ..memory.device import less_margin
@@ -26,9 +28,9 @@ from ..parameters import PATCH_VALUES
 from ..precision import Precision
 from ..profiles import Profile
 from ..schedule import ALL_BRANCHES, StepKind
-from .layout import Layout, most_branches
+from .layout import Layout, divide
 
-_FLOAT, _PIXEL = 4, 3 * 4  # bytes; a pixel is three of float32
+_PIXEL = 3 * 4  # bytes: three values of float32
 # A gain below this is within what a prediction can be wrong by.
 _LEAST_GAIN = 1.02
 
@@ -68,12 +70,18 @@ def splits(estimate: Estimate, plan: MemoryPlan, ranks: int) -> list[Split]:
 
 def choose_layout(estimate: Estimate, plan: MemoryPlan, ranks: int) -> Layout:
     """The fastest layout of so many ranks; arguments as for `splits`."""
-    return splits(estimate, plan, ranks)[0].layout
+    return next((one.layout for one in splits(estimate, plan, ranks)), Layout(1, ranks))
 
 
 def report(estimate: Estimate, plan: MemoryPlan, ranks: int) -> str:
-    """The table that `omnigen-fast plan --gpus` prints."""
+    """The table that `omnigen-fast plan --gpus` prints.
+
+    Raises:
+        RequestError: there are more ranks than the request can be divided among.
+    """
     found = splits(estimate, plan, ranks)
+    if not found:
+        raise RequestError(f"this request can't be divided among {ranks} devices; take fewer")
     best, profile = found[0], estimate.profile
     lines = [
         f"{ranks} devices over {profile.peer_link}, {profile.peer_bytes_per_second / 1e9:.1f} GB/s "
@@ -84,11 +92,18 @@ def report(estimate: Estimate, plan: MemoryPlan, ranks: int) -> str:
     for one in found:
         mark = "*" if one is best else " "
         lines.append(
-            f"{mark} {one.seconds:8.1f} {one.gain:6.2f} {one.share:13.1%}  {one.layout}"
+            f"{mark} {one.seconds:8.1f} {one.gain:6.2f} {one.share:14.1%}  {words(one.layout)}"
         )
     if best.gain < _LEAST_GAIN:
         lines += ["", f"{_more(ranks)} nothing: {_reason(estimate, plan, best)}"]
     return "\n".join(lines)
+
+
+def words(layout: Layout) -> str:
+    """What is divided, into how many parts."""
+    parts = {"branches": layout.branches, "rows": layout.rows}
+    named = [f"{name} in {count}" for name, count in parts.items() if count > 1]
+    return " and ".join(named) or "nothing divided"
 
 
 def _more(ranks: int) -> str:
@@ -128,7 +143,7 @@ def gains(cards: Sequence[Cards], images: Sequence[int] = (0, 1, 2)) -> str:
                 f"{one.count} x {one.profile.name}, {one.profile.peer_link}",
                 request,
                 f"{best.alone:.1f} s",
-                str(best.layout),
+                words(best.layout),
                 f"{best.seconds:.1f}",
                 f"{best.gain:.2f}",
                 f"{best.share:.1%}",
@@ -153,11 +168,15 @@ def _typical(profile: Profile, images: int) -> tuple[Estimate, MemoryPlan]:
 
 def _layouts(estimate: Estimate, ranks: int) -> Iterator[Layout]:
     """Those in which each rank has a branch, or rows of one."""
-    most = most_branches(estimate.workload.branches)
-    for branches in range(min(ranks, most), 0, -1):
+    groups = sum(map(len, estimate.workload.branches))
+    for branches in range(min(ranks, groups), 0, -1):
         rows, left = divmod(ranks, branches)
         if not left and rows <= estimate.workload.noise_tokens:
             yield Layout(branches, rows)
+
+
+# Condition tokens of the groups of each pass; (rows, rows of keys) of each condition.
+_Rank: TypeAlias = tuple[list[list[int]], list[tuple[int, int]]]
 
 
 class _Prediction:
@@ -197,61 +216,82 @@ class _Prediction:
     def _step(self, kind: StepKind) -> float:
         """Of one step on the rank that takes longest."""
         seconds, plan = self._estimate.seconds, self._plan
-        queries = math.ceil(self._work.noise_tokens / self._layout.rows)
+        layout, ranks = self._ranks(kind)
+        queries = layout.most_rows(self._work.noise_tokens)
         found = []
-        for passes, conditions in self._ranks(kind):
+        for passes, conditions in ranks:
             one = seconds.noise_work(plan, passes, queries).seconds
             if plan.cache == "none":
                 one += seconds.prefill_work(conditions, 1, plan.mlp_rows).seconds
             one += seconds.expanding + seconds.contention(plan)
             found.append(max(one, seconds.copy_seconds(plan)))
-        return self._joined(found * self._layout.rows)
+        return self._joined(found * layout.rows)
 
     def _prefill(self) -> float:
         """Of the rank with the longest conditions; each rank of a branch keeps them whole."""
         seconds, plan = self._estimate.seconds, self._plan
+        layout, ranks = self._ranks(ALL_BRANCHES)
         found = []
-        for _, conditions in self._ranks(ALL_BRANCHES):
+        for _, conditions in ranks:
             work = seconds.prefill_work(conditions, self._work.evaluations, plan.mlp_rows)
             one = work.seconds + seconds.expanding + seconds.contention(plan)
             found.append(max(one, seconds.copy_seconds(plan)))
-        return self._joined(found * self._layout.rows)
+        return self._joined(found * layout.rows)
 
-    def _ranks(self, kind: StepKind) -> Iterator[tuple[list[list[int]], list[tuple[int, int]]]]:
-        """(condition tokens of each pass, (rows, rows of keys) of each condition) of a rank."""
-        branches = self._work.branches_of(kind)
-        for own in self._layout.shares(branches):
-            most = max(map(len, own), default=0)
-            size = min(self._plan.branches_per_pass or most, most)
-            passes = [
-                [tokens for one in own for tokens in one[first : first + size]]
-                for first in range(0, most, size or 1)
-            ]
-            # pictures may have a condition in common: it is computed once
-            yield passes, [(tokens, tokens) for tokens in dict.fromkeys(sum(own, []))]
+    def _ranks(self, kind: StepKind) -> tuple[Layout, list[_Rank]]:
+        """The layout of a kind of step, and what each of its parts of branches runs."""
+        work = self._work
+        # how many conditions of one length there are: pictures may have some in common
+        copies = Counter(tokens for one in work.conditions for tokens in one.tokens)
+        seen: Counter[int] = Counter()
+        keys: dict[tuple[int, int], tuple[int, int]] = {}
+        for picture, branches in enumerate(work.branches):
+            for place, tokens in enumerate(branches):
+                keys[picture, place] = tokens, min(seen[tokens], copies[tokens] - 1)
+                seen[tokens] += 1
+        units = [
+            [[(place, keys[picture, place])] for place, _ in kind.places(picture, len(branches))]
+            for picture, branches in enumerate(work.branches)
+        ]
+        division = divide(self._layout, units)
+        return division.layout, [self._rank(part, keys) for part in division.parts]
+
+    def _rank(
+        self, part: Sequence[tuple[int, int]], keys: Mapping[tuple[int, int], tuple[int, int]]
+    ) -> _Rank:
+        own: dict[int, list[int]] = {}
+        for picture, place in part:
+            own.setdefault(picture, []).append(keys[picture, place][0])
+        most = max(map(len, own.values()))
+        size = min(self._plan.branches_per_pass or most, most)
+        passes = [
+            [tokens for one in own.values() for tokens in one[first : first + size]]
+            for first in range(0, most, size)
+        ]
+        return passes, [(tokens, tokens) for tokens, _ in {keys[one]: None for one in part}]
 
     def _exchange(self, kind: StepKind) -> float:
         """Seconds of what the collectives of one step bring."""
-        layout, noise = self._layout, self._work.noise_tokens
-        groups = sum(map(len, self._work.branches_of(kind)))
-        velocities = groups * noise * PATCH_VALUES * _FLOAT
-        total = self._gathered(velocities, layout.size)
-        if layout.rows > 1:
-            passes = max((one for one, _ in self._ranks(kind)), key=lambda one: sum(map(len, one)))
-            for tokens in passes:
-                pairs = len(tokens) * noise * self._estimate.bytes.pair
-                total += self._estimate.config.num_layers * self._gathered(pairs, layout.rows)
+        config, precision = self._estimate.config, self._estimate.precision
+        layout, ranks = self._ranks(kind)
+        rows = layout.most_rows(self._work.noise_tokens)
+        most = max((passes for passes, _ in ranks), key=lambda one: sum(map(len, one)))
+        value = PATCH_VALUES * precision.arithmetic_bytes
+        total = self._gathered(sum(map(len, most)) * rows * value, layout.size)
+        for tokens in most:
+            pairs = len(tokens) * rows * self._estimate.bytes.pair
+            total += config.num_layers * self._gathered(pairs, layout.rows)
         return total
 
     def _pixels(self) -> float:
         """Seconds of what the collective of a decode brings."""
         size = len(self._work.branches) * self._work.height * self._work.width * _PIXEL
-        return self._gathered(size, self._layout.size)
+        return self._gathered(size / self._layout.size, self._layout.size)
 
-    def _gathered(self, size: int, ranks: int) -> float:
-        """Seconds of a collective after which each rank has so many bytes."""
+    def _gathered(self, each: float, ranks: int) -> float:
+        """Seconds of a collective to which each rank sends so many bytes."""
         if ranks == 1:
             return 0.0
-        received = size * (ranks - 1) / ranks
         profile = self._profile
+        received = (ranks - 1) * each
         return profile.peer_latency_seconds + received / profile.peer_bytes_per_second
