@@ -31,6 +31,7 @@ from ..solvers import SOLVERS
 from .failure import failure
 from .files import PATH_OR_NAME, SUFFIXES, UserPath, check_writable, save_result
 from .loading import loading_options
+from .ranks import Place, gpus_option, on_ranks
 
 if TYPE_CHECKING:
     from ..pipeline import OmniGenPipeline
@@ -57,6 +58,7 @@ def parse_reuse(_context: click.Context, _option: click.Parameter, text: str) ->
 
 @click.command()
 @loading_options()
+@gpus_option
 @click.option("--lora", multiple=True, help="A LoRA: FILE, FOLDER or hub id, or LORA:WEIGHT.")
 @click.option("--prompt", multiple=True, help="May be repeated for a batch.")
 @click.option(
@@ -196,14 +198,16 @@ def parse_reuse(_context: click.Context, _option: click.Parameter, text: str) ->
     help="With --from, open the input images that the file names. Only for files that you trust.",
 )
 @click.pass_context
+@on_ranks
 def generate(
     context: click.Context,
+    *,
+    place: Place,
     model: str,
     vae_path: str | None,
     revision: str | None,
     cache_dir: str | None,
     local_files_only: bool,
-    device: str | None,
     dtype: str,
     weights: str | None,
     compute: str | None,
@@ -256,14 +260,16 @@ def generate(
                 mask_image = find_mask(made, picture)
         if not prompt:
             raise click.UsageError("Missing option '--prompt'.", context)
-        _check_out(out, output_type)
+        if place.leads:
+            _check_out(out, output_type)
         loras = parse_loras(lora)
         if images is None:
             images = _assign_images(input_images, len(prompt))
         record = None
         if out.suffix.lower() == ".png":
             if arguments["seed"] is None:
-                arguments["seed"] = secrets.randbelow(1 << 32)  # recorded, to run it again
+                # recorded, to run it again
+                arguments["seed"] = place.same("seed", secrets.randbelow(1 << 32))
             record = Record(
                 model=model,
                 prompts=prompt,
@@ -287,7 +293,8 @@ def generate(
             model,
             vae_path,
             loras,
-            device=device,
+            device=place.device,
+            parallel=place.parallel,
             dtype=dtype,
             **precision,
             revision=revision,
@@ -302,9 +309,11 @@ def generate(
             mask_image=mask_image,
             latents=noise,
             output_type=output_type,
-            progress=not quiet,
+            progress=place.leads and not quiet,
             **arguments,
         )
+        if not place.leads:
+            return
         for file in save_result(result, output_type, out, record):
             click.echo(file)
     except (OmniGenError, OSError) as error:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import MAX_MESSAGE, RequestError
+from .failure import Watch
 from .layout import Layout, most_branches, parse_layout
 
 _DIGEST = 32  # bytes
@@ -50,6 +51,7 @@ class Group:
                     made = dist.new_group(ranks)
                     if self.rank in ranks:
                         self._rows[count] = made
+        self.watch = Watch(self.store, self.rank, self.size)
 
     @property
     def leads(self) -> bool:
@@ -63,8 +65,19 @@ class Group:
 
     @contextmanager
     def failing(self) -> Iterator[None]:
-        """Around every exchange: where it fails, raises what another rank has left."""
-        yield
+        """Around every exchange: where it fails, raises RankError with what has failed."""
+        with self.watch.exchanging():
+            yield
+
+    @contextmanager
+    def guarding(self) -> Iterator[None]:
+        """Around all that ranks do together: what one raises ends it on all, and the group.
+
+        Raises:
+            RankError: another rank has failed, now or earlier.
+        """
+        with self.watch.calling():
+            yield
 
     def gather_velocities(self, sent: Tensor, gathered: Tensor) -> None:
         """Collects the velocities of all ranks.
@@ -152,12 +165,6 @@ class Group:
                     f"rank {rank} was given another {what} than rank 0; every rank must make the "
                     "same call"
                 )
-
-    def fail(self, sentence: str) -> None:
-        """Leaves the others a sentence about what has failed on this rank."""
-
-    def check(self) -> None:
-        """Raises what another rank has left."""
 
 
 def _all_gather(gathered: Tensor, sent: Tensor, group: Any) -> None:

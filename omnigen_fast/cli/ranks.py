@@ -1,0 +1,104 @@
+"""`--gpus`: a command as several ranks, of which the first prints and writes files."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..errors import OmniGenError, RequestError
+from ..parallel.layout import AUTO, MAX_RANKS
+from ..parallel.launch import Ended, is_rank, joined, say, start
+from .failure import failure
+
+if TYPE_CHECKING:
+    from ..parallel.failure import Mailbox
+
+ARGUMENTS = "omnigen_fast.arguments"  # of the command line, in a context's `meta`
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a command runs: in one process, or as one of several ranks."""
+
+    device: str | None
+    parallel: str | None = None  # of `from_pretrained`
+    leads: bool = True  # whether it prints and writes files
+    mailbox: Mailbox | None = None
+
+    def same(self, name: str, value: int) -> int:
+        """A value that all ranks take: the one of the first that asks."""
+        return value if self.mailbox is None else int(self.mailbox.shared(name, str(value)))
+
+
+gpus_option = click.option(
+    "--gpus",
+    default=1,
+    show_default=True,
+    type=click.IntRange(1, MAX_RANKS),
+    help="How many GPUs share the work; with --device cpu, processes.",
+)
+
+
+def on_ranks(command: Callable[..., None]) -> Callable[..., None]:
+    """Runs a command with `gpus_option`: `device` and `gpus` become `place`."""
+
+    @functools.wraps(command)
+    def run(context: click.Context, *, gpus: int, device: str | None, **options: Any) -> None:
+        if is_rank():
+            with _as_a_rank(gpus, device) as place:
+                command(context, place=place, **options)
+        elif gpus == 1:
+            command(context, place=Place(device), **options)
+        else:
+            try:
+                start(context.meta[ARGUMENTS], gpus, device)
+            except Ended as error:
+                raised = click.ClickException(str(error))
+                raised.exit_code = error.status
+                raise raised from error
+            except (OmniGenError, OSError) as error:
+                raise failure(error) from error
+
+    return run
+
+
+@contextmanager
+def _as_a_rank(gpus: int, device: str | None) -> Iterator[Place]:
+    """One of the ranks. What fails on any of them is said once, by one of them."""
+    size = int(os.environ["WORLD_SIZE"])
+    if gpus not in (1, size):
+        raise failure(RequestError(f"--gpus {gpus} among {size} ranks; leave it out"))
+    with _failing_once() as mailboxes:
+        with joined(device) as (own, mailbox):
+            mailboxes.append(mailbox)
+            yield Place(own, AUTO, mailbox.rank == 0, mailbox)
+
+
+@contextmanager
+def _failing_once() -> Iterator[list[Mailbox]]:
+    mailboxes: list[Mailbox] = []
+    try:
+        yield mailboxes
+    except (OmniGenError, click.ClickException, KeyboardInterrupt, OSError) as error:
+        if isinstance(error, OmniGenError | OSError):
+            error = failure(error)
+        status, sentence = 1, "interrupted by Ctrl-C"
+        if isinstance(error, click.ClickException):
+            status, sentence = error.exit_code, error.format_message()
+        if not mailboxes:
+            raise
+        (mailbox,) = mailboxes
+        # what all ranks refuse alike needs no number
+        mailbox.leave(sentence if status == 2 else f"rank {mailbox.rank}: {sentence}")
+        say(mailbox.failure() or sentence, mailbox)
+        raise SystemExit(status) from error
+    except BaseException:
+        if mailboxes:
+            mailboxes[0].leave(f"rank {mailboxes[0].rank} was ended")
+        raise
