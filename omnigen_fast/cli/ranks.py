@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import OmniGenError, RequestError
-from ..parallel.layout import AUTO, MAX_RANKS
 from ..parallel.launch import Ended, is_rank, joined, say, start
+from ..parallel.layout import AUTO, MAX_RANKS
 from .failure import failure
 
 if TYPE_CHECKING:
@@ -74,10 +74,9 @@ def _as_a_rank(gpus: int, device: str | None) -> Iterator[Place]:
     size = int(os.environ["WORLD_SIZE"])
     if gpus not in (1, size):
         raise failure(RequestError(f"--gpus {gpus} among {size} ranks; leave it out"))
-    with _failing_once() as mailboxes:
-        with joined(device) as (own, mailbox):
-            mailboxes.append(mailbox)
-            yield Place(own, AUTO, mailbox.rank == 0, mailbox)
+    with _failing_once() as mailboxes, joined(device) as (own, mailbox):
+        mailboxes.append(mailbox)
+        yield Place(own, AUTO, mailbox.rank == 0, mailbox)
 
 
 @contextmanager

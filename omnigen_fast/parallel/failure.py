@@ -24,8 +24,8 @@ from ..errors import OmniGenError, RankError, first_line, printable
 from ..streaming import is_out_of_memory
 
 _LOOK_SECONDS = 0.5
-_SILENT_SECONDS = 10.0  # after which a rank that does not tell that it is alive has gone away
-_GRACE_SECONDS = 4.0  # to end by itself, once another rank has failed
+_SILENT_SECONDS = 8.0  # after which a rank that does not tell that it is alive has gone away
+_GRACE_SECONDS = 3.0  # to end by itself, once another rank has failed
 _REASON_SECONDS = 2.5  # in which a rank whose exchange has failed finds out why
 _PREFIX = "omnigen_fast"
 _FAILURE, _SAID = f"{_PREFIX}/failure", f"{_PREFIX}/said"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -33,25 +33,30 @@ class Group:
     """
 
     def __init__(self, layout: Layout, device: torch.device) -> None:
-        assert dist.get_world_size() == layout.size
-        self.layout = layout
         self.device = device
         self.rank: int = dist.get_rank()
-        self.size: int = layout.size
+        self.size: int = dist.get_world_size()
         self.backend: str = dist.get_backend()
         self.store: Any = dist.distributed_c10d._get_default_store()
         self.received: Counter[str] = Counter()  # bytes from other ranks, by what they were
         self._control: Any = dist.new_group(backend="gloo")
         # of each number of parts of the rows, this rank's neighbours
         self._rows: dict[int, Any] = {}
+        self.use(layout)
+        self.watch = Watch(self.store, self.rank, self.size)
+
+    def use(self, layout: Layout) -> None:
+        """Takes another layout of as many ranks; not once a pipeline has been made with this."""
+        assert self.size == layout.size
+        self.layout = layout
         for count in layout.row_counts():
+            if count == 1 or count in self._rows:
+                continue
             for start in range(0, self.size, count):
                 ranks = list(range(start, start + count))
-                if count > 1:
-                    made = dist.new_group(ranks)
-                    if self.rank in ranks:
-                        self._rows[count] = made
-        self.watch = Watch(self.store, self.rank, self.size)
+                made = dist.new_group(ranks)
+                if self.rank in ranks:
+                    self._rows[count] = made
 
     @property
     def leads(self) -> bool:
@@ -171,6 +176,11 @@ def _all_gather(gathered: Tensor, sent: Tensor, group: Any) -> None:
     # the second is the first's name before PyTorch 2.13
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     gather(gathered, sent, group=group)
+
+
+def guarded(group: Group | None) -> AbstractContextManager[None]:
+    """`Group.guarding`, or nothing where everything runs in this process."""
+    return nullcontext() if group is None else group.guarding()
 
 
 def join(parallel: Any, device: torch.device) -> Group | None:

@@ -145,7 +145,7 @@ def _free_port() -> int:
 @contextmanager
 def _environment(ranks: int, device: str | None) -> Iterator[None]:
     """What the ranks get from this process: loopback, and their share of the cores."""
-    added = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "8"}
+    added = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5"}
     if sys.platform == "linux":
         added |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
     if device == "cpu":

@@ -68,9 +68,23 @@ def splits(estimate: Estimate, plan: MemoryPlan, ranks: int) -> list[Split]:
     return sorted(predicted, key=lambda one: (one.seconds, one.communication))
 
 
-def choose_layout(estimate: Estimate, plan: MemoryPlan, ranks: int) -> Layout:
-    """The fastest layout of so many ranks; arguments as for `splits`."""
-    return next((one.layout for one in splits(estimate, plan, ranks)), Layout(1, ranks))
+def choose_layout(estimates: Sequence[Estimate], plan: MemoryPlan, ranks: int) -> Layout:
+    """The layout of so many ranks with which some requests take least together.
+
+    A layout with more parts of branches than a request has divides rows instead, see
+    `Layout.for_groups`.
+
+    Args:
+        estimates: of each request on one device.
+        plan: by which each rank runs.
+        ranks: how many devices there are.
+    """
+    layouts = [Layout(one, ranks // one) for one in (3, 2, 1) if ranks % one == 0]
+
+    def seconds(layout: Layout) -> float:
+        return sum(_Prediction(one, plan, layout).split().seconds for one in estimates)
+
+    return min(layouts, key=seconds)
 
 
 def report(estimate: Estimate, plan: MemoryPlan, ranks: int) -> str:

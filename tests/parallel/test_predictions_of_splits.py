@@ -89,9 +89,17 @@ def test_what_is_predicted_for_a_rank_is_its_share():
 def test_the_link_decides():
     image = typical_workload(1024, 1024, images=1)
     fast, slow = estimate_of(image, **INSTANT), estimate_of(image, peer_bytes_per_second=1e9)
-    assert choose_layout(fast, PLAN, 2) == Layout(1, 2)
-    assert choose_layout(slow, PLAN, 2) == Layout(2, 1)
-    assert choose_layout(estimate_of(), PLAN, 3) == Layout(1, 3)
+    assert choose_layout([fast], PLAN, 2) == Layout(1, 2)
+    assert choose_layout([slow], PLAN, 2) == Layout(2, 1)
+
+
+def test_one_layout_for_requests_with_and_without_images():
+    """Three ranks take a branch each, and of text the rows: no other layout is as fast for both."""
+    text, image = estimate_of(), estimate_of(typical_workload(1024, 1024, images=1))
+    assert choose_layout([text, image], PLAN, 3) == Layout(3, 1)
+    assert choose_layout([text, image], PLAN, 6) == Layout(3, 2)
+    assert choose_layout([text, image], PLAN, 5) == Layout(1, 5)
+    assert choose_layout([text, image], PLAN, 1) == Layout(1, 1)
 
 
 def test_a_step_of_fewer_branches_is_divided_anew():
