@@ -74,30 +74,31 @@ def _as_a_rank(gpus: int, device: str | None) -> Iterator[Place]:
     size = int(os.environ["WORLD_SIZE"])
     if gpus not in (1, size):
         raise failure(RequestError(f"--gpus {gpus} among {size} ranks; leave it out"))
-    with _failing_once() as mailboxes, joined(device) as (own, mailbox):
-        mailboxes.append(mailbox)
-        yield Place(own, AUTO, mailbox.rank == 0, mailbox)
+    try:
+        with joined(device) as (own, mailbox), _failing_once(mailbox):
+            yield Place(own, AUTO, mailbox.rank == 0, mailbox)
+    except RequestError as error:
+        raise failure(error) from error
 
 
 @contextmanager
-def _failing_once() -> Iterator[list[Mailbox]]:
-    mailboxes: list[Mailbox] = []
+def _failing_once(mailbox: Mailbox) -> Iterator[None]:
+    """Says what has failed on any rank, unless another one does; the process ends."""
+    status, sentence = 1, "ended by a signal"
     try:
-        yield mailboxes
-    except (OmniGenError, click.ClickException, KeyboardInterrupt, OSError) as error:
-        if isinstance(error, OmniGenError | OSError):
-            error = failure(error)
-        status, sentence = 1, "interrupted by Ctrl-C"
-        if isinstance(error, click.ClickException):
-            status, sentence = error.exit_code, error.format_message()
-        if not mailboxes:
-            raise
-        (mailbox,) = mailboxes
-        # what all ranks refuse alike needs no number
-        mailbox.leave(sentence if status == 2 else f"rank {mailbox.rank}: {sentence}")
-        say(mailbox.failure() or sentence, mailbox)
-        raise SystemExit(status) from error
-    except BaseException:
-        if mailboxes:
-            mailboxes[0].leave(f"rank {mailboxes[0].rank} was ended")
+        yield
+        return
+    except (OmniGenError, OSError, click.ClickException) as error:
+        shown = error if isinstance(error, click.ClickException) else failure(error)
+        status, sentence = shown.exit_code, shown.format_message()
+    except KeyboardInterrupt:
+        sentence = "interrupted by Ctrl-C"
+    except BaseException as error:  # a fault of this program, with its traceback; or a signal
+        from ..parallel.failure import sentence_of
+
+        mailbox.leave(f"rank {mailbox.rank}: {sentence_of(error)}")
         raise
+    # what all ranks refuse alike needs no number
+    mailbox.leave(sentence if status == 2 else f"rank {mailbox.rank}: {sentence}")
+    say(mailbox.failure() or sentence, mailbox)
+    raise SystemExit(status)
