@@ -415,8 +415,8 @@ class OmniGenPipeline(LoraMethods, DiffusersMethods):
                     self.engine.refresh()
                 self._latest = request
                 call = self._start(request, precision)
-                if group is not None:
-                    group.broadcast_(call.latents)  # one draw: without a seed, each rank has its own
+                if group is not None:  # without a seed, each rank has drawn its own
+                    group.broadcast_(call.latents)
                     if call.noise is not None:
                         call.noise.copy_(call.latents)
                 with progress_bar(progress, {**self._bar, "total": request.steps}) as bar:

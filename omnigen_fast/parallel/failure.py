@@ -111,14 +111,15 @@ class Watch:
         store: of the process group.
         rank: of this process.
         size: how many ranks there are.
+        let_go: drops all references to further groups, whose connections are open as long.
     """
 
     # Called with the sentence before a process is ended; a command line puts its own in place.
     last_words: ClassVar[Callable[[str, Mailbox], None]] = _say
 
-    def __init__(self, store: Any, rank: int, size: int) -> None:
-        self.rank, self._size = rank, size
-        self._mailbox = Mailbox(store, rank)
+    def __init__(self, store: Any, rank: int, size: int, let_go: Callable[[], None]) -> None:
+        self.rank, self._size, self._let_go = rank, size, let_go
+        self._store, self._mailbox = store, Mailbox(store, rank)
         self._failed: str | None = None
         self._heard: dict[int, tuple[str | None, float]] = {}
         self._calls = 0
@@ -171,7 +172,7 @@ class Watch:
         if self._failed is None:
             self._failed = f"rank {self.rank}: {sentence}"
         self._mailbox.leave(self._failed)
-        _disconnect()
+        self._disconnect()
 
     def _reason(self, error: BaseException) -> str:
         """Why an exchange has failed: another rank's sentence, or that it has gone away."""
@@ -199,6 +200,8 @@ class Watch:
     def _look(self) -> None:
         count = 0
         while not self._closed.wait(_LOOK_SECONDS):
+            if not self._connected() and not self._calls:
+                return  # the program has left the group
             count += 1
             with suppress(Exception):  # then `failure` says what is wrong with the store
                 self._mailbox.tell_alive(count)
@@ -227,20 +230,24 @@ class Watch:
         """Ends the calls of this process, or the process if these are caught."""
         if self._failed is None:
             self._failed = told
-        if dist.is_initialized() and dist.get_backend() == "nccl":
-            _disconnect()  # ends the kernels that wait for the other rank
+        if self._connected() and dist.get_backend() == "nccl":
+            self._disconnect()  # ends the kernels that wait for the other rank
         while not self._closed.wait(_GRACE_SECONDS):
             if self._calls:
                 type(self).last_words(self._failed, self._mailbox)
                 os._exit(1)
 
+    def _connected(self) -> bool:
+        """Whether the group is the default one still."""
+        return dist.is_initialized() and dist.distributed_c10d._get_default_store() is self._store
 
-def _disconnect() -> None:
-    """Closes this rank's connections to the others, whatever is under way."""
-    with suppress(Exception):
-        if not dist.is_initialized():
-            return
-        if dist.get_backend() == "nccl":
-            dist.distributed_c10d._abort_process_group()
-        else:
-            dist.destroy_process_group()
+    def _disconnect(self) -> None:
+        """Closes this rank's connections to the others, whatever is under way."""
+        self._let_go()
+        with suppress(Exception):
+            if not self._connected():
+                return
+            if dist.get_backend() == "nccl":
+                dist.distributed_c10d._abort_process_group()
+            else:
+                dist.destroy_process_group()

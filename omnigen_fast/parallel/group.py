@@ -43,7 +43,11 @@ class Group:
         # of each number of parts of the rows, this rank's neighbours
         self._rows: dict[int, Any] = {}
         self.use(layout)
-        self.watch = Watch(self.store, self.rank, self.size)
+        self.watch = Watch(self.store, self.rank, self.size, self._let_go)
+
+    def _let_go(self) -> None:
+        self._control = None
+        self._rows.clear()
 
     def use(self, layout: Layout) -> None:
         """Takes another layout of as many ranks; not once a pipeline has been made with this."""

@@ -85,6 +85,13 @@ def attempt(call) -> tuple[str, str, float]:
     return "", "", time.monotonic() - start
 
 
+def same(found: Any, expected: Any) -> bool:
+    """Whether two results are the same; only rank 0 has any."""
+    if dist.get_rank():
+        return len(found) == len(expected) == 0
+    return torch.equal(found, expected)
+
+
 def cases(ports: list[int]) -> dict[str, Any]:
     """Every way in which a call can end early, one after the other, each in a new group."""
     found: dict[str, Any] = {}
@@ -94,19 +101,19 @@ def cases(ports: list[int]) -> dict[str, Any]:
     pipe = loaded()
     whole = pipe(**CALL)
 
+    steps: list[int] = []
+
     def stopping(pipe, index, time, tensors):
+        steps.append(index)
         pipe._interrupt = who == 0 and index == 1
 
     # these leave the group as it was
-    steps: list[int] = []
-    again = dict(CALL, callback_on_step_end=stopping)
-    found["cancelled"] = attempt(lambda: pipe(**again))
-    pipe(**dict(CALL, callback_on_step_end=lambda pipe, index, *_: steps.append(index)))
+    found["cancelled"] = attempt(lambda: pipe(**dict(CALL, callback_on_step_end=stopping)))
     found["steps"] = steps
     height = 72 if who else 64
     found["refused"] = attempt(lambda: pipe(**dict(CALL, height=height)))
     found["other"] = attempt(lambda: pipe(**dict(CALL, seed=who)))
-    found["after these"] = bool(torch.equal(pipe(**CALL), whole))
+    found["after these"] = same(pipe(**CALL), whole)
 
     # these end it
     def ended(name: str, prepare=lambda pipe: None, **more: Any) -> None:
@@ -130,7 +137,7 @@ def cases(ports: list[int]) -> dict[str, Any]:
         lambda: OmniGenPipeline.from_pretrained(name, device="cpu", parallel="auto")
     )
     group_again(ports.pop())
-    found["after all"] = bool(torch.equal(loaded()(**CALL), whole))
+    found["after all"] = same(loaded()(**CALL), whole)
     return found
 
 
@@ -142,8 +149,7 @@ def ends(tmp_path_factory):
 
 def test_a_cancel_on_one_rank_stops_all_at_the_same_step(ends):
     for one in ends:
-        assert one["cancelled"][:2] == ("", "")
-        assert one["steps"] == [0, 1, 2, 3]  # and the next call is whole
+        assert one["cancelled"][:2] == ("", "") and one["steps"] == [0, 1]
 
 
 def test_what_one_rank_refuses_all_refuse_and_go_on(ends):
