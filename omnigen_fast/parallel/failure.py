@@ -122,7 +122,7 @@ class Watch:
         self._store, self._mailbox = store, Mailbox(store, rank)
         self._failed: str | None = None
         self._heard: dict[int, tuple[str | None, float]] = {}
-        self._calls = 0
+        self._busy = 0  # calls and exchanges that this rank is in
         self._closed = threading.Event()
         atexit.register(self.close)
         threading.Thread(target=self._look, name="omnigen-ranks", daemon=True).start()
@@ -143,6 +143,7 @@ class Watch:
     def exchanging(self) -> Iterator[None]:
         """Around an exchange with the other ranks: where it fails, raises why."""
         self.check()
+        self._busy += 1
         try:
             yield
         except RuntimeError as error:
@@ -152,20 +153,22 @@ class Watch:
                 self._failed = self._reason(error)
         else:
             return
+        finally:
+            self._busy -= 1
         raise RankError(self._failed)  # here, not in the handler: the traceback holds tensors
 
     @contextmanager
     def calling(self) -> Iterator[None]:
         """Around all that the ranks do together: what one raises ends it on all of them."""
         self.check()
-        self._calls += 1
+        self._busy += 1
         try:
             yield
         except BaseException as error:
             self.fail(sentence_of(error))
             raise
         finally:
-            self._calls -= 1
+            self._busy -= 1
 
     def fail(self, sentence: str) -> None:
         """Tells the others, and closes the connections to them: they wait for this rank."""
@@ -200,7 +203,7 @@ class Watch:
     def _look(self) -> None:
         count = 0
         while not self._closed.wait(_LOOK_SECONDS):
-            if not self._connected() and not self._calls:
+            if not self._connected() and not self._busy:
                 return  # the program has left the group
             count += 1
             with suppress(Exception):  # then `failure` says what is wrong with the store
@@ -216,11 +219,11 @@ class Watch:
                 return
 
     def _silent(self) -> int | None:
-        """A rank that has told before that it is alive, and does not any more."""
+        """A rank that does not tell any more that it is alive; one that has left need not."""
         now = time.monotonic()
         for rank in self._others():
             told = self._mailbox.alive(rank)
-            if told in (None, "-1") or told != self._heard.get(rank, ("", 0.0))[0]:
+            if told == "-1" or rank not in self._heard or told != self._heard[rank][0]:
                 self._heard[rank] = told, now
             elif now - self._heard[rank][1] > _SILENT_SECONDS:
                 return rank
@@ -233,7 +236,7 @@ class Watch:
         if self._connected() and dist.get_backend() == "nccl":
             self._disconnect()  # ends the kernels that wait for the other rank
         while not self._closed.wait(_GRACE_SECONDS):
-            if self._calls:
+            if self._busy:
                 type(self).last_words(self._failed, self._mailbox)
                 os._exit(1)
 
