@@ -131,6 +131,19 @@ class Group:
         if whole is not tensor:
             tensor.copy_(whole)
 
+    def tell(self, message: bytes = b"") -> bytes:
+        """Rank 0's message, on every rank; the others give none."""
+        size = torch.tensor([len(message)])
+        with self.failing():
+            dist.broadcast(size, 0, group=self._control)
+        if self.leads:
+            content = torch.frombuffer(bytearray(message), dtype=torch.uint8)
+        else:
+            content = torch.empty(int(size), dtype=torch.uint8)
+        with self.failing():
+            dist.broadcast(content, 0, group=self._control)
+        return message or bytes(content.numpy())
+
     def agree(self, *values: int) -> tuple[int, ...]:
         """The largest of the ranks' values, one by one; the same on every rank."""
         found = torch.tensor(values, dtype=torch.int64)

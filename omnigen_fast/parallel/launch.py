@@ -6,11 +6,13 @@ such a process does, whether `start` or torchrun has started it.
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
 import os
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
 _RUN = "omnigen-fast"  # torchrun's name for what `start` has started
 _EXCHANGE = timedelta(minutes=30)  # most that ranks wait for each other, in a callback or a load
+_CHILDREN_SECONDS = 5.0  # in which children end once the first rank is over
 _HERE = "127.0.0.1"
 _ENV = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # torchrun's name for where a rank may say what failed
@@ -144,19 +147,24 @@ def _free_port() -> int:
 
 @contextmanager
 def _environment(ranks: int, device: str | None) -> Iterator[None]:
-    """What the ranks get from this process: loopback, and their share of the cores."""
-    added = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5"}
-    if sys.platform == "linux":
-        added |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
-    if device == "cpu":
-        added["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // ranks))
-    added = {name: value for name, value in added.items() if name not in os.environ}
+    """What the ranks get from this process, while they start."""
+    added = _added(ranks, device)
     os.environ.update(added)
     try:
         yield
     finally:
         for name in added:
             del os.environ[name]
+
+
+def _added(ranks: int, device: str | None) -> dict[str, str]:
+    """What ranks need in their environment and this one lacks: loopback, their share of cores."""
+    added = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5"}  # seconds
+    if sys.platform == "linux":
+        added |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+    if device == "cpu":
+        added["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // ranks))
+    return {name: value for name, value in added.items() if name not in os.environ}
 
 
 def _failure(rank: int, failure: Any) -> tuple[tuple[bool, float], Ended]:
@@ -174,6 +182,76 @@ def _failure(rank: int, failure: Any) -> tuple[tuple[bool, float], Ended]:
     return (True, float("inf")), Ended(f"rank {rank} ended with status {failure.exitcode}", 1)
 
 
+def _own_device(device: str | None, number: int | str) -> str:
+    """Of a rank, by its number on this machine. Raises RequestError if there is none."""
+    import torch
+
+    if _device_type(device) == "cuda" and torch.cuda.is_available():
+        torch.cuda.set_device(f"cuda:{number}")
+        return f"cuda:{number}"
+    if device == "cuda":
+        raise RequestError("--device cuda can't be used: there is no GPU; give --device cpu")
+    return "cpu"
+
+
+def _backend(device: str) -> str:
+    return "gloo" if device == "cpu" else "nccl"
+
+
+class Children:
+    """Ranks that this process, which is rank 0, starts as its children.
+
+    They end when it does, or when it closes what they follow; at the latest they are killed then.
+
+    Args:
+        module: that they run.
+        ranks: how many there are with this process.
+        device: as `--device`.
+        given: what they read from standard input.
+
+    Raises RequestError unless this machine has as many devices.
+    """
+
+    def __init__(self, module: str, ranks: int, device: str | None, given: str) -> None:
+        check_devices(ranks, device)
+        import torch.distributed as dist
+
+        self.device = _own_device(device, 0)
+        port = str(_free_port())
+        size = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": _HERE, "MASTER_PORT": port}
+        os.environ.update(_added(ranks, device))  # of this rank too
+        self._processes = [
+            subprocess.Popen(
+                [sys.executable, "-m", module],
+                stdin=subprocess.PIPE,
+                env={**os.environ, **size, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                start_new_session=True,  # Ctrl-C is for this process, which ends them
+            )
+            for rank in range(1, ranks)
+        ]
+        atexit.register(self.end)
+        for one in self._processes:
+            assert one.stdin is not None
+            with suppress(OSError), one.stdin as pipe:
+                pipe.write(given.encode())
+        dist.init_process_group(
+            _backend(self.device),
+            init_method=f"tcp://{_HERE}:{port}",
+            rank=0,
+            world_size=ranks,
+            timeout=_EXCHANGE,
+        )
+
+    def end(self) -> None:
+        """Waits for the ranks, and kills those that take too long."""
+        end = time.monotonic() + _CHILDREN_SECONDS
+        for one in self._processes:
+            try:
+                one.wait(max(0.0, end - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                one.kill()
+
+
 @contextmanager
 def joined(device: str | None) -> Iterator[tuple[str, Mailbox]]:
     """Around what a rank does: the process group of all, which has begun.
@@ -184,18 +262,12 @@ def joined(device: str | None) -> Iterator[tuple[str, Mailbox]]:
     Raises:
         RequestError: there is no such device.
     """
-    import torch
     import torch.distributed as dist
 
     from .failure import Mailbox, Watch
 
-    own = "cpu"
-    if _device_type(device) == "cuda" and torch.cuda.is_available():
-        own = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(own)
-    elif device == "cuda":
-        raise RequestError("--device cuda can't be used: there is no GPU; give --device cpu")
-    dist.init_process_group("gloo" if own == "cpu" else "nccl", timeout=_EXCHANGE)
+    own = _own_device(device, os.environ["LOCAL_RANK"])
+    dist.init_process_group(_backend(own), timeout=_EXCHANGE)
     Watch.last_words = staticmethod(say)
     try:
         yield own, Mailbox(dist.distributed_c10d._get_default_store(), dist.get_rank())
