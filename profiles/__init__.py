@@ -120,8 +120,8 @@ _DEFAULTS: dict[str, tuple[str, Callable[[Mapping[str, Any]], float]]] = {
     ),
     "attained_bandwidth_share": ("0.85, as on an H100", lambda given: 0.85),
     "fp32_flops_per_second": (
-        "5 % of the bfloat16 peak, less than any bundled device",
-        lambda given: 0.05 * given["bf16_flops_per_second"],
+        "3 % of the bfloat16 peak, less than any bundled device",
+        lambda given: 0.03 * given["bf16_flops_per_second"],
     ),
     "link_bytes_per_second": ("12e9, as over PCIe 4.0 x8 or 3.0 x16", lambda given: 12e9),
     "context_bytes": ("0.6e9, as on an H200", lambda given: 0.6e9),

@@ -115,14 +115,14 @@ _KEY_VARIABLE = "OMNIGEN_API_KEY"
     default="shortest",
     show_default=True,
     type=click.Choice(["shortest", "fcfs"]),
-    help="Which request goes first: the one soonest finished, or the one that came first.",
+    help="Which request goes first: the shortest one, or the one that came first.",
 )
 @click.option(
     "--ageing",
-    default=0.25,
+    default=0.35,
     show_default=True,
     type=click.FloatRange(0),
-    help="Seconds of remaining time that a second of waiting outweighs.",
+    help="Seconds of a request's time that a second of waiting outweighs.",
 )
 @click.option(
     "--packing/--no-packing",

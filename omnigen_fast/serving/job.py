@@ -94,10 +94,22 @@ class Job:
 
     def left(self, pace: Pace) -> float:
         """Predicted seconds until it is finished, alone."""
-        seconds = self.steps_left * pace.expect(next_step([self]))
-        if self.running is None:
-            seconds += pace.expect(self.start)
-        return seconds + pace.expect(self.decode)
+        seconds = self._steps(self.call.steps_done, pace) + pace.expect(self.decode)
+        return seconds if self.running is not None else seconds + pace.expect(self.start)
+
+    def total(self, pace: Pace) -> float:
+        """Predicted seconds of all of it, alone, however far it is."""
+        return pace.expect(self.start) + self._steps(0, pace) + pace.expect(self.decode)
+
+    def _steps(self, first: int, pace: Pace) -> float:
+        """Predicted seconds of the steps from this one on."""
+        schedule = self.call.schedule
+        alike: dict[Hashable, list[int]] = {}
+        for place in range(first, len(schedule)):
+            alike.setdefault((schedule.kinds[place], schedule.per_step[place]), []).append(place)
+        return sum(
+            len(places) * pace.expect(_steps_at([self], places[:1])) for places in alike.values()
+        )
 
     @property
     def start(self) -> Work:
@@ -124,27 +136,33 @@ class Job:
 
 def next_step(jobs: Sequence[Job]) -> Work:
     """The next steps of like requests, in one pass; of finished ones, the last step."""
+    return _steps_at(jobs, [min(job.call.steps_done, job.last_step) for job in jobs])
+
+
+def _steps_at(jobs: Sequence[Job], places: Sequence[int]) -> Work:
+    """These steps of like requests, in one pass."""
     lead, count = jobs[0], len(jobs)
-    plan, places = lead.plan, [min(job.call.steps_done, job.last_step) for job in jobs]
+    plan = lead.plan
     kinds = [job.call.schedule.kinds[place] for job, place in zip(jobs, places)]
     branches = tuple(
-        one
-        for job, kind in zip(jobs, kinds)
-        for one in job.call.workload().branches_of(replace(kind, computed=True))
+        one for job, kind in zip(jobs, kinds) for one in job.call.workload().branches_of(kind)
     )
+    computed = sum(kind.computed for kind in kinds)
 
     def planned() -> float:
         seconds = lead.estimate.seconds
         if count == 1:
+            if not computed:
+                return 0.0
             evaluations = lead.call.schedule.per_step[places[0]]
-            computing = seconds.compute_seconds(plan, replace(kinds[0], computed=True))
+            computing = seconds.compute_seconds(plan, kinds[0])
             return evaluations * max(computing, seconds.copy_seconds(plan))
         joint = Workload(*lead.size, StepSchedule.euler(1), branches, conditions=())
         # what others join changes too often to record it
         return lead.estimate.of(joint).seconds.compute_seconds(replace(plan, capture=False))
 
     groups = sum(map(len, branches))
-    kind = groups, count, lead.call.schedule.per_step[places[0]], plan
+    kind = groups, count, lead.call.schedule.per_step[places[0]], computed, plan
     return Work(("step", lead.size), kind, planned)
 
 

@@ -1,6 +1,6 @@
 """Scheduler: one engine thread that carries out many requests, and decides at every step boundary.
 
-The request with the shortest predicted remaining time goes first; each second of waiting outweighs
+The request that is shortest by its predicted time goes first; each second of waiting outweighs
 some of it, so nothing starves. Requests that are set aside keep their latents and the rows of their
 conditions, which costs nothing but memory. Small pictures of one size step together where that is
 predicted to be faster than one after the other.
@@ -71,10 +71,10 @@ class Settings:
     """How requests are ordered and bounded.
 
     Args:
-        policy: "shortest" (predicted remaining time first) or "fcfs" (first come, first served).
+        policy: "shortest" (by predicted time, first) or "fcfs" (first come, first served).
         packing: whether steps of like requests run together where that is faster.
         max_pack: how many requests may step together.
-        ageing: seconds of remaining time that each second of waiting outweighs.
+        ageing: seconds of a request's time that each second of waiting outweighs.
         max_queue: how many requests may run and wait.
         timeout_seconds: after which a request ends; None for never.
         memory: how much of the device's memory to use; see `OmniGenPipeline.from_pretrained`.
@@ -86,7 +86,7 @@ class Settings:
     policy: str = "shortest"
     packing: bool = True
     max_pack: int = 8
-    ageing: float = 0.25
+    ageing: float = 0.35
     max_queue: int = 64
     timeout_seconds: float | None = None
     memory: str | int = "auto"
@@ -463,9 +463,11 @@ class Scheduler:
         if self.settings.policy == "fcfs":
             key: Callable[[Job], float] = lambda job: job.arrival  # noqa: E731
         else:
-            # how long a request has waited, up to a constant that all have in common
+            # Seconds of all of it, not of what is left: a long request that is nearly done would
+            # else go before short ones, which costs them more than it gains. Its arrival stands
+            # for how long it has waited, up to a constant that all have in common.
             def key(job: Job) -> float:
-                return job.left(self.pace) + self.settings.ageing * job.arrival
+                return job.total(self.pace) + self.settings.ageing * job.arrival
 
         # what had to move weights goes on to its end: to move them back and forth costs more
         return alone or sorted(self._jobs, key=key)

@@ -109,12 +109,15 @@ def start(own_pipe, alone):
 
 
 class Pause:
-    """Stops the engine thread after a request's first step, until it is let go."""
+    """Stops the engine thread after a step of a request, until it is let go."""
 
-    def __init__(self) -> None:
+    def __init__(self, step: int = 1) -> None:
         self.there, self._go = threading.Event(), threading.Event()
+        self._step = step
 
     def __call__(self, step) -> None:
+        if step.done < self._step:
+            return
         self.there.set()
         assert self._go.wait(WAIT)
 
@@ -124,7 +127,7 @@ class Pause:
     def __exit__(self, *_) -> None:
         self._go.set()
 
-    def at_first_step(self, scheduler, request):
+    def submit(self, scheduler, request):
         ticket = scheduler.submit(request, id="first", on_step=self)
         assert self.there.wait(WAIT)
         return ticket
@@ -144,7 +147,7 @@ def test_beside_others(start, alone, packing):
     chance = random.Random(0)
     with start(packing=packing, max_queue=100) as scheduler:
         with Pause() as pause:
-            first = pause.at_first_step(scheduler, LONG)
+            first = pause.submit(scheduler, LONG)
             order = [*range(len(REQUESTS))] * 2
             chance.shuffle(order)
             tickets = [(i, scheduler.submit(REQUESTS[i])) for i in order]
@@ -173,7 +176,7 @@ def ends(scheduler) -> list[str]:
 def test_the_shortest_goes_first(start):
     with start(packing=False) as scheduler:
         with Pause() as pause:
-            tickets = [pause.at_first_step(scheduler, LONG)]
+            tickets = [pause.submit(scheduler, LONG)]
             for steps in (9, 3, 6):
                 one = {**TEXT, "num_inference_steps": steps}
                 tickets.append(scheduler.submit(one, id=str(steps)))
@@ -182,10 +185,19 @@ def test_the_shortest_goes_first(start):
         assert ends(scheduler) == ["3", "6", "9", "first"]
 
 
+def test_a_long_one_that_is_nearly_done_waits_for_a_short_one(start):
+    with start(packing=False, ageing=0) as scheduler:
+        with Pause(LONG["num_inference_steps"] - 1) as pause:
+            tickets = [pause.submit(scheduler, LONG), scheduler.submit(TEXT, id="short")]
+        for ticket in tickets:
+            ticket.result(WAIT)
+        assert ends(scheduler) == ["short", "first"]
+
+
 def test_first_come_first_served(start):
     with start(policy="fcfs", packing=False) as scheduler:
         with Pause() as pause:
-            tickets = [pause.at_first_step(scheduler, LONG)]
+            tickets = [pause.submit(scheduler, LONG)]
             for steps in (9, 3, 6):
                 one = {**TEXT, "num_inference_steps": steps}
                 tickets.append(scheduler.submit(one, id=str(steps)))
@@ -211,7 +223,7 @@ def test_like_requests_step_together(start, own_pipe, monkeypatch):
     with start() as scheduler:
         monkeypatch.setattr(scheduler.pace, "expect", _two_at_a_time)
         with Pause() as pause:
-            tickets = [pause.at_first_step(scheduler, TEXT)]
+            tickets = [pause.submit(scheduler, TEXT)]
             tickets += [scheduler.submit({**TEXT, "seed": seed}) for seed in range(3)]
         for ticket in tickets:
             ticket.result(WAIT)
@@ -229,7 +241,7 @@ def _two_at_a_time(work) -> float:
 def test_a_full_queue(start):
     with start(max_queue=3) as scheduler:
         with Pause() as pause:
-            first = pause.at_first_step(scheduler, LONG)
+            first = pause.submit(scheduler, LONG)
             others = [scheduler.submit(TEXT) for _ in range(2)]
             with pytest.raises(QueueFullError, match=r"3 requests .* try again in \d+ s") as full:
                 scheduler.submit(TEXT)
@@ -244,7 +256,7 @@ def test_a_full_queue(start):
 def test_time_is_over(start):
     with start() as scheduler:
         with Pause() as pause:
-            first = pause.at_first_step(scheduler, LONG)
+            first = pause.submit(scheduler, LONG)
             late = scheduler.submit(TEXT, timeout_seconds=0.001)
         with pytest.raises(TimedOutError, match=r"longer than 0\.001 s"):
             late.result(WAIT)
@@ -255,7 +267,7 @@ def test_closing(start, alone):
     """Accepted requests end within the time to drain; later ones get a sentence."""
     with start() as scheduler:
         with Pause() as pause:
-            tickets = [pause.at_first_step(scheduler, TEXT), scheduler.submit(TEXT)]
+            tickets = [pause.submit(scheduler, TEXT), scheduler.submit(TEXT)]
             scheduler.stop_accepting()
             with pytest.raises(ClosedError, match="takes no more requests"):
                 scheduler.submit(TEXT)
@@ -265,7 +277,7 @@ def test_closing(start, alone):
             assert relative_error(ticket.result(0), alone[0]) < 1e-5
     with start() as scheduler:
         with Pause() as pause:
-            first = pause.at_first_step(scheduler, LONG)
+            first = pause.submit(scheduler, LONG)
             waiting = scheduler.submit(TEXT)
             assert not scheduler.close(0, join_seconds=0.1)
         for ticket in (first, waiting):
@@ -291,7 +303,7 @@ def test_a_failure_once(start, own_pipe, alone, monkeypatch, where, error):
         monkeypatch.setattr(scheduler.pace, "expect", lambda work: 1.0)  # so all step together
         with Pause() as pause:
             request = {**TEXT, "output_type": "pt"} if where == "decode" else TEXT
-            tickets = [pause.at_first_step(scheduler, request)]
+            tickets = [pause.submit(scheduler, request)]
             tickets += [scheduler.submit(request) for _ in range(3)]
         failed = 0
         for ticket in tickets:
@@ -319,7 +331,7 @@ def test_memory_that_runs_out_again_and_again(start, own_pipe, alone, monkeypatc
     with start(packing=False) as scheduler:
         monkeypatch.setattr(engine, "step", fails)
         with Pause() as pause:
-            first = pause.at_first_step(scheduler, TEXT)
+            first = pause.submit(scheduler, TEXT)
             bad = scheduler.submit({**TEXT, "seed": 99})
             other = scheduler.submit(EDIT)
         with pytest.raises(OmniGenError, match="out of memory with every plan"):
@@ -335,7 +347,7 @@ def test_memory_for_one_at_a_time(start, own_pipe, alone):
     own_pipe.clear_cache()
     with start(memory=int(least * 1.001), packing=False) as scheduler:
         with Pause() as pause:
-            first = pause.at_first_step(scheduler, LONG)
+            first = pause.submit(scheduler, LONG)
             others = [scheduler.submit(TEXT), scheduler.submit(REQUESTS[3])]
         found = [ticket.result(WAIT) for ticket in (first, *others)]
         with pytest.raises(MemoryBudgetError, match="needs at least"):
