@@ -59,9 +59,8 @@ def on_ranks(command: Callable[..., None]) -> Callable[..., None]:
             try:
                 start(context.meta[ARGUMENTS], gpus, device)
             except Ended as error:
-                raised = click.ClickException(str(error))
-                raised.exit_code = error.status
-                raise raised from error
+                kind = RequestError if error.status == 2 else OmniGenError
+                raise failure(kind(str(error))) from error
             except (OmniGenError, OSError) as error:
                 raise failure(error) from error
 

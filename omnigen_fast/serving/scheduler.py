@@ -385,7 +385,7 @@ class Scheduler:
             side = first_workload(pipe.config).height
             side = min(side, _WARM_SIDE) if on_host else side
             warm_up = {"height": side, "width": side, "num_inference_steps": _WARM_STEPS}
-            given = {"prompt": "a cat", "seed": 0, **warm_up}
+            given: dict[str, Any] = {"prompt": "a cat", "seed": 0, **warm_up}
             call = pipe.make_call(**given)
             if isinstance(engine, Leading):
                 engine.describe(call, Arguments(given))
