@@ -19,6 +19,7 @@ from typing import Any
 
 from omnigen_fast import fewer_steps, profiles
 from omnigen_fast.memory.overview import cards
+from omnigen_fast.parallel.planner import Cards, gains
 
 from . import report, serve_load
 from .common import ROOT
@@ -38,6 +39,9 @@ RATIOS = "<!-- ratios: begin -->", "<!-- ratios: end -->"
 PRECISION = ROOT / "docs" / "precision.md"
 CARDS = "<!-- cards: begin -->", "<!-- cards: end -->"
 _CARDS = (4, 6, 8, 12)  # GB
+SHARED = ROOT / "docs" / "several-gpus.md"
+GAINS = "<!-- gains: begin -->", "<!-- gains: end -->"
+_SEVERAL = ((2, "rtx3090"), (2, "h100"), (8, "h100"))
 _SHOWN, _COMMAND = " " * 4, "    $ "  # how output is indented, and a command
 _RESULT = re.compile(r"\(\.\./(bench/results/bench-[\w.-]+\.json)\)")
 
@@ -59,6 +63,9 @@ def refreshed(path: Path) -> str:
         text = _between(text, RATIOS, ratios(result()))
     if path == PRECISION:
         text = _between(text, CARDS, cards(profiles.load("rtx4060"), _CARDS))
+    if path == SHARED:
+        cards_of = [Cards(count, profiles.load(name)) for count, name in _SEVERAL]
+        text = _between(text, GAINS, gains(cards_of))
     if path == FEWER:
         found = json.loads(MEASURED.read_text(encoding="utf-8"))
         text = _between(text, CHOSEN, presets(fewer_steps.table()["presets"], found["presets"]))

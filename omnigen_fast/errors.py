@@ -107,6 +107,13 @@ class OutOfMemoryError(OmniGenError, MemoryError):
     """
 
 
+class RankError(OmniGenError):
+    """Another rank of a process group has failed: its number and its error's sentence.
+
+    The group can't be used any more; start the ranks again.
+    """
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type if it has none."""
     return printable(str(error).strip().partition("\n")[0]) or type(error).__name__

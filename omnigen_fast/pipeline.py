@@ -30,7 +30,8 @@ from .memory.planner import Decision
 from .model import Transformer
 from .model_defaults import read_defaults
 from .parallel.digest import digest
-from .parallel.group import join
+from .parallel.group import guarded, join
+from .parallel.layout import AUTO as AUTO_LAYOUT
 from .parallel.layout import Parallel
 from .precision import AUTO, Precision, check_capability
 from .processor import Processor
@@ -43,6 +44,7 @@ from .run import (
     auto_precision,
     common_memory,
     decide,
+    fastest_layout,
     first_plan,
     generate,
     naming_memory,
@@ -189,38 +191,41 @@ class OmniGenPipeline(LoraMethods, DiffusersMethods):
         check_compute(compute, target)
         cache_bytes = check_cache_bytes(condition_cache_bytes)
         group = join(parallel, target)
-        hub: dict[str, Any] = {
-            "revision": revision,
-            "cache_dir": cache_dir,
-            "token": token,
-            "local_files_only": local_files_only,
-        }
-        place = locate(model_name, subfolder=subfolder, **hub)
-        checkpoint = Checkpoint.open(place, variant)
-        if weights is None:
-            precision = Precision.of(kind, checkpoint.form, compute, cache)
-        words = read_defaults(checkpoint.folder).vocabulary
-        processor = Processor.from_file(checkpoint.tokenizer_path, checkpoint.config, words)
-        hub["revision"] = None  # names a commit of the model, not of the VAE
-        if vae_path is not None:
-            vae_place = locate(vae_path, patterns=VAE_FILES, **hub)
-        else:
-            vae_place = checkpoint.vae_folder or resolve(SDXL_VAE, patterns=VAE_FILES, **hub)
-        vae = Vae.from_folder(vae_place, torch.device("cpu"), variant, vae_kind)
-        budget = common_memory(memory, target, group)
-        if precision is None:
-            own = Precision.of(kind, checkpoint.form, compute, cache)
-            precision = auto_precision(checkpoint, vae, own, target, budget)
-        plan = first_plan(checkpoint, vae, precision, target, budget)
-        if group is not None:
-            group.same("model or options", digest(checkpoint.config, precision, plan))
-        vae.place(plan.vae_resident)
-        vae.to(target)
-        engine = Engine(
-            checkpoint, vae, precision, target, cache_bytes, capture_steps, compiled, group
-        )
-        engine.load(precision, plan.resident_layers)
-        return cls(engine, processor, memory)
+        with guarded(group):
+            hub: dict[str, Any] = {
+                "revision": revision,
+                "cache_dir": cache_dir,
+                "token": token,
+                "local_files_only": local_files_only,
+            }
+            place = locate(model_name, subfolder=subfolder, **hub)
+            checkpoint = Checkpoint.open(place, variant)
+            if weights is None:
+                precision = Precision.of(kind, checkpoint.form, compute, cache)
+            words = read_defaults(checkpoint.folder).vocabulary
+            processor = Processor.from_file(checkpoint.tokenizer_path, checkpoint.config, words)
+            hub["revision"] = None  # names a commit of the model, not of the VAE
+            if vae_path is not None:
+                vae_place = locate(vae_path, patterns=VAE_FILES, **hub)
+            else:
+                vae_place = checkpoint.vae_folder or resolve(SDXL_VAE, patterns=VAE_FILES, **hub)
+            vae = Vae.from_folder(vae_place, torch.device("cpu"), variant, vae_kind)
+            budget = common_memory(memory, target, group)
+            if precision is None:
+                own = Precision.of(kind, checkpoint.form, compute, cache)
+                precision = auto_precision(checkpoint, vae, own, target, budget)
+            plan = first_plan(checkpoint, vae, precision, target, budget)
+            if group is not None:
+                if parallel == AUTO_LAYOUT:
+                    fastest_layout(group, checkpoint, vae, precision, plan)
+                group.same("model or options", digest(checkpoint.config, precision, plan))
+            vae.place(plan.vae_resident)
+            vae.to(target)
+            engine = Engine(
+                checkpoint, vae, precision, target, cache_bytes, capture_steps, compiled, group
+            )
+            engine.load(precision, plan.resident_layers)
+            return cls(engine, processor, memory)
 
     @property
     def config(self) -> ModelConfig:
@@ -433,26 +438,34 @@ class OmniGenPipeline(LoraMethods, DiffusersMethods):
             if group is not None:
                 loaded = self.engine.loras.applied()
                 group.same("request", digest(request, memory, precision, loaded))
-            with naming_memory("while the LoRAs are merged", LESS_RESIDENT):
-                self.engine.refresh()
-            self._latest = request
-            call = self._start(request, precision)
-            for text in dict.fromkeys(one.text for one in request.prompts):
-                if unknown := self.processor.unknown_words(text):
-                    _log.warning("%s", unknown)
-            if group is not None:
-                group.broadcast_(call.latents)  # one draw: without a seed, each rank has its own
-                if call.noise is not None:
-                    call.noise.copy_(call.latents)
-            with progress_bar(progress, {**self._bar, "total": request.steps}) as bar:
-                after_step = self._after_step(call, callback_on_step_end, given, bar)
-                images = generate(self.engine, call, memory, after_step, self._remember)
+            with guarded(group):
+                with naming_memory("while the LoRAs are merged", LESS_RESIDENT):
+                    self.engine.refresh()
+                self._latest = request
+                call = self._start(request, precision)
+                self._name_unknown_words(request)
+                if group is not None:  # without a seed, each rank has drawn its own
+                    group.broadcast_(call.latents)
+                    if call.noise is not None:
+                        call.noise.copy_(call.latents)
+                with progress_bar(progress, {**self._bar, "total": request.steps}) as bar:
+                    after_step = self._after_step(call, callback_on_step_end, given, bar)
+                    images = generate(self.engine, call, memory, after_step, self._remember)
         if group is not None and not group.leads:
             images = images[:0]
             output_type = "pil"  # an empty list
         with naming_memory("after the last step", SMALLER):
             result = as_result(images, output_type)
         return result if return_dict else (result,)
+
+    def _name_unknown_words(self, request: Request) -> None:
+        """A line of the log for each prompt with words that the model does not know."""
+        group = self.engine.placement.group
+        if group is not None and not group.leads:
+            return
+        for text in dict.fromkeys(one.text for one in request.prompts):
+            if unknown := self.processor.unknown_words(text):
+                _log.warning("%s", unknown)
 
     @named_arguments
     def plan(self, prompt: str | Sequence[str], input_images: Any = None, **call: Any) -> Decision:

@@ -14,10 +14,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 
 from .errors import RequestError
+from .parallel.layout import MAX_RANKS
 from .pipeline import OmniGenPipeline
 from .server.app import create_app
 from .server.gate import allowed_hosts
 from .server.options import Options
+from .serving.followers import load
 from .serving.scheduler import Scheduler, Settings
 
 _JOIN_SECONDS = 10.0  # for the step in progress, when a replica ends
@@ -60,6 +62,9 @@ class Arguments(BaseModel):
         4, gt=0, description="Requests per replica that autoscaling aims at."
     )
     gpus: float = Field(1, ge=0, description="Of a replica; 0 runs on the CPU.")
+    gpus_per_replica: int = Field(
+        1, ge=1, le=MAX_RANKS, description="How many GPUs make each picture; processes with gpus=0."
+    )
     cpus: float = Field(1, gt=0, description="Of a replica.")
     api_key_env: str = Field("OMNIGEN_API_KEY", description="Variable that holds the clients' key.")
     no_key: bool = Field(False, description="Serve without a key.")
@@ -124,7 +129,10 @@ def app(arguments: Arguments) -> serve.Application:
     deployment = serve.deployment(
         serve.ingress()(Replica),
         name="omnigen",
-        ray_actor_options={"num_gpus": arguments.gpus, "num_cpus": arguments.cpus},
+        ray_actor_options={
+            "num_gpus": arguments.gpus * arguments.gpus_per_replica,
+            "num_cpus": arguments.cpus,
+        },
         # above what a scheduler accepts: it is what refuses, and says when to come again
         max_ongoing_requests=2 * arguments.max_queue,
         graceful_shutdown_timeout_s=arguments.drain_seconds,
@@ -145,24 +153,22 @@ def _replicas(arguments: Arguments) -> dict[str, Any]:
 
 
 def _load(arguments: Arguments) -> OmniGenPipeline:
-    pipe = OmniGenPipeline.from_pretrained(
-        arguments.model,
-        arguments.vae_path,
-        device=None if arguments.gpus else "cpu",
-        dtype=arguments.dtype,
-        weights=arguments.weights,
-        compute=arguments.compute,
-        cache=arguments.cache,
-        vae_dtype=arguments.vae_dtype,
-        compile=arguments.compile,
-        revision=arguments.revision,
-        local_files_only=arguments.local_files_only,
-        condition_cache_bytes=arguments.condition_cache,
-        memory=arguments.memory,
-    )
-    for lora in _listed(arguments.lora):
-        pipe.load_lora_weights(lora)
-    return pipe
+    options = {
+        "model_name": arguments.model,
+        "vae_path": arguments.vae_path,
+        "dtype": arguments.dtype,
+        "weights": arguments.weights,
+        "compute": arguments.compute,
+        "cache": arguments.cache,
+        "vae_dtype": arguments.vae_dtype,
+        "compile": arguments.compile,
+        "revision": arguments.revision,
+        "local_files_only": arguments.local_files_only,
+        "condition_cache_bytes": arguments.condition_cache,
+        "memory": arguments.memory,
+    }
+    device = None if arguments.gpus else "cpu"
+    return load(arguments.gpus_per_replica, device, _listed(arguments.lora), options)
 
 
 def _key(arguments: Arguments) -> str | None:

@@ -17,10 +17,12 @@ from .errors import MemoryBudgetError, OmniGenError, OutOfMemoryError, first_lin
 from .memory.cost import Cost, Estimate
 from .memory.device import free_bytes, on_host, parse_memory, process_peak_bytes, profile_of
 from .memory.overview import Report, StepCounts
-from .memory.plan import MemoryPlan, Switches, Workload, first_workload
+from .memory.plan import MemoryPlan, Switches, Workload, first_workload, typical_workload
 from .memory.planner import Candidate, Decision, describe, front, least_change
 from .memory.planner import plan as fastest_plan
 from .parallel.group import Group
+from .parallel.layout import Layout
+from .parallel.planner import choose_layout
 from .precision import Precision
 from .streaming import is_out_of_memory
 from .vae.vae import Vae
@@ -29,6 +31,7 @@ from .weights.checkpoint import Checkpoint
 _log = logging.getLogger("omnigen_fast")
 
 SMALLER = "make height and width smaller, or ask for fewer pictures per call"
+LESS_MEMORY = "give a smaller amount as memory, by which all ranks plan"
 LESS_RESIDENT = "free some, or give a memory plan with fewer layers on the device"
 
 # Called after each step with its index and the latents, which it may change in place; returns
@@ -83,6 +86,8 @@ def generate(
             call.failures.append(first_line(error))
         # Here, not in the handler: the traceback holds the step's tensors.
         engine.free()
+        if engine.placement.group is not None:  # the others are in the middle of a step
+            raise OmniGenError(f"out of memory ({call.failures[-1]}); {SMALLER}, or {LESS_MEMORY}")
     raise AssertionError("the last plan fails with its own error")
 
 
@@ -222,6 +227,31 @@ def common_memory(memory: Memory, device: torch.device, group: Group | None) -> 
         return memory
     budget = parse_memory(memory)
     return group.least(free_bytes(device, profile_of(device)) if budget is None else budget)
+
+
+def fastest_layout(
+    group: Group, checkpoint: Checkpoint, vae: Vae, precision: Precision, plan: MemoryPlan
+) -> None:
+    """Divides the work of a group as is predicted to be fastest, by rank 0's device.
+
+    One picture of 1024 px from text and one with an input image are to take least together: a
+    layout is kept as long as the model, whatever is asked of it.
+    """
+    config, profile = checkpoint.config, profile_of(group.device)
+    side = first_workload(config).height
+    estimates = [
+        Estimate(
+            config,
+            vae.shape,
+            precision,
+            typical_workload(side, side, images=images, config=config),
+            profile,
+        )
+        for images in (0, 1)
+    ]
+    chosen = choose_layout(estimates, plan, group.size)
+    (branches,) = group.agree(chosen.branches if group.leads else 0)
+    group.use(Layout(branches, group.size // branches))
 
 
 def first_plan(

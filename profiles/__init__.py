@@ -79,9 +79,13 @@ class Profile:
     # attained by large products in 8 bits
     attained_int8_flops_per_second: float
     attained_fp8_flops_per_second: float
+    # of a collective between devices of one machine: what each receives, and its least time
+    peer_bytes_per_second: float
+    peer_latency_seconds: float
     source: Mapping[str, str] = field(compare=False)  # of each figure
     capability: str | None = None  # of CUDA, such as "8.0"
     on_host: bool = False  # the device computes in the host's memory
+    peer_link: str = "PCIe"  # what connects such devices: NVLink, PCIe
     device_names: tuple[str, ...] = ()  # what `torch.cuda.get_device_name` calls the device
     documented: tuple[DocumentedCell, ...] = ()  # of the original on this device
 
@@ -123,9 +127,14 @@ _DEFAULTS: dict[str, tuple[str, Callable[[Mapping[str, Any]], float]]] = {
     ),
     "link_bytes_per_second": ("12e9, as over PCIe 4.0 x8 or 3.0 x16", lambda given: 12e9),
     "context_bytes": ("0.6e9, as on an H200", lambda given: 0.6e9),
+    "peer_bytes_per_second": (
+        "40 % of the link's, as for cards without peer access",
+        lambda given: 0.4 * given["link_bytes_per_second"],
+    ),
+    "peer_latency_seconds": ("42e-6, as over PCIe", lambda given: 42e-6),
 }
 
-_OTHERS = ("capability", "on_host", "device_names", "documented")
+_OTHERS = ("capability", "on_host", "peer_link", "device_names", "documented")
 _SIZES = ("max_input_image_size", "height", "width")
 _SWITCHES = ("use_kv_cache", "offload_kv_cache", "separate_cfg_infer", "offload_model")
 
@@ -281,6 +290,8 @@ def _profile(values: Any) -> Profile:
     _require(good, values, "capability", 'null or a text like "8.0"')
     on_host = values.get("on_host", False)
     _require(isinstance(on_host, bool), values, "on_host", "true or false")
+    link = values.get("peer_link", "PCIe")
+    _require(_is_text(link), values, "peer_link", "a text such as NVLink or PCIe")
     devices = values.get("device_names", [])
     _require(_are_texts(devices), values, "device_names", "a list of texts")
     return Profile(
@@ -296,9 +307,12 @@ def _profile(values: Any) -> Profile:
         context_bytes=figures["context_bytes"],
         attained_int8_flops_per_second=figures["attained_int8_flops_per_second"],
         attained_fp8_flops_per_second=figures["attained_fp8_flops_per_second"],
+        peer_bytes_per_second=figures["peer_bytes_per_second"],
+        peer_latency_seconds=figures["peer_latency_seconds"],
         source=source,
         capability=capability,
         on_host=on_host,
+        peer_link=link,
         device_names=tuple(devices),
         documented=_documented(values["documented"]) if "documented" in values else (),
     )

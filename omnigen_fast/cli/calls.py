@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,22 +34,17 @@ class OneCall:
             raise RequestError(f"{self.where}{error}") if self.where else error from error
 
 
-def calls_of(
-    prompts: Sequence[str], file: Path | None, seeds: Sequence[int], draws: bool
-) -> list[OneCall]:
+def calls_of(prompts: Sequence[str], file: Path | None, seeds: Sequence[int]) -> list[OneCall]:
     """Every call, in the order of its pictures: prompt by prompt, for each seed by seed.
 
     Args:
         prompts: of the command line, which are one batch.
         file: or a file of prompts, which run one after the other.
-        seeds: as given.
-        draws: whether to draw a seed without one, to be recorded.
+        seeds: as given; without any, each call draws its own.
 
     Raises RequestError if the file can't be used.
     """
-    chosen: list[int | None] = [*seeds]
-    if not chosen:
-        chosen = [secrets.randbelow(1 << 32) if draws else None]
+    chosen: list[int | None] = [*seeds] or [None]
     if file is None:
         return [OneCall(tuple(prompts), seed) for seed in chosen]
     lines = _lines(file)

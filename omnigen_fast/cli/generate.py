@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +33,7 @@ from .config_file import given_options, quality_values
 from .failure import failure
 from .files import PATH_OR_NAME, SUFFIXES, UserPath, check_writable
 from .loading import loading_options
+from .ranks import Place, gpus_option, on_ranks
 from .rerun import check_rerun
 from .sizes import aspect_option, chosen_sides
 
@@ -51,6 +53,7 @@ def parse_reuse(_context: click.Context, _option: click.Parameter, text: str) ->
 
 @click.command()
 @loading_options()
+@gpus_option
 @click.option("--lora", multiple=True, help="A LoRA: FILE, FOLDER or hub id, or LORA:WEIGHT.")
 @click.option("--prompt", multiple=True, help="May be repeated for a batch.")
 @click.option(
@@ -233,14 +236,16 @@ def parse_reuse(_context: click.Context, _option: click.Parameter, text: str) ->
     help="With --from, open the input images that the file names. Only for files that you trust.",
 )
 @click.pass_context
+@on_ranks
 def generate(
     context: click.Context,
+    *,
+    place: Place,
     model: str,
     vae_path: str | None,
     revision: str | None,
     cache_dir: str | None,
     local_files_only: bool,
-    device: str | None,
     dtype: str,
     weights: str | None,
     compute: str | None,
@@ -308,14 +313,21 @@ def generate(
         arguments |= chosen_sides(context, size, aspect, arguments["height"], file=picture is None)
         if prompt_file is not None and "prompt" in given:
             raise RequestError("--prompt and --prompt-file can't be had together; give one of them")
+        if place.parallel is not None and str(prompt_file) == "-":
+            raise RequestError(
+                "several ranks can't share standard input; give --prompt-file a file"
+            )
         if not prompt and prompt_file is None:
             raise click.UsageError("Missing option '--prompt'.", context)
-        _check_out(out, output_type)
+        if place.leads:
+            _check_out(out, output_type)
         if opens and output_type != "pil":
             raise RequestError(f"--open shows pictures, --output-type {output_type} makes none")
         loras = parse_loras(lora)
         carries = out.suffix.lower() in embedded.SUFFIXES
-        calls = calls_of(prompt, prompt_file, seed, draws=carries)
+        if carries and not seed:  # recorded, to run it again
+            seed = (place.same("seed", secrets.randbelow(1 << 32)),)
+        calls = calls_of(prompt, prompt_file, seed)
         in_call = len(calls[0].prompts)
         if images is None:
             images = _assign_images(input_images, in_call)
@@ -346,7 +358,8 @@ def generate(
             model,
             vae_path,
             loras,
-            device=device,
+            device=place.device,
+            parallel=place.parallel,
             dtype=dtype,
             **precision,
             compile=compile,
@@ -373,13 +386,15 @@ def generate(
                 result = pipe(
                     prompt=_one_or_all(call.prompts),
                     seed=call.seed,
-                    progress=not quiet,
+                    progress=place.leads and not quiet,
                     **arguments,
                 )
-            saver.add(result, record and _record_of(record, call))
-        saver.finish()
-        if opens:
-            show_picture(saver.paths[0])
+            if place.leads:
+                saver.add(result, record and _record_of(record, call))
+        if place.leads:
+            saver.finish()
+            if opens:
+                show_picture(saver.paths[0])
     except (OmniGenError, OSError) as error:
         raise failure(error) from error
 

@@ -20,6 +20,7 @@ from .env import env
 from .generate import generate, show
 from .plan import plan
 from .process import as_a_process
+from .ranks import ARGUMENTS
 from .serve import serve
 
 
@@ -27,6 +28,12 @@ class _Group(click.Group):
     def main(self, *arguments: Any, **options: Any) -> Any:
         with as_a_process():
             return super().main(*arguments, **options)
+
+    def make_context(self, info_name: str | None, args: list[str], *more: Any, **extra: Any) -> Any:
+        given = list(args)  # parsing takes them off the list
+        context = super().make_context(info_name, args, *more, **extra)
+        context.meta[ARGUMENTS] = given
+        return context
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})

@@ -8,6 +8,7 @@ from ..errors import OmniGenError
 from ..fewer_steps import QUALITIES, preset
 from ..guidance import typical_schedule
 from ..memory.plan import PROMPT_TOKENS, Switches, typical_workload
+from ..parallel.layout import MAX_RANKS
 from ..precision import AUTO, CACHED, COMPUTES, STORAGES, Precision, check_capability
 from ..request import checked_side
 from .config_file import given_options
@@ -110,6 +111,13 @@ from .sizes import aspect_option, chosen_sides
 @click.option("--use-kv-cache/--no-kv-cache", default=None)
 @click.option("--offload-kv-cache/--keep-kv-cache", default=None, help="No effect on a CPU.")
 @click.option("--offload-model/--keep-model", default=None, help="No effect on a CPU.")
+@click.option(
+    "--gpus",
+    default=1,
+    show_default=True,
+    type=click.IntRange(1, MAX_RANKS),
+    help="How many such devices share the request; says what that gains.",
+)
 @click.option("--explain", is_flag=True, help="Itemise the chosen plan's bytes and seconds.")
 @click.pass_context
 def plan(
@@ -137,6 +145,7 @@ def plan(
     use_kv_cache: bool | None,
     offload_kv_cache: bool | None,
     offload_model: bool | None,
+    gpus: int,
     explain: bool,
 ) -> None:
     """Predicts memory and time of a request, on this device or another, without weights."""
@@ -152,6 +161,7 @@ def plan(
     from ..memory.overview import report
     from ..memory.planner import least_change
     from ..memory.planner import plan as plan_for
+    from ..parallel import planner as shared
     from ..profiles import load
 
     try:
@@ -197,6 +207,9 @@ def plan(
         decision = plan_for(
             config, vae, precision, workload, profile, budget, switches, kept_bytes=0
         )
-        click.echo(report(profile, workload, decision, precision, explain))
+        text = report(profile, workload, decision, precision, explain)
+        if gpus > 1:
+            text += f"\n\n{shared.report(decision.estimate, decision.plan, gpus)}"
+        click.echo(text)
     except (OmniGenError, OSError) as error:
         raise failure(error) from error

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import ipaddress
 import os
+from typing import TYPE_CHECKING
 
 import click
 
 from ..errors import OmniGenError, RequestError
 from ..fewer_steps import QUALITIES
+from ..parallel.launch import check_devices
+from ..parallel.layout import MAX_RANKS
 from .failure import failure
 from .loading import loading_options
+
+if TYPE_CHECKING:
+    from ..pipeline import OmniGenPipeline
 
 _PACKAGES = {"fastapi", "uvicorn", "pydantic", "python_multipart", "prometheus_client"}
 _KEY_VARIABLE = "OMNIGEN_API_KEY"
@@ -124,6 +130,13 @@ _KEY_VARIABLE = "OMNIGEN_API_KEY"
     show_default=True,
     help="Run steps of like requests together where that is faster.",
 )
+@click.option(
+    "--gpus-per-replica",
+    default=1,
+    show_default=True,
+    type=click.IntRange(1, MAX_RANKS),
+    help="How many GPUs make each picture; with --device cpu, processes.",
+)
 @click.option("--log-prompts", is_flag=True, help="Write prompts to the log.")
 def serve(
     model: str,
@@ -158,6 +171,7 @@ def serve(
     policy: str,
     ageing: float,
     packing: bool,
+    gpus_per_replica: int,
     log_prompts: bool,
 ) -> None:
     """Serves OpenAI's image API, on 127.0.0.1 only unless --host is given."""
@@ -167,6 +181,7 @@ def serve(
         from ..server.gate import allowed_hosts as hosts_of
         from ..server.options import Options
         from ..server.run import Server, log_to_stderr
+        from ..serving.followers import load
         from ..serving.metrics import Metrics
         from ..serving.scheduler import Scheduler, Settings
         from ..web.connections import listen
@@ -176,30 +191,28 @@ def serve(
         needed = f"the server needs {error.name}"
         message = f"{needed}; install it with: pip install 'omnigen_fast[serve]'"
         raise failure(OmniGenError(message)) from error
-    from ..pipeline import OmniGenPipeline
 
-    def load() -> OmniGenPipeline:
-        pipe = OmniGenPipeline.from_pretrained(
-            model,
-            vae_path,
-            device=device,
-            dtype=dtype,
-            weights=weights,
-            compute=compute,
-            cache=cache,
-            vae_dtype=vae_dtype,
-            compile=compile,
-            revision=revision,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            condition_cache_bytes=condition_cache,
-            memory=memory,
-        )
-        for one in lora:
-            pipe.load_lora_weights(one)
-        return pipe
+    def load_model() -> OmniGenPipeline:
+        options = {
+            "model_name": model,
+            "vae_path": vae_path,
+            "dtype": dtype,
+            "weights": weights,
+            "compute": compute,
+            "cache": cache,
+            "vae_dtype": vae_dtype,
+            "compile": compile,
+            "revision": revision,
+            "cache_dir": cache_dir,
+            "local_files_only": local_files_only,
+            "condition_cache_bytes": condition_cache,
+            "memory": memory,
+        }
+        return load(gpus_per_replica, device, lora, options)
 
     try:
+        if gpus_per_replica > 1:
+            check_devices(gpus_per_replica, device)
         settings = Settings(
             policy=policy,
             packing=packing,
@@ -225,7 +238,7 @@ def serve(
     with opened:
         log_to_stderr()
         metrics = Metrics()
-        scheduler = Scheduler(load, settings, metrics)
+        scheduler = Scheduler(load_model, settings, metrics)
         app = create_app(scheduler, options, metrics)
         shown = f"[{host}]" if ":" in host else host
         click.echo(f"The server is at http://{shown}:{opened.getsockname()[1]}/")

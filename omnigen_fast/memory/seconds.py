@@ -53,16 +53,28 @@ def product_flops(config: ModelConfig, rows: int) -> int:
     return 2 * rows * hidden * (config.qkv_width + hidden + 3 * config.intermediate_size)
 
 
-def attention_flops(config: ModelConfig, tokens: Sequence[int], noise_tokens: int) -> int:
-    """Of a layer's attention; `tokens` are those of each group's condition."""
+def attention_flops(
+    config: ModelConfig, tokens: Sequence[int], noise_tokens: int, queries: int | None = None
+) -> int:
+    """Of a layer's attention.
+
+    Args:
+        config: sizes of the transformer.
+        tokens: of each group's condition.
+        noise_tokens: of each group.
+        queries: how many of those a rank computes; None for all.
+    """
     keys = sum(one + 1 + noise_tokens for one in tokens)
-    return 4 * noise_tokens * keys * config.num_heads * config.head_dim
+    rows = noise_tokens if queries is None else queries
+    return 4 * rows * keys * config.num_heads * config.head_dim
 
 
-def cached_flops(config: ModelConfig, tokens: Sequence[int], noise_tokens: int) -> int:
+def cached_flops(
+    config: ModelConfig, tokens: Sequence[int], noise_tokens: int, queries: int | None = None
+) -> int:
     """The part of `attention_flops` that reads the cache."""
-    return attention_flops(config, tokens, noise_tokens) - attention_flops(
-        config, [-1] * len(tokens), noise_tokens
+    return attention_flops(config, tokens, noise_tokens, queries) - attention_flops(
+        config, [-1] * len(tokens), noise_tokens, queries
     )
 
 
@@ -250,21 +262,33 @@ class SecondsEstimate:
         return self._work[key]
 
     def _step_work(self, plan: MemoryPlan, kind: StepKind) -> Work:
+        passes = self._sizes.passes(plan.branches_per_pass, kind)
+        return self.noise_work(plan, passes, self._workload.noise_tokens)
+
+    def noise_work(self, plan: MemoryPlan, passes: Sequence[Sequence[int]], queries: int) -> Work:
+        """Of the noise tokens of one step in some passes.
+
+        Args:
+            plan: that they run by.
+            passes: condition tokens of the groups of each.
+            queries: noise tokens of each group that are computed; all are keys.
+        """
         config, noise = self._config, self._workload.noise_tokens
         layers, value = config.num_layers, self._sizes.precision.arithmetic_bytes
         products = attention = moved = kernels = 0.0
-        for tokens in self._sizes.passes(plan.branches_per_pass, kind):
-            rows = len(tokens) * noise
+        for tokens in passes:
+            rows = len(tokens) * queries
             products += layers * self._product_seconds(rows, plan.mlp_rows)
             width = config.num_heads * config.head_dim
             pair = 2 * config.num_kv_heads * config.head_dim * value
-            size = rows * (2 * width * value + pair) + sum(tokens) * self._sizes.pair
-            flops = float(attention_flops(config, tokens, noise))
+            own_keys = len(tokens) * noise
+            size = rows * 2 * width * value + own_keys * pair + sum(tokens) * self._sizes.pair
+            flops = float(attention_flops(config, tokens, noise, queries))
             if self._sizes.precision.quantised_cache is not None:
                 if self._sizes.on_host:  # expanded ahead: written and read
                     size += 2 * sum(tokens) * pair
                 else:
-                    flops += self._expanding_keys * cached_flops(config, tokens, noise)
+                    flops += self._expanding_keys * cached_flops(config, tokens, noise, queries)
             attention += layers * max(flops / self._attention_rate, size / self._bandwidth)
             moved += layers * rows * self._row_moves
             # input: product, positions, choice of pictures; output: two norms, product, guidance
@@ -279,13 +303,27 @@ class SecondsEstimate:
         apart by their lengths.
         """
         read = {tokens for picture in self._workload.branches_of(kind) for tokens in picture}
+        if kept:
+            rows = self._sizes.branch_rows
+        else:
+            rows = [(one, one) for _, one in self._sizes.branch_rows if one in read]
+        return self.prefill_work(rows, self._workload.evaluations if kept else 1, mlp_rows)
+
+    def prefill_work(
+        self, conditions: Sequence[tuple[int, int]], steps: int, mlp_rows: int
+    ) -> Work:
+        """Of some conditions.
+
+        Args:
+            conditions: (rows that are computed, rows of keys) of each, without time tokens.
+            steps: time tokens of each.
+            mlp_rows: as in the plan.
+        """
         config = self._config
-        layers, steps = config.num_layers, self._workload.evaluations if kept else 1
+        layers = config.num_layers
         products = attention = moved = kernels = 0.0
-        for own, tokens in self._sizes.branch_rows:
-            if not kept and tokens not in read:
-                continue
-            rows = (own if kept else tokens) + steps
+        for own, tokens in conditions:
+            rows = own + steps
             products += layers * self._product_seconds(rows, mlp_rows)
             flops = 4 * rows * tokens * config.num_heads * config.head_dim
             attention += layers * flops / self._attention_rate

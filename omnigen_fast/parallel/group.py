@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import MAX_MESSAGE, RequestError
+from .failure import Watch
 from .layout import Layout, most_branches, parse_layout
 
 _DIGEST = 32  # bytes
@@ -32,24 +33,34 @@ class Group:
     """
 
     def __init__(self, layout: Layout, device: torch.device) -> None:
-        assert dist.get_world_size() == layout.size
-        self.layout = layout
         self.device = device
         self.rank: int = dist.get_rank()
-        self.size: int = layout.size
+        self.size: int = dist.get_world_size()
         self.backend: str = dist.get_backend()
         self.store: Any = dist.distributed_c10d._get_default_store()
         self.received: Counter[str] = Counter()  # bytes from other ranks, by what they were
         self._control: Any = dist.new_group(backend="gloo")
         # of each number of parts of the rows, this rank's neighbours
         self._rows: dict[int, Any] = {}
+        self.use(layout)
+        self.watch = Watch(self.store, self.rank, self.size, self._let_go)
+
+    def _let_go(self) -> None:
+        self._control = None
+        self._rows.clear()
+
+    def use(self, layout: Layout) -> None:
+        """Takes another layout of as many ranks; not once a pipeline has been made with this."""
+        assert self.size == layout.size
+        self.layout = layout
         for count in layout.row_counts():
+            if count == 1 or count in self._rows:
+                continue
             for start in range(0, self.size, count):
                 ranks = list(range(start, start + count))
-                if count > 1:
-                    made = dist.new_group(ranks)
-                    if self.rank in ranks:
-                        self._rows[count] = made
+                made = dist.new_group(ranks)
+                if self.rank in ranks:
+                    self._rows[count] = made
 
     @property
     def leads(self) -> bool:
@@ -63,8 +74,19 @@ class Group:
 
     @contextmanager
     def failing(self) -> Iterator[None]:
-        """Around every exchange: where it fails, raises what another rank has left."""
-        yield
+        """Around every exchange: where it fails, raises RankError with what has failed."""
+        with self.watch.exchanging():
+            yield
+
+    @contextmanager
+    def guarding(self) -> Iterator[None]:
+        """Around all that ranks do together: what one raises ends it on all, and the group.
+
+        Raises:
+            RankError: another rank has failed, now or earlier.
+        """
+        with self.watch.calling():
+            yield
 
     def gather_velocities(self, sent: Tensor, gathered: Tensor) -> None:
         """Collects the velocities of all ranks.
@@ -108,6 +130,19 @@ class Group:
             dist.broadcast(whole.view(-1).view(torch.uint8), 0)
         if whole is not tensor:
             tensor.copy_(whole)
+
+    def tell(self, message: bytes = b"") -> bytes:
+        """Rank 0's message, on every rank; the others give none."""
+        size = torch.tensor([len(message)])
+        with self.failing():
+            dist.broadcast(size, 0, group=self._control)
+        if self.leads:
+            content = torch.frombuffer(bytearray(message), dtype=torch.uint8)
+        else:
+            content = torch.empty(int(size), dtype=torch.uint8)
+        with self.failing():
+            dist.broadcast(content, 0, group=self._control)
+        return message or bytes(content.numpy())
 
     def agree(self, *values: int) -> tuple[int, ...]:
         """The largest of the ranks' values, one by one; the same on every rank."""
@@ -153,17 +188,16 @@ class Group:
                     "same call"
                 )
 
-    def fail(self, sentence: str) -> None:
-        """Leaves the others a sentence about what has failed on this rank."""
-
-    def check(self) -> None:
-        """Raises what another rank has left."""
-
 
 def _all_gather(gathered: Tensor, sent: Tensor, group: Any) -> None:
     # the second is the first's name before PyTorch 2.13
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     gather(gathered, sent, group=group)
+
+
+def guarded(group: Group | None) -> AbstractContextManager[None]:
+    """`Group.guarding`, or nothing where everything runs in this process."""
+    return nullcontext() if group is None else group.guarding()
 
 
 def join(parallel: Any, device: torch.device) -> Group | None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from ..call import Call
     from ..engine import Running
+    from .leading import Arguments
 
 OnStep = Callable[[Step], None]
 
@@ -35,6 +36,7 @@ class Job:
     deadline: float | None
     shown: frozenset[int]  # steps whose expected picture somebody wants to see
     on_step: OnStep | None
+    arguments: Arguments | None = None  # of the call, where several ranks make it
     plan: MemoryPlan = field(init=False)
     running: Running | None = None  # while it is under way
     began: float | None = None  # when it was started first

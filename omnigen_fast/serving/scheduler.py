@@ -13,9 +13,10 @@ import math
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 
@@ -25,6 +26,7 @@ from ..memory.device import free_bytes, parse_memory, profile_of
 from ..memory.plan import first_workload
 from ..memory.planner import Decision
 from ..memory.planner import plan as fastest_plan
+from ..parallel.group import guarded
 from ..pipeline import OmniGenPipeline
 from ..results import as_result
 from ..run import SMALLER, decide, generate
@@ -32,6 +34,7 @@ from ..streaming import is_out_of_memory
 from ..surroundings import undisturbed
 from .admission import beside, moves_weights, needed_bytes
 from .job import Job, OnStep, expected, next_step, total_left
+from .leading import Arguments, Leading
 from .pace import Pace
 from .work import (
     DONE,
@@ -60,6 +63,7 @@ _MAX_SEED = (1 << 32) - 1
 _WARM_SIDE = 64  # pixels; on a CPU, where nothing is compiled
 _WARM_STEPS = 4  # of which one compiles, one is captured, and two are replayed
 _LEAST_RETRY = 1.0  # seconds
+_IDLE_SECONDS = 1.0  # after which other ranks are told that there is nothing to do
 
 
 @dataclass(frozen=True)
@@ -244,6 +248,8 @@ class Scheduler:
                 raise RequestError(f"a request can't have {name}; it is the server's to choose")
         if all(given.get(name) is None for name in ("seed", "generator", "latents")):
             given["seed"] = secrets.randbelow(_MAX_SEED + 1)
+        several = pipe.engine.placement.group is not None
+        arguments_of = Arguments(given) if several else None
         call = pipe.make_call(**given)
         decision = self._decide(pipe, call)
         now = time.monotonic()
@@ -256,6 +262,7 @@ class Scheduler:
             deadline=None if seconds is None else now + seconds,
             shown=frozenset(shown),
             on_step=on_step,
+            arguments=arguments_of,
         )
         job.ticket._cancel = lambda error: self._cancel(job, error)
         if on_end is not None:
@@ -358,9 +365,9 @@ class Scheduler:
         try:
             load = self._load
             pipe = load if isinstance(load, OmniGenPipeline) else load()
-            with pipe.driving() as engine:
+            with pipe.driving() as own, guarded(own.placement.group), _led(own) as engine:
                 self._open(pipe, engine)
-                while self._wait_for_work():
+                while self._wait_for_work(engine):
                     self._turn(engine)
         except BaseException as error:
             if not isinstance(error, OmniGenError):
@@ -378,8 +385,11 @@ class Scheduler:
             side = first_workload(pipe.config).height
             side = min(side, _WARM_SIDE) if on_host else side
             warm_up = {"height": side, "width": side, "num_inference_steps": _WARM_STEPS}
-            call = pipe.make_call(prompt="a cat", seed=0, **warm_up)
-            generate(engine, call, self.settings.memory, lambda *_: True, lambda _: None)
+            given: dict[str, Any] = {"prompt": "a cat", "seed": 0, **warm_up}
+            call = pipe.make_call(**given)
+            if isinstance(engine, Leading):
+                engine.describe(call, Arguments(given))
+            generate(engine, call, self._memory(engine), lambda *_: True, lambda _: None)
         with undisturbed():
             self.preview = Preview.fit(engine.vae)
         self._budget = self._usable(engine)
@@ -392,13 +402,22 @@ class Scheduler:
         given = parse_memory(self.settings.memory)
         if given is not None:
             return given
-        return free_bytes(engine.device, self._profile, engine.held_bytes())
+        free = free_bytes(engine.device, self._profile, engine.held_bytes())
+        return engine.least(free) if isinstance(engine, Leading) else free
 
-    def _wait_for_work(self) -> bool:
+    def _memory(self, engine: Engine) -> Memory:
+        """What plans may use, for those who find it out: of several ranks the least."""
+        return self._budget if isinstance(engine, Leading) else self.settings.memory
+
+    def _wait_for_work(self, engine: Engine) -> bool:
         """Waits until there is a request; False once there will be none."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._jobs or self._ending)
-            return bool(self._jobs)
+        waits = _IDLE_SECONDS if isinstance(engine, Leading) else None
+        while True:
+            with self._changed:
+                if self._changed.wait_for(lambda: self._jobs or self._ending, waits):
+                    return bool(self._jobs)
+            if isinstance(engine, Leading):
+                engine.idle()
 
     def _turn(self, engine: Engine) -> None:
         """What happens between two step boundaries."""
@@ -481,7 +500,7 @@ class Scheduler:
         """Alone what the pipeline's own call would run by, else what moves no weights."""
         if alone:
             self._budget = self._usable(engine)
-            memory: Memory = self.settings.memory
+            memory = self._memory(engine)
             workload, switches = job.call.workload(), job.call.request.switches
             if job.failed:
                 candidate = job.decision.after(job.failed)
@@ -503,6 +522,9 @@ class Scheduler:
             engine.cache.clear()  # a smaller plan has left room for one request alone
         entries = job.call.entries(job.plan)
         found = sum(entry in engine.cache for entry in entries)
+        if isinstance(engine, Leading):
+            assert job.arguments is not None
+            engine.describe(job.call, job.arguments)
         job.running = engine.start(job.call, job.plan, own_rows=True)
         _synchronize(engine)
         if job.plan.cache == "device":
@@ -670,6 +692,18 @@ class Scheduler:
             self._changed.notify_all()
         for job in jobs:
             self._settle(job, error=NotReadyError(reason))
+
+
+@contextmanager
+def _led(engine: Engine) -> Iterator[Engine]:
+    """The engine, or what stands for those of all ranks."""
+    group = engine.placement.group
+    if group is None:
+        yield engine
+        return
+    leading = Leading(engine, group)
+    yield cast("Engine", leading)
+    leading.close()
 
 
 def _ticket(id: str, call: Call) -> Ticket:
