@@ -15,10 +15,10 @@ from .record import write_whole
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 _OURS = "omnigen_fast"
 Rows = list[list[str]]
-_LEGEND = (
-    "GB: peak without what was allocated before; s: median (lowest to highest)",
-    "x ours: that program's time over ours, above 1 is slower; share of the limit: of ours, by the "
-    "operations alone, above 100 % if the measured limit was disturbed",
+_LEGEND = (  # the second of tables with another program
+    "GB: peak without what was allocated before; s: median (lowest to highest); share of the limit: "
+    "of ours, by the operations alone, above 100 % if the measured limit was disturbed",
+    "x ours: that program's time over ours, above 1 is slower",
 )
 
 
@@ -27,7 +27,8 @@ def lines(result: dict[str, Any]) -> list[str]:
     said = ["", *_world(result), ""]
     for title, rows in _tables(result):
         said += [title, *aligned(rows), ""]
-    return [*said, *_LEGEND, *_footnotes(result)]
+    compared = any("x ours" in line for line in said)
+    return [*said, *(_LEGEND if compared else _LEGEND[:1]), *_footnotes(result)]
 
 
 def markdown(result: dict[str, Any]) -> str:
