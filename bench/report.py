@@ -16,8 +16,8 @@ BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 _OURS = "omnigen_fast"
 Rows = list[list[str]]
 _LEGEND = (  # the second of tables with another program
-    "GB: peak without what was allocated before; s: median (lowest to highest); share of the limit: "
-    "of ours, by the operations alone, above 100 % if the measured limit was disturbed",
+    "GB: peak without what was allocated before; s: median (lowest to highest); share of the "
+    "limit: of ours, by the operations alone, above 100 % if the measured limit was disturbed",
     "x ours: that program's time over ours, above 1 is slower",
 )
 
