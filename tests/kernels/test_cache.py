@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import DEVICE, DTYPES, assert_earned, double, inside, name, poisoned
 from omnigen_fast.kernels import attention_8bit, contract, launch, quantise, reference
-from test_attention import GROUPS, SMALL, STEPS, split, step_arguments, tiles
+from test_attention import GROUPS, PARTS, SMALL, STEPS, some_rows, split, step_arguments, tiles
 
 pytestmark = pytest.mark.slow
 
@@ -142,6 +142,12 @@ class TestStep:
         chosen = launch.Launch(num_warps=4, block_m=block_m, block_n=block_n)
         with mock.patch.object(launch, "choose", return_value=chosen):
             check_step(*args)
+
+    @forms
+    @pytest.mark.parametrize("head_dim", (64, 96, 128))
+    def test_some_rows(self, head_dim, form):
+        args = quantised_step(*STEPS["mixed"], 4, 2, head_dim, torch.bfloat16, form)
+        check_step(*some_rows(args, PARTS))
 
     @forms
     def test_large_scores(self, form):

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import assert_earned, double, inside, poisoned, random
 from omnigen_fast.kernels import cpu, ops, reference
-from test_attention import STEPS, step_arguments
+from test_attention import PARTS, STEPS, some_rows, step_arguments
 
 from omnigen_fast.compilation import compiler
 
@@ -57,6 +57,11 @@ def check_step(*args):
 @pytest.mark.parametrize("case", STEPS)
 def test_step(case, head_dim):
     check_step(*step_arguments(*STEPS[case], 2, 2, head_dim, BF16))
+
+
+@pytest.mark.parametrize("head_dim", (64, 96))
+def test_step_of_some_rows(head_dim):
+    check_step(*some_rows(step_arguments(*STEPS["mixed"], 4, 2, head_dim, BF16), PARTS))
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), ((4, 1), (4, 2), (3, 3)))
