@@ -438,12 +438,12 @@ class OmniGenPipeline(LoraMethods, DiffusersMethods):
             if group is not None:
                 loaded = self.engine.loras.applied()
                 group.same("request", digest(request, memory, precision, loaded))
+            call = self._start(request, precision)
+            self._name_unknown_words(request)
             with guarded(group):
                 with naming_memory("while the LoRAs are merged", LESS_RESIDENT):
                     self.engine.refresh()
                 self._latest = request
-                call = self._start(request, precision)
-                self._name_unknown_words(request)
                 if group is not None:  # without a seed, each rank has drawn its own
                     group.broadcast_(call.latents)
                     if call.noise is not None:
@@ -619,7 +619,10 @@ class OmniGenPipeline(LoraMethods, DiffusersMethods):
 
     def _start(self, request: Request, precision: Precision) -> Call:
         with naming_memory("before the first step", SMALLER):
-            return Call.of(request, self.processor, precision, self.device)
+            call = Call.of(request, self.processor, precision, self.device)
+        pictures = [[branch for branch, _ in picture] for picture in call.pictures]
+        self.engine.placement.check(call.schedule.counts, pictures, request.noise_tokens)
+        return call
 
     def _remember(self, report: Report) -> None:
         self._report = report

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
 
+from .errors import RequestError
 from .parallel.exchange import Share
 from .parallel.group import Group
 from .parallel.layout import Division, Layout, divide
@@ -40,6 +41,26 @@ class Placement:
                 [[(place, one.key) for one in pair for place in run[one.key]] for pair in pairs]
             )
         return divide(self.layout, units)
+
+    def check(
+        self, kinds: Iterable[StepKind], pictures: Sequence[Sequence[EncodedBranch]], tokens: int
+    ) -> None:
+        """Raises RequestError, on all ranks alike, if a step can't be divided among them.
+
+        Args:
+            kinds: of the call's steps.
+            pictures: the branches of each picture.
+            tokens: noise tokens of each picture.
+        """
+        if self.group is None:
+            return
+        for kind in kinds:
+            rows = self.divide(kind, pictures).layout.rows
+            if tokens < rows:
+                raise RequestError(
+                    f"pictures of {tokens} noise tokens can't be split into {rows} parts; "
+                    "ask for larger ones or start fewer ranks"
+                )
 
     def share(self, division: Division, tokens: int) -> Share:
         """What of a step this rank computes; of each picture's `tokens` noise tokens."""

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from .cache import Cache, Entry, Span
 from .config import PATCH
-from .errors import RequestError
 from .model import NoiseRows, TimeEmbeddings, Transformer, patches_of
 from .parallel.exchange import Share, velocity_places
 from .placement import Placement
@@ -95,11 +94,7 @@ class SharedValues:
         tokens = patches.shape[1:3].numel()
         division = placement.divide(kind, branches)
         share = placement.share(division, tokens)
-        if tokens < share.layout.rows:  # on every rank
-            raise RequestError(
-                f"pictures of {tokens} noise tokens can't be split into {share.layout.rows} parts; "
-                "ask for larger ones or start fewer ranks"
-            )
+        assert tokens >= share.layout.rows, "see `Placement.check`"
         by_part = [_members(_kept(chosen, part), branches_per_pass) for part in division.parts]
         orders = [[place for one in passes for place, *_ in one] for passes in by_part]
         places, sent = velocity_places(division, orders, tokens, sum(map(len, chosen)))
