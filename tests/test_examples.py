@@ -101,7 +101,7 @@ def test_demo_shows_what_the_prompts_say():
     shifted = [score(made.picture, target) for made, target in zip(results[1:], inputs.TARGETS)]
     assert right(shifted) < ENOUGH
     assert len(said) > len(demo.EXAMPLES) and all(made.step_seconds > 0 for made in results)
-    assert "all layers on the device" in "".join(said[-5:])
+    assert "all layers on the device" in "".join(said[-8:])
     assert {made.cached_share > 0.3 for made in results} == {True}
     page = demo.sheet(results)
     assert page.height > len(results) * demo.SIDE
