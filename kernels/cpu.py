@@ -287,7 +287,7 @@ def rope_cache_(
 ) -> None:
     """See `reference.rope_cache_`."""
     rope_(qkv, cos, sin, heads, kv_heads)
-    reference.write_cache_(qkv, heads, kv_heads, k_cache, v_cache, cache_rows)
+    reference._write_cache_(qkv, heads, kv_heads, k_cache, v_cache, cache_rows)
 
 
 def swiglu(gate_up: Tensor, out: Tensor | None = None) -> Tensor:

@@ -236,10 +236,10 @@ def rope_cache_(
 ) -> None:
     """`rope_`, and the rotated keys and the values of every row written to the condition cache."""
     rope_(qkv, cos, sin, heads, kv_heads)
-    write_cache_(qkv, heads, kv_heads, k_cache, v_cache, cache_rows)
+    _write_cache_(qkv, heads, kv_heads, k_cache, v_cache, cache_rows)
 
 
-def write_cache_(
+def _write_cache_(
     qkv: Tensor, heads: int, kv_heads: int, k_cache: Tensor, v_cache: Tensor, cache_rows: Tensor
 ) -> None:
     """The part of `rope_cache_` that writes; of tensors that it takes."""
