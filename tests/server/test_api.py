@@ -527,8 +527,12 @@ class TestOperations:
         evil = live.ask("GET", "/health", X_Request_Id="a b\tc")
         assert evil.headers["x-request-id"].startswith("req_")
         answer = live.generate(prompt="A secret cat.", size="32x32", num_inference_steps=2)
-        records = [json.loads(one.getMessage()) for one in caplog.records]
-        (line,) = [one for one in records if one["request_id"] == answer.headers["x-request-id"]]
+        found, before = [], time.monotonic()
+        while not found:  # it is written once the answer is on its way
+            assert time.monotonic() < before + WAIT
+            records = [json.loads(one.getMessage()) for one in list(caplog.records)]
+            found = [one for one in records if one["request_id"] == answer.headers["x-request-id"]]
+        (line,) = found
         assert line["status"] == 200 and line["reason"] == "done" and line["steps"] == 2
         assert "secret" not in caplog.text
 
