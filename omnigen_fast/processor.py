@@ -97,8 +97,9 @@ class Processor:
     @cached_property
     def _unknown_token(self) -> int | None:
         """What a word-level tokenizer gives for words that it does not know."""
-        name = getattr(self._tokenizer.model, "unk_token", None)
-        if type(self._tokenizer.model).__name__ != "WordLevel" or name is None:
+        model = getattr(self._tokenizer, "model", None)
+        name = getattr(model, "unk_token", None)
+        if type(model).__name__ != "WordLevel" or name is None:
             return None
         return self._tokenizer.token_to_id(name)
 
