@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,7 @@ class Saver:
         if self._type != "pil":
             self._arrays.append(result)
             return
-        paths, self._left = self._left[: len(result)], self._left[len(result) :]
+        paths = list(islice(self._left, len(result)))
         save_pictures(result, paths, record)
         self._wrote(paths)
 

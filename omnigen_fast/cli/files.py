@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -56,11 +56,16 @@ def make_folder(folder: Path, name: str = "--out") -> None:
         raise OSError(f"{name}: the folder {folder} can't be made: {reason}") from error
 
 
-def picture_paths(out: Path, count: int) -> list[Path]:
-    """The files of several pictures: NAME-1.png and so on; `out` itself for one."""
+def picture_paths(out: Path, count: int) -> Iterator[Path]:
+    """The files of several pictures: NAME-1.png and so on; `out` itself for one.
+
+    One by one, since nothing has checked the count yet.
+    """
     if count == 1:
-        return [out]
-    return [out.with_stem(f"{out.stem}-{i + 1}") for i in range(count)]
+        yield out
+        return
+    for i in range(count):
+        yield out.with_stem(f"{out.stem}-{i + 1}")
 
 
 def save_pictures(images: Sequence[Any], paths: Sequence[Path], record: Record | None) -> None:
@@ -75,7 +80,7 @@ def save_pictures(images: Sequence[Any], paths: Sequence[Path], record: Record |
 def save_result(result: Any, output_type: str, out: Path, record: Record | None) -> list[Path]:
     """Writes what a call returned, with its record if there is one; returns the files' paths."""
     if output_type == "pil":
-        paths = picture_paths(out, len(result))
+        paths = list(picture_paths(out, len(result)))
         save_pictures(result, paths, record)
         return paths
     if output_type == "np":
