@@ -5,11 +5,11 @@ from __future__ import annotations
 import io
 import os
 import re
-import time
 import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
