@@ -313,5 +313,5 @@ class TestErrors:
             lora_files.read_adapter(tensors, CHECKPOINT)
         assert str(caught.value) == (
             "the state dict: layers.0.self_attn.to_q has A [2, 192] and B [193, 2], whose product "
-            "does not match the model's 192 x 192"
+            "does not match the model's 192 x 192; it is for another model"
         )
