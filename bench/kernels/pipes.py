@@ -78,7 +78,7 @@ PIPES = ("matrix", "mufu", "fma", "alu", "shuffle", "shared", "l2", "issue")
 
 _OF_WARPS = {"HMMA", "IMMA", "QMMA"}
 _OF_GROUPS = {"HGMMA": 2, "IGMMA": 1, "QGMMA": 1}  # bytes of an element
-_TCGEN05 = {"UTCHMMA", "UTCQMMA"}
+_TCGEN05 = {"UTCHMMA", "UTCIMMA", "UTCQMMA"}
 _PRODUCTS = {*_OF_WARPS, *_OF_GROUPS, *_TCGEN05}
 _COPIES = {"LDGSTS", "UTMALDG", "UBLKCP"}
 _SPILLS = {"LDL", "STL"}
@@ -87,7 +87,7 @@ _SPILLS = {"LDL", "STL"}
 _PIPE = {
     name: pipe
     for pipe, names in {
-        "matrix": "HMMA IMMA QMMA HGMMA IGMMA QGMMA UTCHMMA UTCQMMA",
+        "matrix": "HMMA IMMA QMMA HGMMA IGMMA QGMMA UTCHMMA UTCIMMA UTCQMMA",
         "mufu": "MUFU F2F F2I I2F FRND POPC FLO BREV",
         "fp32": "FADD FMUL FFMA FSWZADD HADD2 HMUL2 HFMA2",
         "fp32 pair": "FADD2 FMUL2 FFMA2",

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from omnigen_fast import call, denoise, pipeline
-from omnigen_fast.denoise import Loop, MaskValues, RecomputedVelocity, ReuseValues, SolverValues
+from omnigen_fast.denoise import Loop, RecomputedVelocity
 from omnigen_fast.holdings import Holdings
 from omnigen_fast.model import Block, Expander, Transformer, Workspace
 from omnigen_fast.packing import Pack
+from omnigen_fast.step_values import MaskValues, ReuseValues, SolverValues
 from omnigen_fast.streaming import HostMemory, Ring, Streamed, StreamLane
 from omnigen_fast.vae import strips
 from omnigen_fast.vae.vae import Vae
