@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from omnigen_fast import call, denoise, pipeline
+from omnigen_fast import call, pipeline, step_values
 from omnigen_fast.denoise import Loop, RecomputedVelocity
 from omnigen_fast.holdings import Holdings
 from omnigen_fast.model import Block, Expander, Transformer, Workspace
@@ -52,7 +52,7 @@ def keeps_group_ends_on_the_cpu(patch: Patch) -> None:
     def change(kind, **values):
         return kind(**{**values, "cu_groups": values["cu_groups"].cpu()})
 
-    around(patch, denoise, "Passes", change)
+    around(patch, step_values, "Passes", change)
 
 
 def keeps_places_on_the_cpu(patch: Patch) -> None:
@@ -60,7 +60,7 @@ def keeps_places_on_the_cpu(patch: Patch) -> None:
         found = make(*args)
         return replace(found, places=found.places.cpu())
 
-    around(patch, denoise, "_pass_values", change)
+    around(patch, step_values, "_pass_values", change)
 
 
 def copies_without_their_event(patch: Patch) -> None:
