@@ -620,8 +620,7 @@ class OmniGenPipeline(LoraMethods, DiffusersMethods):
     def _start(self, request: Request, precision: Precision) -> Call:
         with naming_memory("before the first step", SMALLER):
             call = Call.of(request, self.processor, precision, self.device)
-        pictures = [[branch for branch, _ in picture] for picture in call.pictures]
-        self.engine.placement.check(call.schedule.counts, pictures, request.noise_tokens)
+        self.engine.placement.check(call.schedule.counts, call.branches, request.noise_tokens)
         return call
 
     def _remember(self, report: Report) -> None:

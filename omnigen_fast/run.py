@@ -147,7 +147,7 @@ def _plans(engine: Engine, call: Call, memory: Memory) -> Iterator[tuple[MemoryP
         )
     group = engine.placement.group
     if group is not None:
-        memory = group.least(_budget(engine, memory))  # so that all ranks decide alike
+        memory = group.least(budget_of(engine, memory))  # so that all ranks decide alike
     decision = decide(engine, call.workload(), call.request.switches, memory, call.precision)
     following: MemoryPlan | None = decision.plan
     failed: list[MemoryPlan] = []
@@ -167,7 +167,7 @@ def _plans(engine: Engine, call: Call, memory: Memory) -> Iterator[tuple[MemoryP
     )
 
 
-def _budget(engine: Engine, memory: str | int) -> int:
+def budget_of(engine: Engine, memory: str | int = "auto") -> int:
     """Bytes that a plan may use."""
     budget = parse_memory(memory)
     if budget is None:
@@ -200,7 +200,7 @@ def decide(
         MemoryBudgetError: no plan fits.
     """
     profile = profile_of(engine.device)
-    budget = _budget(engine, "auto" if isinstance(memory, MemoryPlan) else memory)
+    budget = budget_of(engine, "auto" if isinstance(memory, MemoryPlan) else memory)
     if isinstance(memory, MemoryPlan):
         plan = _given(memory, switches, engine)
         estimate = Estimate(engine.config, engine.vae.shape, precision, workload, profile)

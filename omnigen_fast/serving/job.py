@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -103,13 +104,20 @@ class Job:
 
     def _steps(self, first: int, pace: Pace) -> float:
         """Predicted seconds of the steps from this one on."""
-        schedule = self.call.schedule
-        alike: dict[Hashable, list[int]] = {}
-        for place in range(first, len(schedule)):
-            alike.setdefault((schedule.kinds[place], schedule.per_step[place]), []).append(place)
         return sum(
-            len(places) * pace.expect(_steps_at([self], places[:1])) for places in alike.values()
+            (len(places) - bisect_left(places, first)) * pace.expect(_steps_at([self], places[:1]))
+            for places in self._alike
+            if places[-1] >= first
         )
+
+    @cached_property
+    def _alike(self) -> list[list[int]]:
+        """Its steps, by what they take: these are asked for at every step of any request."""
+        schedule = self.call.schedule
+        found: dict[Hashable, list[int]] = {}
+        for place, kind in enumerate(zip(schedule.kinds, schedule.per_step)):
+            found.setdefault(kind, []).append(place)
+        return list(found.values())
 
     @property
     def start(self) -> Work:

@@ -20,13 +20,13 @@ from torch import Tensor
 from ..call import Call
 from ..engine import Engine
 from ..errors import BusyError, OmniGenError, RankError, RequestError, brief
-from ..memory.device import free_bytes, profile_of
 from ..memory.plan import MemoryPlan
 from ..parallel.failure import sentence_of
 from ..parallel.group import Group
 from ..pipeline import OmniGenPipeline
 from ..placement import Placement
 from ..precision import Precision
+from ..run import budget_of
 from ..running import Running
 from ..streaming import is_out_of_memory
 
@@ -275,8 +275,7 @@ class _Follower:
         elif what in ("recover", "free"):
             getattr(engine, what)()
         elif what == "usable":
-            profile = profile_of(engine.device)
-            self._group.least(free_bytes(engine.device, profile, engine.held_bytes()))
+            self._group.least(budget_of(engine))
 
     def _start(self, number: int, head: dict[str, Any], files: list[bytes]) -> None:
         if "arguments" in head:

@@ -22,14 +22,14 @@ import torch
 
 from ..call import Memory
 from ..errors import BusyError, OmniGenError, RequestError, first_line
-from ..memory.device import free_bytes, parse_memory, profile_of
+from ..memory.device import parse_memory, profile_of
 from ..memory.plan import first_workload
 from ..memory.planner import Decision
 from ..memory.planner import plan as fastest_plan
 from ..parallel.group import guarded
 from ..pipeline import OmniGenPipeline
 from ..results import as_result
-from ..run import SMALLER, decide, generate
+from ..run import SMALLER, budget_of, decide, generate
 from ..streaming import is_out_of_memory
 from ..surroundings import undisturbed
 from .admission import beside, moves_weights, needed_bytes
@@ -402,7 +402,7 @@ class Scheduler:
         given = parse_memory(self.settings.memory)
         if given is not None:
             return given
-        free = free_bytes(engine.device, self._profile, engine.held_bytes())
+        free = budget_of(engine)
         return engine.least(free) if isinstance(engine, Leading) else free
 
     def _memory(self, engine: Engine) -> Memory:
