@@ -6,8 +6,10 @@ else it says what comes nearest, so it is to be trusted only with pictures of th
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import permutations
+from operator import attrgetter
 
 import numpy as np
 
@@ -20,10 +22,12 @@ from .scenes import (
     SIDE,
     SIZES,
     Scene,
+    Thing,
     background,
     coverage,
     place_centre,
 )
+from .tasks import Stated
 
 _DIFFERENT = 60.0  # distance in RGB from which a pixel does not belong to the background
 _SPECK = 30  # pixels; smaller spots are no shapes
@@ -80,24 +84,58 @@ def read(pixels: np.ndarray) -> Reading:
     return Reading(things, ground)
 
 
-def score(reading: Reading, target: Scene, sizes: bool = True) -> Score:
-    """Compares with what was asked for; `sizes`: whether sizes were stated.
+def score(
+    reading: Reading,
+    target: Scene,
+    sizes: bool = True,
+    *,
+    stated: Sequence[Stated] | None = None,
+    background: bool = True,
+) -> Score:
+    """Compares with what was asked for.
 
     Things are matched with those seen in the way that agrees best.
+
+    Args:
+        reading: what the picture shows.
+        target: what was asked for.
+        sizes: whether sizes were stated.
+        stated: of each thing of `target`, what was stated; None is all (but see `sizes`).
+        background: whether one was stated.
     """
-    attributes = ("shape", "colour", "place", "size") if sizes else ("shape", "colour", "place")
     wanted, seen = target.things, reading.things
+    attributes = [_attributes(one) for one in stated or [Stated(size=sizes)] * len(wanted)]
     best = 0
     for order in permutations(range(max(len(seen), len(wanted))), len(wanted)):
-        matched = [(thing, seen[index]) for thing, index in zip(wanted, order) if index < len(seen)]
         right = sum(
-            getattr(thing, name) == getattr(found, name)
-            for thing, found in matched
-            for name in attributes
+            value(thing) == value(seen[index])
+            for thing, index, asked in zip(wanted, order, attributes)
+            if index < len(seen)
+            for value in asked
         )
         best = max(best, right)
-    best += (reading.background == target.background) + (len(seen) == len(wanted))
-    return Score(best, len(attributes) * len(wanted) + 2)
+    best += background and reading.background == target.background
+    best += len(seen) == len(wanted)
+    return Score(best, sum(map(len, attributes)) + background + 1)
+
+
+def _attributes(stated: Stated) -> list[Callable[[Thing | Seen], object]]:
+    """What reads the attributes that are stated."""
+    found: list[Callable[[Thing | Seen], object]] = [attrgetter("shape")]
+    if stated.colour:
+        found.append(attrgetter("colour"))
+    if stated.size:
+        found.append(attrgetter("size"))
+    if stated.place:
+        found.append(_PARTS[stated.place])
+    return found
+
+
+_PARTS: dict[str, Callable[[Thing | Seen], object]] = {
+    "both": attrgetter("place"),
+    "row": lambda thing: thing.place // 2,
+    "column": lambda thing: thing.place % 2,
+}
 
 
 def _read_thing(picture: np.ndarray, spot: np.ndarray) -> Seen:

@@ -2,6 +2,7 @@
 
 `python -m examples.shapes.evaluate` runs them through `OmniGenPipeline` and has the checker read
 the pictures. Half of the prompts show a (shape, colour) pair that no picture of the training has.
+Those of `wordings` follow, which no sentence of the training is like.
 `--md FILE` writes the table, `--sheet FILE` the first pictures of every task.
 """
 
@@ -26,7 +27,7 @@ from omnigen_fast import OmniGenPipeline
 from omnigen_fast.fewer_steps import QUALITIES
 from omnigen_fast.parameters import parameter_shapes
 
-from . import checker
+from . import checker, wordings
 from .checker import Score
 from .scenes import ALL, HELD_OUT, SIDE, TRAINED, render
 from .tasks import EDITS, KINDS, Task, random_task
@@ -182,6 +183,14 @@ def main() -> None:
     parser.add_argument("--model", default="shapes")
     parser.add_argument("--count", type=int, default=40, help="prompts of each task")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument(
+        "--wordings",
+        type=int,
+        default=wordings.SEEDS,
+        metavar="SEEDS",
+        help="pictures of each free wording",
+    )
+    parser.add_argument("--only-wordings", action="store_true", help="skip the tasks")
     parser.add_argument("--steps", type=int, help=f"{STEPS} without --quality")
     parser.add_argument("--quality", choices=QUALITIES, default=QUALITIES[0])
     parser.add_argument("--guidance", type=float, default=GUIDANCE)
@@ -209,7 +218,7 @@ def main() -> None:
     )
     start = time.monotonic()
     guided, plain = {}, {}
-    for kind in arguments.kinds:
+    for kind in [] if arguments.only_wordings else arguments.kinds:
         tasks = prompts(kind, arguments.count)
         guided[kind] = run(
             pipe,
@@ -233,8 +242,20 @@ def main() -> None:
             for one in guided[kind]:
                 if not one.score.all_right:
                     print(f"  {one.prompt}\n    {one.task.target}\n    {checker.read(one.picture)}")
+    rows = [] if arguments.only_wordings else [*table(guided, plain), ""]
+    if arguments.wordings:
+        scores = wordings.run(
+            pipe,
+            seeds=arguments.wordings,
+            guidance_scale=arguments.guidance,
+            img_guidance_scale=arguments.image_guidance,
+            quality=arguments.quality,
+            **({} if arguments.steps is None else {"num_inference_steps": arguments.steps}),
+        )
+        rows += wordings.table(scores)
+        if arguments.verbose:
+            print("\n".join(wordings.faults(scores)))
     seconds = time.monotonic() - start
-    rows = table(guided, plain)
     print("\n".join(rows))
     if arguments.sheet:
         from PIL import Image
@@ -267,6 +288,9 @@ on {datetime.date.today().isoformat()} with Python {platform.python_version()}, 
 {torch.__version__}, diffusers {diffusers.__version__}, {arguments.dtype} on {pipe.device.type},
 in {seconds:.0f} s: {shown} steps, guidance {arguments.guidance}, image guidance
 {arguments.image_guidance}. "No guidance" means guidance scale 1 without image guidance.
+The free wordings (`examples/shapes/wordings.py`) are written by hand; no sentence of the training
+has their words in their order. What a prompt leaves out is not scored. The model's vocabulary is
+fixed: a word that it does not know tells it nothing.
 
 {chr(10).join(rows)}
 

@@ -23,7 +23,9 @@ _TOGETHER = 5  # matrices that are orthogonalized at a time
 def orthogonalized(matrices: Tensor) -> Tensor:  # [count, rows, columns]
     """The nearest orthogonal matrices, nearly: five Newton-Schulz steps (Jordan et al., 2024)."""
     tall = matrices.shape[1] > matrices.shape[2]
-    x = (matrices.mT if tall else matrices).to(torch.bfloat16)
+    x = matrices.mT if tall else matrices
+    if torch.cpu._is_avx512_bf16_supported():  # elsewhere bfloat16 is slower than float32
+        x = x.to(torch.bfloat16)
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
         gram = x @ x.mT

@@ -73,6 +73,11 @@ class Pool:
         self.scenes = list({_key(scene): scene for scene in [*pictures, *empty, *masks]}.values())
         self._index = {_key(scene): index for index, scene in enumerate(self.scenes)}
         self._pictures = pictures
+        self._in_order = [
+            scene
+            for scene in pictures
+            if sorted(thing.place for thing in scene.things) == [*range(len(scene.things))]
+        ]
         self._singles = [scene for scene in pictures if len(scene.things) == 1]
         self._with_subject: dict[tuple[str, str, str], list[Scene]] = defaultdict(list)
         for scene in pictures:
@@ -113,14 +118,21 @@ class Pool:
         """Which of `scenes` has the same picture."""
         return self._index[_key(scene)]
 
-    def task(self, kind: str, rng: random.Random) -> Task:
+    def task(self, kind: str, rng: random.Random, implied: float = 0.0) -> Task:
         """A task of one of `tasks.KINDS`.
+
+        Args:
+            kind: which.
+            rng: draws it.
+            implied: of the "text" tasks, how many have their things where a prompt that states no
+                place puts them, beyond those that have by chance.
 
         Raises:
             ValueError: the families are too few for it.
         """
         if kind == "text":
-            return text_task(rng.choice(self._pictures), rng.random() < 0.8)
+            pictures = self._in_order if rng.random() < implied else self._pictures
+            return text_task(rng.choice(pictures), rng.random() < 0.8)
         if kind in EDITS:
             return self._edit(kind, rng)
         if kind == "mask":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 from .scenes import (
@@ -32,6 +32,48 @@ _SIZE_WORDS = {"small": ["small", "little"], "large": ["large", "big"]}
 _BACKGROUND_WORDS = {name: [name] for name in BACKGROUNDS} | {"gray": ["gray", "grey"]}
 _OBJECT_WORDS = ["object", "shape", "thing"]
 _IMAGES = [f"<img><|image_{number}|></img>" for number in (1, 2, 3)]
+
+
+@dataclass(frozen=True)
+class Stated:
+    """Which attributes of a thing a prompt names. `place`: "both", "row", "column" or ""."""
+
+    size: bool = True
+    colour: bool = True
+    place: str = "both"
+
+
+ALL_STATED = Stated()
+
+
+def places_of(stated: Sequence[tuple[str, int]]) -> list[int]:
+    """Where things stand whose places a prompt states in full, in part or not at all.
+
+    What is left open is the first free place in reading order. A model that is left to choose among
+    places gives each its share, and draws a thing at several of them.
+
+    Args:
+        stated: of each thing, in the order of the prompt, `Stated.place` and a place that has what
+            is stated of it.
+    """
+    taken = [place for part, place in stated if part == "both"]
+    found = []
+    for part, place in stated:
+        if part != "both":
+            free = [one for one in range(len(PLACES)) if one not in taken]
+            if part:
+                same = _ROW_OR_COLUMN[part]
+                free = [one for one in free if same(one) == same(place)] or [place]
+            place = free[0]
+            taken.append(place)
+        found.append(place)
+    return found
+
+
+_ROW_OR_COLUMN: dict[str, Callable[[int], int]] = {
+    "row": lambda place: place // 2,
+    "column": lambda place: place % 2,
+}
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """Trains the demo model from scratch.
 
 `python -m examples.shapes.train --out FOLDER`: first the VAE, then the pool of encoded pictures,
-then the transformer with rectified flow. What is done is kept in the folder: a run that was ended
-goes on where its last checkpoint was taken.
+then the transformer with rectified flow: first on sentences that say all (`tasks`), then on those
+that people write (`phrases`). What is done is kept in the folder: a run that was ended goes on
+where its last checkpoint was taken.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,10 +34,13 @@ from .autoencoder import (
 )
 from .network import Conditions, Network
 from .optimizer import Optimizer
+from .phrases import synonyms, words
 from .pool import Pool, collate, make_families
 from .scenes import Scene
 from .tasks import EDITS, Task
 from .words import write_tokenizer
+
+_Words = Callable[[Task, random.Random], str]
 
 CONDITIONS, DRAWS = 16, 2  # in a part of a step; draws of time and noise for each condition
 # How often the last part of a step's batch is of each kind.
@@ -44,6 +49,9 @@ WORDS_DECIDE = 0.15  # the time until which a picture's content comes from its c
 EARLY = 0.6  # share of draws with times before it
 ASKED_WEIGHT = 4.0  # what a latent counts that shows what was asked, beyond one that does not
 ASKED_FROM = 0.2  # deviations of a latent by which it shows something
+FURTHER_RATE = 0.4  # of the full learning rate, at which the further training begins
+FURTHER_IMPLIED = 0.4  # see Pool.task
+FURTHER_OTHERS = 8  # conditions of the last part of its steps: what those ask for is known
 LONGEST_STEP = 20.0  # seconds; whatever is beyond it the machine was stopped or asleep
 _LONG = tuple(round(64 ** (i / 31), 4) for i in range(32))  # no picture here is long enough
 
@@ -86,10 +94,19 @@ class Part:
 
 
 class Sampler:
-    """Parts of training steps."""
+    """Parts of training steps; `words` gives a task's prompt, `implied` goes to `Pool.task`."""
 
-    def __init__(self, pool: Pool, latents: Tensor, processor: Processor, seed: int) -> None:
+    def __init__(
+        self,
+        pool: Pool,
+        latents: Tensor,
+        processor: Processor,
+        seed: int,
+        words: _Words = lambda task, rng: task.words(rng),
+        implied: float = 0.0,
+    ) -> None:
         self._pool, self._latents, self._processor = pool, latents, processor
+        self._words, self._implied = words, implied
         self.rng = random.Random(seed)
         self.generator = torch.Generator().manual_seed(seed)
 
@@ -118,7 +135,7 @@ class Sampler:
             texts = [tags] * size
         else:
             tasks = [self._task(kind) for _ in range(size)]
-            texts = [task.words(rng) for task in tasks]
+            texts = [self._words(task, rng) for task in tasks]
         images = [self._of(task.inputs) for task in tasks]
         conditions = collate(self._processor, texts, torch.stack(images))
         targets = self._of([task.target for task in tasks])
@@ -141,7 +158,9 @@ class Sampler:
         return (apart.amax(1, keepdim=True) > ASKED_FROM).float()
 
     def _task(self, kind: str) -> Task:
-        return self._pool.task(self.rng.choice(list(EDITS)) if kind == "edit" else kind, self.rng)
+        if kind == "edit":
+            kind = self.rng.choice(list(EDITS))
+        return self._pool.task(kind, self.rng, self._implied)
 
     def _of(self, scenes: Sequence) -> Tensor:  # [scenes, 4, height, width]
         if not scenes:
@@ -205,6 +224,8 @@ def train_transformer(
     *,
     steps: int,
     threads: int = 1,
+    rate: float = 1.0,
+    others: int = CONDITIONS,
     spent: float = 0.0,
     save: Callable[[float], None] = lambda spent: None,
 ) -> list[float]:
@@ -215,6 +236,8 @@ def train_transformer(
         threads: parts of a step that are computed at the same time. Each runs on one core: these
             tensors are so small that cores which share an operation wait for one another most of
             the time.
+        rate: the fraction of the full learning rate at which it begins.
+        others: conditions of the last part of a step.
         spent: minutes that an earlier run took.
         save: called every two minutes and at the end with the minutes spent.
     """
@@ -225,7 +248,7 @@ def train_transformer(
     while used < 1:
         kinds = list(_OTHERS)
         other = sampler.rng.choices(kinds, [_OTHERS[kind] for kind in kinds])[0]
-        parts = dict.fromkeys(("text", "edit", other), CONDITIONS) | {"negative": CONDITIONS // 4}
+        parts = {"text": CONDITIONS, "edit": CONDITIONS, other: others, "negative": CONDITIONS // 4}
         batches = {kind: sampler.batch(kind, size) for kind, size in parts.items()}
         total = sum(parts.values())
         weights = {kind: size / total for kind, size in parts.items()}
@@ -239,7 +262,7 @@ def train_transformer(
         minutes_spent += min(now - last, LONGEST_STEP) / 60
         last = now
         used = (optimizer.steps + 1) / steps
-        optimizer.step(learning_fraction(used, optimizer.steps), workers.map)
+        optimizer.step(rate * learning_fraction(used, optimizer.steps), workers.map)
         losses.append(sum(weights[kind] * logged[kind] for kind in parts))
         if now - last_log > 30 or used >= 1:
             recent = losses[-50:]
@@ -272,10 +295,49 @@ def make_network(config_values: dict, seed: int) -> Network:
     return Network(ModelConfig.from_phi3(config_values, POS_EMBED_SIZE))
 
 
+def arithmetic() -> torch.dtype:
+    """What this processor trains fastest in; the optimizer keeps float32 either way."""
+    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+
+
+def start_from(network: Network, folder: Path, tokenizer: Path) -> None:
+    """Takes the weights of a trained model, whose tokenizer may know fewer words.
+
+    A new word begins as the first of its group in `phrases`, or as it was.
+
+    Args:
+        network: of the new tokenizer.
+        folder: of the trained model.
+        tokenizer: the new `tokenizer.json`.
+    """
+    from safetensors.torch import load_file
+    from tokenizers import Tokenizer
+
+    values = load_file(folder / "model.safetensors")
+    old = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab()
+    new = Tokenizer.from_file(str(tokenizer)).get_vocab()
+    first = {word: group[0] for group in synonyms() for word in group}
+    with torch.no_grad():
+        for name, weight in network.named().items():
+            value = values[original_name(name)].float()
+            if name != "embed_tokens":
+                weight.copy_(value.view_as(weight))
+                continue
+            for word, index in new.items():
+                known = old.get(word, old.get(first.get(word, word)))
+                if known is not None:
+                    noise = torch.randn(weight.shape[1]) if word not in old else 0.0
+                    weight[index] = value[known] + 0.1 * noise
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the model and the run")
     parser.add_argument("--steps", type=int, default=4600, help="of the transformer")
+    parser.add_argument("--further-steps", type=int, default=900, help="of it on what people write")
+    parser.add_argument(
+        "--start", type=Path, help="a trained model: its VAE and transformer are trained further"
+    )
     parser.add_argument("--vae-steps", type=int, default=4500)
     parser.add_argument(
         "--decoder-steps", type=int, default=2500, help="of the VAE's decoder alone"
@@ -289,19 +351,59 @@ def main() -> None:
     run.mkdir(parents=True, exist_ok=True)
 
     if not (arguments.out / "vae").exists():
-        vae = train_autoencoder(arguments.vae_steps, arguments.seed, threads=arguments.threads)
-        train_decoder(vae, arguments.decoder_steps, arguments.seed + 1, threads=arguments.threads)
-        save_autoencoder(vae, arguments.out / "vae")
+        if arguments.start is not None:
+            shutil.copytree(arguments.start / "vae", arguments.out / "vae")
+        else:
+            vae = train_autoencoder(arguments.vae_steps, arguments.seed, threads=arguments.threads)
+            train_decoder(
+                vae, arguments.decoder_steps, arguments.seed + 1, threads=arguments.threads
+            )
+            save_autoencoder(vae, arguments.out / "vae")
     pool = Pool(make_families(arguments.families, random.Random(arguments.seed)))
     latents = _encoded(pool, arguments.out / "vae", run / "latents.pt")
 
-    config = phi3_config(write_tokenizer(arguments.out / "tokenizer.json"))
+    start = arguments.start
+    if start is None:
+        start = run / "first"
+        start.mkdir(exist_ok=True)
+        _train(arguments, pool, latents, start, steps=arguments.steps)
+    _train(
+        arguments,
+        pool,
+        latents,
+        arguments.out,
+        steps=arguments.further_steps,
+        start=start,
+        words=words,
+        implied=FURTHER_IMPLIED,
+        rate=FURTHER_RATE,
+        others=FURTHER_OTHERS,
+    )
+
+
+def _train(
+    arguments: argparse.Namespace,
+    pool: Pool,
+    latents: Tensor,
+    folder: Path,
+    *,
+    steps: int,
+    start: Path | None = None,
+    words: _Words = lambda task, rng: task.words(rng),
+    implied: float = 0.0,
+    rate: float = 1.0,
+    others: int = CONDITIONS,
+) -> None:
+    """Trains the transformer of a model folder, or goes on with it."""
+    tokenizer = folder / "tokenizer.json"
+    config = phi3_config(write_tokenizer(tokenizer))
     network = make_network(config, arguments.seed)
-    processor = Processor.from_file(arguments.out / "tokenizer.json", network.config)
-    network.to(torch.bfloat16)
-    optimizer = Optimizer(network)
-    sampler = Sampler(pool, latents, processor, arguments.seed)
-    state_path, spent = run / "state.pt", 0.0
+    if start is not None:
+        start_from(network, start, tokenizer)
+    processor = Processor.from_file(tokenizer, network.config)
+    optimizer = Optimizer(network.to(arithmetic()))
+    sampler = Sampler(pool, latents, processor, arguments.seed, words, implied)
+    state_path, spent = arguments.out / "run" / f"{'first' if start is None else 'further'}.pt", 0.0
     if state_path.exists():
         state = torch.load(state_path, weights_only=True)
         optimizer.load(state["optimizer"])
@@ -313,14 +415,16 @@ def main() -> None:
         partial = state_path.with_suffix(".part")
         torch.save({"optimizer": optimizer.state(), "minutes": minutes_spent}, partial)
         partial.replace(state_path)
-        save_model(arguments.out, config, optimizer.averaged(network))
+        save_model(folder, config, optimizer.averaged(network))
 
     train_transformer(
         network,
         sampler,
         optimizer,
-        steps=arguments.steps,
+        steps=steps,
         threads=arguments.threads,
+        rate=rate,
+        others=others,
         spent=spent,
         save=save,
     )

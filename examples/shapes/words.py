@@ -8,6 +8,7 @@ from pathlib import Path
 
 from omnigen_fast.request import DEFAULT_NEGATIVE_PROMPT
 
+from .phrases import SHARE, free_words
 from .tasks import KINDS, random_task
 
 # The ids of the first three are those of OmniGen's tokenizer.
@@ -22,8 +23,10 @@ def vocabulary() -> list[str]:
     rng = random.Random(0)
     text = [_INSTRUCTION, _EXTRA, DEFAULT_NEGATIVE_PROMPT]
     text += [random_task(kind, rng).words(rng) for kind in KINDS for _ in range(500)]
+    text += [free_words(random_task(kind, rng), rng) for kind in SHARE for _ in range(4000)]
     joined = re.sub(r"<[^>]*>", " ", " ".join(text)).lower()
-    return sorted(set(re.findall(r"\w+|[^\w\s]", joined)))
+    # as the tokenizer splits; ")." is one piece
+    return sorted(set(re.findall(r"\w+|[^\w\s]+", joined)))
 
 
 def write_tokenizer(path: Path) -> int:
