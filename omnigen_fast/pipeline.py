@@ -23,7 +23,7 @@ from .equivalents import named_arguments, own_names
 from .errors import OmniGenError, OutOfMemoryError, RequestError, brief, first_line, printable
 from .fewer_steps import left_to_preset, with_preset
 from .loras import LoraMethods
-from .memory.device import parse_memory
+from .memory.device import capability_of, parse_memory
 from .memory.overview import Report
 from .memory.plan import MemoryPlan
 from .memory.planner import Decision
@@ -754,7 +754,7 @@ def check_dtype(dtype: str | torch.dtype, name: str = "dtype") -> torch.dtype:
 def check_compute(compute: str | None, device: torch.device) -> None:
     """Raises RequestError where a device has no products in fp8."""
     if device.type == "cuda":
-        check_capability(compute, torch.cuda.get_device_capability(device))
+        check_capability(compute, capability_of(device))
 
 
 def check_precision(
