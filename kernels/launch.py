@@ -365,7 +365,7 @@ AMD: dict[str, dict[str, Launch]] = {
         "attention_step_8bit/128/16": Launch(num_warps=4, block_m=64, block_n=16),
         "attention_prefill/64/16": Launch(num_warps=8, block_m=128, block_n=32),
         "attention_prefill/96/16": Launch(num_warps=8, block_m=128, block_n=32),
-        "attention_prefill/128/16": Launch(num_warps=8, block_m=128, block_n=32),
+        "attention_prefill/128/16": Launch(num_warps=4, block_m=64, block_n=16),
         "attention_step/64/32": Launch(num_warps=8, block_m=32, block_n=16),
         "attention_step/96/32": Launch(num_warps=8, block_m=32, block_n=16),
         "attention_step/128/32": Launch(num_warps=8, block_m=32, block_n=16),
