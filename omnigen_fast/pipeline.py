@@ -162,7 +162,8 @@ class OmniGenPipeline(LoraMethods, DiffusersMethods):
                 form of the file, which is that of `dtype` unless `omnigen-fast convert` has
                 quantised it.
             compute: what the products of the layers are computed in: "int8" or, on a GPU of compute
-                capability 8.9 or later, "fp8", for speed (see docs/precision.md). None for `dtype`.
+                capability 8.9 or later or AMD's gfx950 and gfx12, "fp8", for speed (see
+                docs/precision.md). None for `dtype`.
             cache: in which form the condition's keys and values are kept: "int8" or "fp8" take half
                 the memory (see docs/precision.md). None for `dtype`.
             vae_dtype: of the VAE, float32 or bfloat16, which takes half the memory and is less
