@@ -85,8 +85,9 @@ def test_a_device_finds_its_entry(install, caplog, architecture, entry):
     install("AMD card", architecture, (12, 0), 16 << 30)
     own = architecture.partition(":")[0]
     assert launch.capability_of(0) == own and capability_of(GPU) == own
-    assert launch.choose("attention_step", on_a_gpu(), 96) == (
-        launch.AMD[entry]["attention_step/96/16"]
+    assert (
+        launch.choose("attention_step", on_a_gpu(), 96)
+        == (launch.AMD[entry]["attention_step/96/16"])
     )
     assert launch.choose("rms_norm", on_a_gpu(32)) == launch.AMD[entry]["rms_norm"]
     with caplog.at_level(logging.WARNING, "omnigen_fast"):
