@@ -259,7 +259,7 @@ def _why_not(device: int | None) -> str | None:
         if entry != architecture:
             _log.warning("No launch configurations for %s: those of %s run.", architecture, entry)
     elif torch.version.cuda is None:
-        return "this build of PyTorch is neither for CUDA nor for ROCm"
+        return "this build of PyTorch is not for CUDA or ROCm"
     else:
         capability = torch.cuda.get_device_capability(device)
         if capability < _OLDEST:
