@@ -94,17 +94,17 @@ def _device() -> Iterator[Finding]:
     import torch
 
     if torch.cuda.is_available():
-        from ..kernels.launch import architecture_of, entry_of
-        from ..memory.device import profile_of
+        from ..memory.device import capability_of, launch_entry, profile_of
 
         for index in range(torch.cuda.device_count()):
             device = torch.device("cuda", index)
             name = torch.cuda.get_device_name(device)
             yield Finding(_OK, f"cuda:{index}: {name}, predictions by {profile_of(device).name}")
-            architecture = architecture_of(index)
-            if architecture is None:
+            architecture = capability_of(device)
+            if not architecture.startswith("gfx"):
                 continue
-            if entry_of(architecture) is None:
+            entry = launch_entry(architecture)
+            if entry is None:
                 yield Finding(
                     _NOTE,
                     f"cuda:{index}: there are no kernels for {architecture}; plain PyTorch runs",
@@ -113,8 +113,7 @@ def _device() -> Iterator[Finding]:
             else:
                 yield Finding(
                     _NOTE,
-                    f"cuda:{index}: the kernels are compiled for {entry_of(architecture)}, but "
-                    "not run on a card",
+                    f"cuda:{index}: the kernels are compiled for {entry}, but not run on a card",
                     "python -m bench.gpu_check compares their results with plain PyTorch's",
                 )
         return

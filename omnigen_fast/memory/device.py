@@ -212,12 +212,19 @@ def capability_of(device: torch.device) -> str:
     """Compute capability of a GPU, such as "8.9", or AMD's architecture, such as "gfx942"."""
     import torch
 
-    from ..kernels.launch import architecture_of
+    from ..kernels import launch
 
-    found = architecture_of(device.index)
+    found = launch.architecture_of(device.index)
     if found is None:
         found = "{}.{}".format(*torch.cuda.get_device_capability(device))
     return found
+
+
+def launch_entry(architecture: str) -> str | None:
+    """Whose launch configurations an AMD architecture takes; None where it has no kernels."""
+    from ..kernels import launch
+
+    return launch.entry_of(architecture)
 
 
 def profile_of(device: torch.device) -> Profile:
