@@ -1,12 +1,12 @@
 """The one door to the operations: callers import from here and never choose an implementation.
 
 `reference` says what each operation computes, `contract` what it demands of its arguments. Tensors
-on a CUDA device of capability 8.0 or later go to the Triton kernels, all others to the reference,
-or on a CPU to operations in C++ where a caller has asked for them (`cpu`);
-where a CUDA device can't have the kernels, one warning is logged and the reference runs. On meta
-tensors, which have no values, an operation only allocates what its kernel would. Called eagerly, an
-operation is a plain call. Under `torch.compile` it is a custom operator of the namespace
-`omnigen_fast`, so graphs do not break. Forward only: no operation has a derivative.
+on a CUDA device of capability 8.0 or later, or on a ROCm device with matrix units, go to the Triton
+kernels, all others to the reference, or on a CPU to operations in C++ where a caller has asked for
+them (`cpu`); where a GPU can't have the kernels, one warning is logged and the reference runs. On
+meta tensors, which have no values, an operation only allocates what its kernel would. Called
+eagerly, an operation is a plain call. Under `torch.compile` it is a custom operator of the
+namespace `omnigen_fast`, so graphs do not break. Forward only: no operation has a derivative.
 
 To add an operation, write its reference, its contract, a launcher of the same name in a kernel
 file, and a function here that is decorated with `_operation`.
@@ -28,7 +28,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from . import contract, cpu, reference
+from . import contract, cpu, launch, reference
 
 _log = logging.getLogger("omnigen_fast")
 
@@ -251,11 +251,19 @@ def _interpreted() -> bool:
 @lru_cache(maxsize=64)
 def _why_not(device: int | None) -> str | None:
     """What keeps the kernels from a CUDA device; None where they run."""
-    if torch.version.cuda is None:
-        return "this build of PyTorch is not for CUDA"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < _OLDEST:
-        return f"compute capability {capability[0]}.{capability[1]} is below 8.0"
+    architecture = launch.architecture_of(device)
+    if architecture is not None:
+        entry = launch.entry_of(architecture)
+        if entry is None:
+            return f"{architecture} is not gfx90a, gfx94x, gfx95x, gfx11 or gfx12"
+        if entry != architecture:
+            _log.warning("No launch configurations for %s: those of %s run.", architecture, entry)
+    elif torch.version.cuda is None:
+        return "this build of PyTorch is not for CUDA or ROCm"
+    else:
+        capability = torch.cuda.get_device_capability(device)
+        if capability < _OLDEST:
+            return f"compute capability {capability[0]}.{capability[1]} is below 8.0"
     try:
         _triton()
     except ImportError as error:

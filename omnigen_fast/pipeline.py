@@ -23,7 +23,7 @@ from .equivalents import named_arguments, own_names
 from .errors import OmniGenError, OutOfMemoryError, RequestError, brief, first_line, printable
 from .fewer_steps import left_to_preset, with_preset
 from .loras import LoraMethods
-from .memory.device import parse_memory
+from .memory.device import capability_of, parse_memory
 from .memory.overview import Report
 from .memory.plan import MemoryPlan
 from .memory.planner import Decision
@@ -162,7 +162,8 @@ class OmniGenPipeline(LoraMethods, DiffusersMethods):
                 form of the file, which is that of `dtype` unless `omnigen-fast convert` has
                 quantised it.
             compute: what the products of the layers are computed in: "int8" or, on a GPU of compute
-                capability 8.9 or later, "fp8", for speed (see docs/precision.md). None for `dtype`.
+                capability 8.9 or later or AMD's gfx950 and gfx12, "fp8", for speed (see
+                docs/precision.md). None for `dtype`.
             cache: in which form the condition's keys and values are kept: "int8" or "fp8" take half
                 the memory (see docs/precision.md). None for `dtype`.
             vae_dtype: of the VAE, float32 or bfloat16, which takes half the memory and is less
@@ -754,7 +755,7 @@ def check_dtype(dtype: str | torch.dtype, name: str = "dtype") -> torch.dtype:
 def check_compute(compute: str | None, device: torch.device) -> None:
     """Raises RequestError where a device has no products in fp8."""
     if device.type == "cuda":
-        check_capability(compute, torch.cuda.get_device_capability(device))
+        check_capability(compute, capability_of(device))
 
 
 def check_precision(

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 _BYTES = {"bfloat16": 2, "float32": 4}
 _OLDEST_FP8 = (8, 9)
+_FP8_ARCHITECTURES = ("gfx95", "gfx12")  # with the e4m3 of float8_e4m3fn
 AUTO = "auto"  # the planner chooses
 STORAGES = ("bfloat16", *FORMS)  # that a caller may name, from the one that changes weights least
 COMPUTES = ("bfloat16", *PRODUCTS)  # likewise
@@ -143,13 +144,27 @@ class Precision:
         return _dtype(CACHES.get(self.cache, self.cache))
 
 
-def check_capability(compute: str | None, capability: tuple[int, ...] | None) -> None:
-    """Raises RequestError if a GPU of this compute capability has no such products."""
-    if compute == "fp8" and capability is not None and capability < _OLDEST_FP8:
-        have = ".".join(map(str, capability))
+def check_capability(compute: str | None, capability: str | None) -> None:
+    """Raises RequestError if a GPU has no such products.
+
+    Args:
+        compute: what products are computed in.
+        capability: compute capability, such as "8.9", or AMD's architecture, such as "gfx942";
+            None where neither is known.
+    """
+    if compute != "fp8" or capability is None:
+        return
+    if capability.startswith("gfx"):
+        # gfx94x has another e4m3, with half the range; before it there is none
+        if not capability.startswith(_FP8_ARCHITECTURES):
+            raise RequestError(
+                f"compute=fp8 needs an AMD GPU of gfx950 or gfx12, this one is {capability}; "
+                "use compute=int8"
+            )
+    elif tuple(map(int, capability.split("."))) < _OLDEST_FP8:
         raise RequestError(
-            f"compute=fp8 needs a GPU of compute capability 8.9 or later, this one has {have}; "
-            "use compute=int8"
+            f"compute=fp8 needs a GPU of compute capability 8.9 or later, this one has "
+            f"{capability}; use compute=int8"
         )
 
 

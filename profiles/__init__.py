@@ -21,6 +21,7 @@ from typing import Any, TypeGuard
 from ..errors import ProfileError
 
 _FOLDER = Path(__file__).parent
+_GENERATION = re.compile(r"\d+\.\d|gfx\d+[0-9a-f]{2}")
 _CELL = re.compile(r"OOM|(?P<gigabytes>\d+)G, ?(?:(?P<minutes>\d+)m)?(?:(?P<seconds>\d+)s)?")
 
 
@@ -83,7 +84,7 @@ class Profile:
     peer_bytes_per_second: float
     peer_latency_seconds: float
     source: Mapping[str, str] = field(compare=False)  # of each figure
-    capability: str | None = None  # of CUDA, such as "8.0"
+    capability: str | None = None  # of CUDA, such as "8.0", or AMD's architecture: "gfx942"
     on_host: bool = False  # the device computes in the host's memory
     peer_link: str = "PCIe"  # what connects such devices: NVLink, PCIe
     device_names: tuple[str, ...] = ()  # what `torch.cuda.get_device_name` calls the device
@@ -117,8 +118,8 @@ _DEFAULTS: dict[str, tuple[str, Callable[[Mapping[str, Any]], float]]] = {
         lambda given: given["attained_product_flops_per_second"],
     ),
     "attained_attention_flops_per_second": (
-        "55 % of the peak, as on an H100",
-        lambda given: 0.55 * given["bf16_flops_per_second"],
+        "46 % of the peak, as on an H100",
+        lambda given: 0.46 * given["bf16_flops_per_second"],
     ),
     "attained_bandwidth_share": ("0.85, as on an H100", lambda given: 0.85),
     "fp32_flops_per_second": (
@@ -176,38 +177,56 @@ def load(name: str | Path) -> Profile:
 def nearest(capability: str, memory_bytes: float) -> Profile:
     """The bundled profile for a GPU that has none: of its generation, with about its memory.
 
-    Where none is of its generation, both count.
+    Where none is of its generation, both count. Only profiles of the same vendor are compared.
 
     Args:
-        capability: of CUDA, such as "8.9".
+        capability: of CUDA, such as "8.9", or AMD's architecture, such as "gfx1101".
         memory_bytes: of the GPU.
     """
-    every = [one for one in map(load, names()) if one.capability is not None]
+    number = _generation(capability)
+    every = [
+        one
+        for one in map(load, names())
+        if one.capability is not None and _is_amd(one.capability) == _is_amd(capability)
+    ]
 
     def distance(one: Profile) -> tuple[bool, float]:
+        assert one.capability is not None
         memory = abs(math.log(one.memory_bytes / memory_bytes))
-        generations = abs(float(one.capability or 0) - float(capability))
+        generations = abs(_generation(one.capability) - number)
         return one.capability != capability, memory + generations
 
     return min(every, key=distance)
+
+
+def _is_amd(capability: str) -> bool:
+    return capability.startswith("gfx")
+
+
+def _generation(capability: str) -> float:
+    """A number that is near for GPUs that are alike: 8.9, or 11.0 of "gfx1100"."""
+    if not _is_amd(capability):
+        return float(capability)
+    # the last two digits, which may be letters, are the minor version and the stepping
+    return int(capability[3:-2]) + int(capability[-2], 16) / 10
 
 
 def spread(profile: Profile) -> tuple[Profile, Profile] | None:
     """The same GPU at the rates that bound a prediction; None where no range is known.
 
     Returns:
-        At the limits of its data sheet, which no program exceeds; and with the H100's shares of
-        these limits, the lowest of those published for a bundled GPU, over half the link. Both
-        leave `fp32_flops_per_second` as it is.
+        At the limits of its data sheet, which no program exceeds; and over half the link, with the
+        shares of these limits that are published for `lowest`, or its own where they are lower.
+        Both leave `fp32_flops_per_second` as it is.
     """
     if profile.on_host:
         return None
-    peak, lowest = profile.bf16_flops_per_second, load("h100")
+    peak, least = profile.bf16_flops_per_second, lowest(profile)
     products, attention = (
-        rate / lowest.bf16_flops_per_second
+        rate / least.bf16_flops_per_second
         for rate in (
-            lowest.attained_product_flops_per_second,
-            lowest.attained_attention_flops_per_second,
+            least.attained_product_flops_per_second,
+            least.attained_attention_flops_per_second,
         )
     )
     fastest = replace(
@@ -227,6 +246,11 @@ def spread(profile: Profile) -> tuple[Profile, Profile] | None:
         link_bytes_per_second=profile.link_bytes_per_second / 2,
     )
     return fastest, slowest
+
+
+def lowest(profile: Profile) -> Profile:
+    """The GPU of the same vendor for which programs are known to attain little of its limits."""
+    return load("mi300x" if _is_amd(profile.capability or "") else "h100")
 
 
 @cache
@@ -286,8 +310,8 @@ def _profile(values: Any) -> Profile:
     for key in ("attained_product_flops_per_second", "attained_attention_flops_per_second"):
         _require(figures[key] <= peak, figures, key, f"at most the peak of {peak:g}")
     capability = values.get("capability")
-    good = capability is None or (_is_text(capability) and re.fullmatch(r"\d+\.\d", capability))
-    _require(good, values, "capability", 'null or a text like "8.0"')
+    good = capability is None or (_is_text(capability) and _GENERATION.fullmatch(capability))
+    _require(good, values, "capability", 'null or a text like "8.0" or "gfx942"')
     on_host = values.get("on_host", False)
     _require(isinstance(on_host, bool), values, "on_host", "true or false")
     link = values.get("peer_link", "PCIe")

@@ -164,6 +164,7 @@ ORDER = [
     "ray",
 ]
 USE_KERNELS = {
+    "memory.device",  # what AMD calls a GPU, and whether it has kernels
     "for_diffusers.enable",
     "call",
     "compilation",

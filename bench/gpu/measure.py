@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from omnigen_fast.graph import capture_cuda
+from omnigen_fast.memory.device import capability_of
 
 from ..common import ROOT
 from .run import Run, first_line
@@ -28,6 +29,9 @@ _DATASHEET = {
     "A100": 312e12,
     "RTX 4090": 165e12,
     "RTX 3090": 71e12,
+    "MI300X": 1307e12,
+    "RX 7900 XTX": 122.8e12,
+    "RX 9070 XT": 195e12,
 }
 
 
@@ -156,12 +160,13 @@ def environment(run: Run, found: dict[str, Any]) -> None:
         },
         commit=_said("git", "rev-parse", "HEAD"),
         cuda=torch.version.cuda,
+        hip=torch.version.hip,
     )
     if run.on_gpu:
         properties = torch.cuda.get_device_properties(device)
         found.update(
             device=properties.name,
-            capability=f"{properties.major}.{properties.minor}",
+            capability=capability_of(device),
             multiprocessors=properties.multi_processor_count,
             memory_gb=properties.total_memory / 1e9,
             free_gb=torch.cuda.mem_get_info(device)[0] / 1e9,

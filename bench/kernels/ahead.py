@@ -81,7 +81,7 @@ class Case:
     kernel: str
     head_dim: int  # 0 where the kernel has none
     dtype: str
-    capability: int
+    capability: int | str  # or AMD's architecture
     tensor_maps: bool = False
     form: str = ""  # of values in 8 bits: int8 or fp8
 
@@ -90,7 +90,8 @@ class Case:
         head = f"-d{self.head_dim}" if self.head_dim else ""
         maps = "-maps" if self.tensor_maps else ""
         form = f"-{self.form}" if self.form else ""
-        return f"{self.kernel}{head}{maps}{form}-{self.dtype}-sm_{self.capability}"
+        target = self.capability if isinstance(self.capability, str) else f"sm_{self.capability}"
+        return f"{self.kernel}{head}{maps}{form}-{self.dtype}-{target}"
 
     @property
     def is_attention(self) -> bool:
@@ -150,24 +151,30 @@ def cases() -> Iterator[Case]:
     """
     for head_dim in (64, 96, 128):
         yield Case("attention_step", head_dim, "bf16", 90, tensor_maps=True)
-    for capability, kernels in launch.TABLE.items():
-        for key in kernels:
-            kernel, _, rest = key.partition("/")
-            if rest:
-                head_dim, bits = rest.split("/")
-                dtype = {"16": "bf16", "32": "fp32"}[bits]
-                for form in CACHES if kernel == "attention_step_8bit" else ("",):
-                    yield Case(kernel, int(head_dim), dtype, capability, form=form)
-            elif kernel == "quantise_cache_":
-                for form in CACHES:
-                    yield Case(kernel, HEAD_DIM, "bf16", capability, form=form)
-            elif kernel in _QUANTISED:
-                yield Case(kernel, 0, "bf16", capability, form="int8")
-                if capability >= _OLDEST_FP8:
-                    yield Case(kernel, 0, "bf16", capability, form="fp8")
-            else:
-                for dtype in _DTYPES:
-                    yield Case(kernel, 0, dtype, capability)
+    for capability in launch.TABLE:
+        yield from cases_of(capability, has_fp8=capability >= _OLDEST_FP8)
+
+
+def cases_of(generation: int | str, has_fp8: bool) -> Iterator[Case]:
+    """Every entry of a generation, products in fp8 only where it has them."""
+    table: dict = launch.AMD if isinstance(generation, str) else launch.TABLE
+    for key in table[generation]:
+        kernel, _, rest = key.partition("/")
+        if rest:
+            head_dim, bits = rest.split("/")
+            dtype = {"16": "bf16", "32": "fp32"}[bits]
+            for form in CACHES if kernel == "attention_step_8bit" else ("",):
+                yield Case(kernel, int(head_dim), dtype, generation, form=form)
+        elif kernel == "quantise_cache_":
+            for form in CACHES:
+                yield Case(kernel, HEAD_DIM, "bf16", generation, form=form)
+        elif kernel in _QUANTISED:
+            yield Case(kernel, 0, "bf16", generation, form="int8")
+            if has_fp8:
+                yield Case(kernel, 0, "bf16", generation, form="fp8")
+        else:
+            for dtype in _DTYPES:
+                yield Case(kernel, 0, dtype, generation)
 
 
 def _zeros(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -279,12 +286,38 @@ def _record(case: Case):
     return kernel, recorder.args, recorder.kwargs
 
 
-def compile_case(case: Case) -> Compiled:
-    """Compiles one case for its generation."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+@dataclass(frozen=True)
+class Source:
+    """What Triton compiles of a case.
 
+    Attributes:
+        signature: the type of each parameter.
+        constants: values of those that are compiled in.
+        attributes: what is known of the others, by place.
+        options: warps and stages.
+        sizes: the constants by name.
+    """
+
+    kernel: Any
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    attributes: dict[tuple[int, ...], list[list[Any]]]
+    options: dict[str, int]
+    sizes: dict[str, Any]
+
+    @property
+    def config(self) -> str:
+        """Tile, warps and stages in words."""
+        blocks = [
+            f"{name.lower()}={self.sizes[name]}"
+            for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK")
+            if name in self.sizes
+        ]
+        return " ".join([*blocks, *(f"{name}={value}" for name, value in self.options.items())])
+
+
+def source_of(case: Case) -> Source:
+    """A case as its launcher passes it, specialised as a launch does."""
     kernel, args, kwargs = _record(case)
     options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
     signature, constants, attributes = {}, dict(kwargs), {}
@@ -310,15 +343,25 @@ def compile_case(case: Case) -> Compiled:
             attributes[(place,)] = [["tt.divisibility", 16]]
     signature |= dict.fromkeys(constants, "constexpr")
     signature = {parameter.name: signature[parameter.name] for parameter in kernel.params}
+    return Source(kernel, signature, constants, attributes, options, kwargs)
+
+
+def compile_case(case: Case) -> Compiled:
+    """Compiles one case for its generation."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    source = source_of(case)
     compiled = triton.compile(
-        ASTSource(kernel, signature, constants, attributes),
+        ASTSource(source.kernel, source.signature, source.constants, source.attributes),
         target=GPUTarget("cuda", case.capability, 32),
-        options=options,
+        options=source.options,
     )
-    return _read(compiled, case, options, kwargs)
+    return _read(compiled, case, source)
 
 
-def _read(compiled, case: Case, options: dict, constants: dict) -> Compiled:
+def _read(compiled, case: Case, source: Source) -> Compiled:
     import triton.backends.nvidia
 
     tools = Path(triton.backends.nvidia.__file__).parent / "bin"
@@ -340,12 +383,8 @@ def _read(compiled, case: Case, options: dict, constants: dict) -> Compiled:
     def count(pattern: str) -> int:
         return len(re.findall(pattern, code))
 
-    blocks = [
-        f"{name.lower()}={constants[name]}"
-        for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK")
-        if name in constants
-    ]
     warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
+    assert isinstance(case.capability, int)
     limits = LIMITS[case.capability]
     columns = getattr(compiled.metadata, "tmem_size", None) or 0
     ctas = _ctas(limits, registers, warps, shared, columns)
@@ -368,10 +407,10 @@ def _read(compiled, case: Case, options: dict, constants: dict) -> Compiled:
         narrow_loads=count(r"\bLDG\.E[.\w]*\.[US](?:8|16)\b"),
         async_copies=count(r"\bLDGSTS\b|\bUTMALDG\b"),
         map_copies=count(r"\bUTMALDG\b"),
-        config=" ".join([*blocks, *(f"{name}={value}" for name, value in options.items())]),
-        block_m=constants.get("BLOCK_M", 0),
-        block_n=constants.get("BLOCK_N", 0),
-        block_k=constants.get("BLOCK_K", 0),
+        config=source.config,
+        block_m=source.sizes.get("BLOCK_M", 0),
+        block_n=source.sizes.get("BLOCK_N", 0),
+        block_k=source.sizes.get("BLOCK_K", 0),
         turn=pipes.main_turn(code) if case.is_bounded else None,
     )
 

@@ -12,8 +12,9 @@ compiles for this GPU must also pass its limits there.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
 from itertools import product
 from pathlib import Path
@@ -26,24 +27,26 @@ from omnigen_fast.kernels.launch import Launch
 
 HEAD_DIMS = (64, 96, 128)
 _BEGIN, _END = "# table: begin\n", "# table: end\n"
+_AMD_BEGIN, _AMD_END = "# amd: begin\n", "# amd: end\n"
 
 
-def candidates(kernel: str, capability: int) -> Iterator[Launch]:
-    """Configurations worth a try on a generation."""
+def candidates(kernel: str, capability: int | str) -> Iterator[Launch]:
+    """Configurations worth a try on a generation, or on AMD's architecture."""
+    amd = isinstance(capability, str)
     if kernel.startswith("attention"):
         for block_m, block_n, num_warps, num_stages in product(
-            (64, 128, 256), (32, 64, 128), (4, 8), (2, 3, 4)
+            (64, 128, 256), (32, 64, 128), (4, 8), (1, 2) if amd else (2, 3, 4)
         ):
             if 16 <= block_m // num_warps <= 32:  # rows of the accumulator that a warp holds
                 yield Launch(num_warps, num_stages, block_m, block_n)
-                if kernel == "attention_step" and capability >= 90:
+                if kernel == "attention_step" and not amd and capability >= 90:
                     yield Launch(num_warps, num_stages, block_m, block_n, tensor_maps=True)
     elif kernel == "guidance_step_":
         for num_warps, block in product((1, 2, 4), (32, 64, 128)):
             yield Launch(num_warps, block=block)
     elif kernel == "scaled_mm_":
         for block_m, block_n, block_k, num_warps, num_stages in product(
-            (64, 128, 256), (64, 128, 256), (64, 128), (4, 8), (3, 4)
+            (64, 128, 256), (64, 128, 256), (64, 128), (4, 8), (1, 2) if amd else (3, 4)
         ):
             if block_m * block_n // num_warps <= 128 * 32:  # sums that a thread holds
                 yield Launch(num_warps, num_stages, block_m, block_n, block_k)
@@ -105,15 +108,34 @@ def written(chosen: Launch) -> str:
 
 def rewritten(text: str, table: dict[int, dict[str, Launch]]) -> str:
     """The text of `launch.py` with another table."""
-    before, _, rest = text.partition(_BEGIN)
-    _, _, after = rest.partition(_END)
-    lines = ["TABLE: dict[int, dict[str, Launch]] = {"]
-    for capability, entries in table.items():
-        lines.append(f"    {capability}: {{")
+    return _between(text, _BEGIN, _END, "TABLE: dict[int, dict[str, Launch]]", table)
+
+
+def rewritten_amd(text: str, table: dict[str, dict[str, Launch]]) -> str:
+    """The text of `launch.py` with another table of AMD's GPUs."""
+    return _between(text, _AMD_BEGIN, _AMD_END, "AMD: dict[str, dict[str, Launch]]", table)
+
+
+def _between(text: str, begin: str, end: str, name: str, table: Mapping) -> str:
+    before, _, rest = text.partition(begin)
+    _, _, after = rest.partition(end)
+    lines = [f"{name} = {{"]
+    for generation, entries in table.items():
+        lines.append(f"    {json.dumps(generation)}: {{")
         lines += [f'        "{key}": {written(chosen)},' for key, chosen in entries.items()]
         lines.append("    },")
     lines.append("}\n")
-    return before + _BEGIN + "\n".join(lines) + _END + after
+    return before + begin + "\n".join(lines) + end + after
+
+
+def _generation() -> int | str | None:
+    """That of the current GPU; None where there is none that has kernels."""
+    if not torch.cuda.is_available():
+        return None
+    found = launch.capability_of(torch.cuda.current_device())
+    if isinstance(found, str):
+        return found if launch.entry_of(found) else None
+    return found if found >= min(launch.TABLE) else None
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -122,14 +144,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--head-dim", type=int, choices=HEAD_DIMS, help="this one only")
     parser.add_argument("--dry-run", action="store_true", help="print, do not write")
     options = parser.parse_args(arguments)
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
-        print("tune.py needs an NVIDIA GPU of compute capability 8.0 or later", file=sys.stderr)
+    capability = _generation()
+    if capability is None:
+        print(
+            "tune.py needs an AMD GPU of gfx90a, gfx94x, gfx95x, gfx11 or gfx12, or needs an "
+            "NVIDIA GPU of compute capability 8.0 or later",
+            file=sys.stderr,
+        )
         return 2
     device = torch.device("cuda", torch.cuda.current_device())
-    capability = launch.capability_of(device.index)
-    known = max(one for one in launch.TABLE if one <= max(capability, min(launch.TABLE)))
-    entries = dict(launch.TABLE.get(capability, launch.TABLE[known]))
-    print(f"{torch.cuda.get_device_name(device)}, compute capability {capability / 10}")
+    if isinstance(capability, str):
+        entries = dict(launch.AMD[launch.entry_of(capability)])
+    else:
+        known = max(one for one in launch.TABLE if one <= max(capability, min(launch.TABLE)))
+        entries = dict(launch.TABLE.get(capability, launch.TABLE[known]))
+    print(f"{torch.cuda.get_device_name(device)}, {capability}")
     for key, now in list(entries.items()):
         kernel, _, rest = key.partition("/")
         head_dim, bits = map(int, rest.split("/")) if rest else (0, 16)
@@ -138,13 +167,17 @@ def main(arguments: list[str] | None = None) -> int:
         if options.head_dim in (None, head_dim):
             entries[key] = tune(kernel, head_dim, now, device)
             torch.cuda.empty_cache()
-    table = dict(sorted((launch.TABLE | {capability: entries}).items()))
     if options.dry_run:
         for key, chosen in entries.items():
             print(f"{key}: {written(chosen)}")
     else:
         path = Path(launch.__file__)
-        path.write_text(rewritten(path.read_text(), table))
+        if isinstance(capability, str):
+            text = rewritten_amd(path.read_text(), launch.AMD | {capability: entries})
+        else:
+            table = dict(sorted((launch.TABLE | {capability: entries}).items()))
+            text = rewritten(path.read_text(), table)
+        path.write_text(text)
         print(f"wrote {path}")
     return 0
 

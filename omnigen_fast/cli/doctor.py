@@ -22,7 +22,7 @@ _EXTRAS = {  # package that tells whether an extra is installed: what for
     "fastapi": ("serve", "the server (omnigen-fast serve)"),
     "gguf": ("gguf", "GGUF files (omnigen-fast convert)"),
 }
-_DRIVER = "/proc/driver/nvidia/version"
+_DRIVER, _AMD_DRIVER = "/proc/driver/nvidia/version", "/dev/kfd"
 _OK, _NOTE, _PROBLEM = "ok", "note", "problem"
 
 
@@ -94,12 +94,28 @@ def _device() -> Iterator[Finding]:
     import torch
 
     if torch.cuda.is_available():
-        from ..memory.device import profile_of
+        from ..memory.device import capability_of, launch_entry, profile_of
 
         for index in range(torch.cuda.device_count()):
             device = torch.device("cuda", index)
             name = torch.cuda.get_device_name(device)
             yield Finding(_OK, f"cuda:{index}: {name}, predictions by {profile_of(device).name}")
+            architecture = capability_of(device)
+            if not architecture.startswith("gfx"):
+                continue
+            entry = launch_entry(architecture)
+            if entry is None:
+                yield Finding(
+                    _NOTE,
+                    f"cuda:{index}: there are no kernels for {architecture}; plain PyTorch runs",
+                    "gfx90a, gfx94x, gfx95x, gfx11 and gfx12 have kernels",
+                )
+            else:
+                yield Finding(
+                    _NOTE,
+                    f"cuda:{index}: the kernels are compiled for {entry}, but not run on a card",
+                    "python -m bench.gpu_check compares their results with plain PyTorch's",
+                )
         return
     if os.path.exists(_DRIVER) or shutil.which("nvidia-smi"):
         built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
@@ -108,6 +124,14 @@ def _device() -> Iterator[Finding]:
             f"an NVIDIA driver is here, but torch {torch.__version__}, built {built}, sees no GPU",
             "install the build of PyTorch for the driver's CUDA version; in a container, give it "
             "the GPU",
+        )
+    elif os.path.exists(_AMD_DRIVER):
+        built = f"for ROCm {torch.version.hip}" if torch.version.hip else "without ROCm"
+        yield Finding(
+            _PROBLEM,
+            f"an AMD driver is here, but torch {torch.__version__}, built {built}, sees no GPU",
+            "install the build of PyTorch for the driver's ROCm version; in a container, give it "
+            "/dev/kfd and /dev/dri",
         )
     elif torch.backends.mps.is_available():
         yield Finding(_OK, "Apple's GPU; the kernels are PyTorch's own")

@@ -20,6 +20,7 @@ def env() -> None:
         click.echo(line)
     import torch  # after the versions, which are there even if this fails
 
+    from ..memory.device import capability_of
     from ..pipeline import check_device
 
     if torch.cuda.is_available():
@@ -27,7 +28,7 @@ def env() -> None:
             props = torch.cuda.get_device_properties(index)
             click.echo(
                 f"cuda:{index}        {props.name}, {props.total_memory / 1e9:.1f} GB, "
-                f"capability {props.major}.{props.minor}"
+                f"capability {capability_of(torch.device('cuda', index))}"
             )
     else:
         click.echo(f"cpu           {os.cpu_count()} cores, {torch.get_num_threads()} threads")

@@ -190,8 +190,7 @@ def plan(
         else:
             profile = host_profile() if device == "cpu" else load(device)
             budget = less_margin(profile.memory_bytes) if budget is None else budget
-        if profile.capability is not None:
-            check_capability(compute, tuple(map(int, profile.capability.split("."))))
+        check_capability(compute, profile.capability)
         stored = None if weights in (STORAGES[0], AUTO) else weights
         precision = Precision.of(dtype, stored, compute, cache)
         vae = VaeShape(value_bytes=4 if vae_dtype == "float32" else 2)

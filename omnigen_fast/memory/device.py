@@ -208,6 +208,25 @@ def host_profile(root: Path = Path("/")) -> Profile:
     return replace(found, name=f"{name} (rates of {found.name})")
 
 
+def capability_of(device: torch.device) -> str:
+    """Compute capability of a GPU, such as "8.9", or AMD's architecture, such as "gfx942"."""
+    import torch
+
+    from ..kernels import launch
+
+    found = launch.architecture_of(device.index)
+    if found is None:
+        found = "{}.{}".format(*torch.cuda.get_device_capability(device))
+    return found
+
+
+def launch_entry(architecture: str) -> str | None:
+    """Whose launch configurations an AMD architecture takes; None where it has no kernels."""
+    from ..kernels import launch
+
+    return launch.entry_of(architecture)
+
+
 def profile_of(device: torch.device) -> Profile:
     """The profile that ships for a device, or the nearest one, with the device's own memory."""
     if device.type != "cuda":
@@ -218,7 +237,7 @@ def profile_of(device: torch.device) -> Profile:
     found = by_device_name(properties.name)
     if found is None:
         # Choices depend more on how rates compare with the link's than on the rates themselves.
-        capability = f"{properties.major}.{properties.minor}"
+        capability = capability_of(device)
         found = nearest(capability, properties.total_memory)
         found = replace(
             found,

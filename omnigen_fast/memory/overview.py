@@ -11,7 +11,7 @@ from ..errors import MemoryBudgetError
 from ..forms import FORMS
 from ..parameters import parameter_shapes
 from ..precision import Precision
-from ..profiles import DocumentedCell, Profile, spread
+from ..profiles import DocumentedCell, Profile, lowest, spread
 from .autoencoder import VaeShape, weight_bytes
 from .cost import Cost, Estimate
 from .device import less_margin
@@ -211,8 +211,9 @@ def _plans(profile: Profile, decision: Decision) -> Iterator[str]:
         yield "host: GB of the host's memory, without the process itself"
     yield "s: seconds at the rates that programs attain on the device (its profile has the sources)"
     if bounding:
-        yield "from, to: at the limits of its data sheet; at the H100's shares of them, the lowest"
-        yield "that are published, and over half the link. Nothing here is measured"
+        least = lowest(profile).name.removeprefix("NVIDIA ")
+        yield "from, to: at the limits of its data sheet; at the shares of them that the"
+        yield f"{least} attains, or its own if lower, over half the link. Nothing here is measured"
     else:
         yield "no range is known: the rates are stand-ins, and other processors differ by far"
     released, converted = (_on_disk(estimate, dtype) / 1e9 for dtype in ("float32", "bfloat16"))

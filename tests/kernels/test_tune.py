@@ -28,6 +28,7 @@ def tune(monkeypatch):
 def test_the_table_stands_as_the_tuner_writes_it(tune):
     text = Path(launch.__file__).read_text()
     assert tune.rewritten(text, launch.TABLE) == text
+    assert tune.rewritten_amd(text, launch.AMD) == text
 
 
 def test_a_new_table_is_read_back(tune):
@@ -53,7 +54,22 @@ def test_a_new_table_is_read_back(tune):
     assert module.lookup("attention_step", 90, 96).block_n == 256
 
 
+def test_a_new_table_of_amd_is_read_back(tune):
+    changed = launch.Launch(num_warps=16, block_m=32, block_n=256)
+    entries = {**launch.AMD["gfx1100"], "attention_step/96/16": changed}
+    text = tune.rewritten_amd(Path(launch.__file__).read_text(), launch.AMD | {"gfx1151": entries})
+    assert text.count(tune.written(changed)) == 1
+    before, _, after = text.partition('    "gfx1151": {\n')
+    assert before.rstrip().endswith("},") and after.startswith('        "rms_norm": ')
+    assert tune.rewritten_amd(text, launch.AMD) == Path(launch.__file__).read_text()
+
+
 def test_every_kernel_has_candidates(tune):
+    for key, now in launch.AMD["gfx942"].items():
+        tried = list(tune.candidates(key.partition("/")[0], "gfx942"))
+        assert len(tried) == len(set(tried)) > 3 and not any(one.tensor_maps for one in tried)
+        if not key.endswith("/32"):
+            assert now in tried, key
     for key in launch.TABLE[90]:
         kernel = key.partition("/")[0]
         tried = list(tune.candidates(kernel, 90))
@@ -158,3 +174,4 @@ def test_without_a_gpu_it_says_so():
     )
     assert done.returncode == 2
     assert done.stderr.strip().endswith("needs an NVIDIA GPU of compute capability 8.0 or later")
+    assert "an AMD GPU of gfx90a" in done.stderr
