@@ -20,7 +20,7 @@ from omnigen_fast import OmniGenPipeline
 from omnigen_fast.cli.main import main
 from omnigen_fast.page import demo
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.early
 
 FOLDER = Path(__file__).parents[1] / "examples"
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py"))

@@ -18,7 +18,7 @@ from bench import gpu_check
 from bench.gpu import exact, pictures, run
 from omnigen_fast.graph import StepGraphs
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.early
 
 ROOT = Path(__file__).parents[1]
 

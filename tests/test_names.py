@@ -25,7 +25,7 @@ from omnigen_fast import OmniGenError, OmniGenPipeline, RequestError
 from omnigen_fast.equivalents import ARGUMENTS, ATTRIBUTES
 from omnigen_fast.errors import ArgumentError, AttributeNameError
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.early
 
 
 class TestNames:

@@ -20,7 +20,7 @@ import pytest
 
 import omnigen_fast
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.early
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("omnigen_fast", "bench", "kernels", "profiles")

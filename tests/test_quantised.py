@@ -34,7 +34,7 @@ from omnigen_fast.weights import checkpoint, lora
 from omnigen_fast.weights.checkpoint import Checkpoint, is_quantised
 from omnigen_fast.weights.files import FORM_FIELD
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.early
 
 FORM = pytest.mark.parametrize("form", FORMS)
 REQUEST = {

@@ -20,7 +20,7 @@ from omnigen_fast.memory.cost import Estimate
 from omnigen_fast.memory.plan import MemoryPlan, typical_workload
 from omnigen_fast.precision import Precision
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.early
 
 REQUEST = {
     "prompt": "A cat on a mat.",

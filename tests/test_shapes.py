@@ -32,7 +32,7 @@ from omnigen_fast.processor import Processor
 from omnigen_fast.request import DEFAULT_NEGATIVE_PROMPT
 from omnigen_fast.weights.files import resolve
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.early
 
 SHIPPED = Path(__file__).parents[1] / "omnigen_fast" / "models" / "shapes"
 LIMIT_BYTES = 20 << 20

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.early
 
 ROOT = Path(__file__).parents[1]
 # Each module may import those before it.

@@ -20,7 +20,7 @@ from bench.peers import original
 from bench.peers.diffusers import DiffusersTransformer
 from omnigen_fast.errors import RequestError
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.early
 
 TINY = ["--model", "random:tiny", "--device", "cpu", "--steps", "3", "--repeat", "1"]
 

@@ -29,7 +29,7 @@ from omnigen_fast import OmniGenPipeline
 from omnigen_fast.batch.results import Entry, Results
 from omnigen_fast.errors import OmniGenError
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("folder")]
+pytestmark = [pytest.mark.early, pytest.mark.usefixtures("folder")]
 
 
 PROGRAM = """

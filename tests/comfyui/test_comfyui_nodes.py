@@ -15,7 +15,7 @@ from omnigen_fast import OmniGenPipeline
 from omnigen_fast.errors import CheckpointError, OmniGenError, RequestError
 from omnigen_fast.request import DEFAULT_NEGATIVE_PROMPT
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.early
 
 LOAD, LORA, GENERATE, PLAN, EXAMPLE = (
     f"OmniGenFast{name}" for name in ("LoadModel", "Lora", "Generate", "Plan", "ExampleImage")

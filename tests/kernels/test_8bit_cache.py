@@ -12,7 +12,7 @@ from numerics import DEVICE, DTYPES, assert_earned, double, inside, name, poison
 from omnigen_fast.kernels import attention_8bit, contract, launch, quantise, reference
 from test_attention import GROUPS, PARTS, SMALL, STEPS, some_rows, split, step_arguments, tiles
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.early
 
 FORMS = {torch.int8: torch.int8, torch.uint8: torch.float8_e4m3fn}
 forms = pytest.mark.parametrize("form", FORMS, ids={torch.int8: "int8", torch.uint8: "fp8"}.get)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numerics import DEVICE, DTYPES, assert_earned, double, inside, integers, name, poisoned, random
 from omnigen_fast.kernels import attention, launch, reference
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.early
 
 # Small blocks, so that short groups take several, whole and cut ones.
 SMALL = launch.Launch(num_warps=4, block_m=32, block_n=16)

@@ -12,7 +12,7 @@ from omnigen_fast.kernels import launch, ops
 
 from omnigen_fast.sequence import lay_out_all
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.early
 
 TRITON_CASES = ["mixed_batch", "one_image_lora"]  # the first has a prompt without images, too
 

@@ -18,7 +18,7 @@ from omnigen_fast.kernels import (
 )
 from test_rows import ROWS
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.early
 
 FORMS = (torch.int8, torch.float8_e4m3fn)
 forms = pytest.mark.parametrize("form", FORMS, ids=name)

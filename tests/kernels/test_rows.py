@@ -31,7 +31,7 @@ from omnigen_fast.kernels import (
 from omnigen_fast.forms import FORMS
 from omnigen_fast.quantised import quantised
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.early
 
 # a row is a program: in the interpreter each takes a millisecond
 ROWS = (0, 1, 63, 64, 65, 4097 if DEVICE == "cuda" else 257)

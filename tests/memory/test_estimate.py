@@ -20,7 +20,7 @@ from omnigen_fast.precision import Precision
 from omnigen_fast.schedule import ALL_BRANCHES, StepKind, StepSchedule
 from omnigen_fast.solvers import SOLVERS
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.early
 
 A800, RTX3090 = profiles.load("a800"), profiles.load("rtx3090")
 PLAIN = MemoryPlan.plain(layers=32)

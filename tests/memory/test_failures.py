@@ -19,7 +19,7 @@ from omnigen_fast.errors import OmniGenError
 from omnigen_fast.memory.plan import MemoryPlan
 from omnigen_fast.weights.checkpoint import Checkpoint
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.early
 
 REQUEST = {
     **golden_request("one_image"),

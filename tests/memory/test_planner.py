@@ -26,7 +26,7 @@ from omnigen_fast.memory.plan import MemoryPlan, Switches, typical_workload
 from omnigen_fast.precision import Precision
 from omnigen_fast.schedule import StepSchedule
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.early
 
 CONFIG, VAE, BFLOAT16 = released_sizes(), VaeShape(), Precision.of("bfloat16")
 A800, RTX3090 = profiles.load("a800"), profiles.load("rtx3090")

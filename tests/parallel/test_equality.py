@@ -10,7 +10,7 @@ from golden_cases import golden_result, relative_error
 from parallel_cases import CALLS, EDIT, LOADED, golden_calls, latents_and_image, load
 from ranks import run_ranks
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.early
 
 LAYOUTS = {
     2: ({"branches": 2}, {"rows": 2}),

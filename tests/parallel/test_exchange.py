@@ -19,7 +19,7 @@ from omnigen_fast.errors import RequestError
 from omnigen_fast.graph import StepGraphs
 from omnigen_fast.parallel.group import Group
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.early
 
 LAYOUTS = {"rows": 4}, {"branches": 2, "rows": 2}
 LAYERS, KV_WIDTH, CHANNELS, BYTES = 3, 192, 16, 4  # of the golden checkpoint in float32

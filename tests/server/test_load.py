@@ -6,7 +6,7 @@ import pytest
 
 from bench.serve_soak import soak
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.early
 
 
 def test_a_short_soak(load_pipe):

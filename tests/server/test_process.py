@@ -21,7 +21,7 @@ from omnigen_fast.cli.main import main
 from .conftest import WAIT, Live
 from .test_api import IMAGE, TEXT, form
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.early
 
 PROMPT = "A cat on a mat."
 FILE_BYTES = 2 << 20  # that a file may have in a server on a small disk

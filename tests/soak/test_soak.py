@@ -12,7 +12,7 @@ from soak.mixed import Mixed
 from soak.repeated import repeat
 from soak.watch import COUNTS, MOST_BYTES_PER_REQUEST, growth
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.early
 
 REQUESTS = 40
 
