@@ -4,13 +4,14 @@
 
     @pytest.mark.slow                              # the whole test
     pytest.param(..., marks=pytest.mark.slow)      # a parametrisation
-    @pytest.mark.slow_except("64-int8", "96-fp8")  # all parametrisations but those of these ids
+    @pytest.mark.slow_except("64-int8", "96-*")    # all parametrisations but those of such ids
 
 What is left has to check every kind of thing that the slow ones check, in a case of it.
 """
 
 from __future__ import annotations
 
+import fnmatch
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -24,23 +25,24 @@ TOTAL = 450.0
 
 
 def mark_slow(items: Sequence[pytest.Item]) -> None:
-    """Marks as slow each test with `slow_except` whose id that does not name."""
-    found: dict[str, set[str]] = defaultdict(set)
-    named: dict[str, set[str]] = {}
+    """Marks as slow what has `slow_except` and an id that none of its patterns fits."""
+    found: dict[str, list[str]] = defaultdict(list)
+    patterns: dict[str, tuple[str, ...]] = {}
     for item in items:
         mark = item.get_closest_marker("slow_except")
         if mark is not None:
-            case = getattr(item, "callspec", None)
-            place, own = item.nodeid.partition("[")[0], case.id if case else ""
-            named[place] = set(mark.args)
-            found[place].add(own)
-            if own not in mark.args:
+            place, _, rest = item.nodeid.partition("[")
+            patterns[place] = mark.args
+            found[place].append(rest.removesuffix("]"))
+            if not any(fnmatch.fnmatchcase(found[place][-1], one) for one in mark.args):
                 item.add_marker("slow")
-    for place, ids in named.items():
-        # with fewer, some may have been picked by their ids
-        if len(found[place]) > len(ids) and not ids <= found[place]:
-            missing = ", ".join(sorted(ids - found[place]))
-            raise pytest.UsageError(f"{place}: slow_except names what is not there: {missing}")
+    for place, names in patterns.items():
+        if len(found[place]) > len(names):  # else some may have been picked by their ids
+            missing = [one for one in names if not fnmatch.filter(found[place], one)]
+            if missing:
+                raise pytest.UsageError(
+                    f"{place}: slow_except names what is not there: {', '.join(missing)}"
+                )
 
 
 def _spent() -> float:

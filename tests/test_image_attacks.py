@@ -66,6 +66,7 @@ READER = """
 """
 
 
+@pytest.mark.slow_except("exif_of_one_block", "sliver", "tiff_of_huge_tags")
 @pytest.mark.parametrize(
     ("make", "verdict"),
     [

@@ -243,6 +243,7 @@ def test_layer_gradients(last):
     )
 
 
+@pytest.mark.slow
 def test_training_runs_and_its_model_loads(tmp_path):
     """Two steps of everything; the loss is that of an untrained network, and falls."""
     vae = autoencoder.train_autoencoder(steps=2, batch=4)
@@ -292,6 +293,7 @@ def test_pool_of_too_few_families():
             pool.task(kind, random.Random(0))
 
 
+@pytest.mark.slow
 def test_training_learns(tmp_path):
     """One prompt's velocity, from the same noise: some updates bring the loss down."""
     pool = Pool(make_families(4, random.Random(0)))
@@ -339,6 +341,7 @@ def test_shapes_is_found_from_anywhere(tmp_path, monkeypatch):
     assert resolve("./shapes") == "./shapes"
 
 
+@pytest.mark.slow_except("text-text to image")
 @needs_model
 @pytest.mark.parametrize(
     "kind, group",
@@ -378,6 +381,7 @@ def test_presets_leave_out_work(pipe):
     assert counted["exact"] > 3 * counted["fast"]
 
 
+@pytest.mark.slow
 @needs_model
 def test_25_steps_are_nearer_than_50_of_euler():
     """With one evaluation of the model in each."""

@@ -70,6 +70,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 
 class TestInterrupted:
+    @pytest.mark.slow_except("terminate")
     @pytest.mark.parametrize(
         ("number", "status"),
         [(signal.SIGKILL, -9), (signal.SIGTERM, -15), (signal.SIGINT, 130)],
@@ -95,6 +96,7 @@ class TestInterrupted:
         assert pictures() == [f"{i + 1}.png" for i in range(6)]
         assert len(entries()) == 6
 
+    @pytest.mark.slow_except("entry-half")
     @pytest.mark.parametrize(
         ("more", "finished"),
         [

@@ -523,6 +523,7 @@ def test_summary(enabled):
     assert "shared with the pipeline" in text and "adapters" not in text
 
 
+@pytest.mark.slow
 def test_without_torchvision():
     """The class can be made where diffusers' own processor can't."""
     code = """

@@ -33,6 +33,7 @@ def large_tiles(monkeypatch):
         monkeypatch.setattr(launch, "choose", chosen)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("large_tiles")
 @pytest.mark.parametrize("name", TRITON_CASES)
 def test_golden_cases_through_the_kernels(load_pipe, name):

@@ -123,6 +123,7 @@ def test_a_full_disk_then_sigterm_under_load():
         assert live.process.wait(60) == 0
 
 
+@pytest.mark.slow
 def test_killed_and_started_again(tmp_path):
     """kill -9 leaves nothing in the way; what can't be drained in time gets a clear answer."""
     with started() as live:
