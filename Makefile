@@ -33,11 +33,11 @@ PROCESSES := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope
 # long for the same.
 CPU_LIMIT := 20
 
-# All but the slow tests, in six minutes with the environment: tests/quick_tests.py.
+# All but the slow tests: with the environment, within six minutes on two cores.
 test: lint
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(PROCESSES) --cpu-limit $(CPU_LIMIT) -m 'not slow'
 
-# The others, in a quarter of an hour.
+# The others: tests/quick_tests.py.
 test-slow: $(READY)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(PROCESSES) -m slow
 
