@@ -171,6 +171,7 @@ def test_operations_of_a_step(images, documented):
     assert counted / 1e12 == pytest.approx(documented, rel=0.01)
 
 
+@pytest.mark.slow
 def test_captured_steps_are_timed_beside_diffusers(tmp_path, capturing):
     pytest.importorskip("diffusers")
     status, result = check(tmp_path, "--parts", "peer")

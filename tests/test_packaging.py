@@ -360,6 +360,7 @@ def test_image_pins_torch_before_the_package():
     assert "--constraint /wheels/constraints.txt" in installs[1] and ".whl" in installs[1]
 
 
+@pytest.mark.slow
 def test_image_builds_the_same_wheel(in_wheel, tmp_path):
     """From the files that .dockerignore lets through."""
     source = _copy(_context(), tmp_path / "source")
