@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from limits import measured_limits
 from omnigen_fast.kernels import ops
 
 from bench import gpu_check
 from bench.gpu import exact, pictures, run
+from bench.kernels import workload
 from omnigen_fast.graph import StepGraphs
 
 pytestmark = pytest.mark.early
@@ -30,6 +32,14 @@ def check(folder: Path, *arguments: str) -> tuple[int, dict]:
     (path,) = folder.glob("*.json")
     assert not list(folder.glob("*.partial"))
     return status, json.loads(path.read_text())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def limits_measured_once():
+    """In the first run that needs them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workload, "measure_limits", measured_limits)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -283,6 +293,8 @@ def test_a_killed_run_leaves_a_result(tmp_path):
     program = (
         "import os, signal\n"
         "from bench import gpu_check\n"
+        "from bench.kernels import workload\n"
+        "workload.measure_limits = lambda *_: workload.Limits(1e10, 1e11)\n"
         "def kill(run, found):\n"
         "    found['rows'] = [{'case': 'first', 'status': 'ok'}]\n"
         "    run.save()\n"

@@ -7,15 +7,13 @@ import json
 import os
 import signal
 import sys
-import time
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
 from click.testing import CliRunner
+from limits import measured_limits
 
 from bench import commands, profiler, record, report, suite
 from bench.cases import Setting, Size, Task, parse_settings, parse_sizes
@@ -28,19 +26,6 @@ from omnigen_fast.errors import RequestError
 pytestmark = pytest.mark.early
 
 TINY = ["--model", "random:tiny", "--device", "cpu", "--steps", "3", "--repeat", "1"]
-
-
-def seconds_of_one(run: Callable[[], object], device: torch.device) -> float:
-    """Instead of `workload.seconds`, whose repetitions take a minute and change no test."""
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
-@cache
-def measured_limits(device: torch.device, dtype: torch.dtype) -> workload.Limits:
-    with mock.patch.object(workload, "seconds", seconds_of_one):
-        return workload.measure_limits(device, dtype)
 
 
 counted = cache(suite.count)
@@ -286,6 +271,13 @@ def test_a_profile_adds_up(bench, tmp_path):
         (launches,) = [row for row in rows if row["name"] == "launches"]
         assert launches["calls"] == sum(row["calls"] for row in rows if row is not launches)
     assert "most to gain in" in out
+
+
+@pytest.mark.slow
+def test_limits_are_measured():
+    """Of all products, which `limits.measured_limits` leaves out."""
+    found = workload.measure_limits(torch.device("cpu"), torch.float32)
+    assert found.bytes_per_second > 1e8 and found.flops_per_second > 1e8
 
 
 def test_kernels_of_a_gpu_have_families():
