@@ -259,6 +259,7 @@ def test_profiles_import_errors_only():
 
 
 # peft itself needs transformers and accelerate: these three go together
+@pytest.mark.slow_except("images")
 @pytest.mark.parametrize(
     "packages",
     [{"torchvision", "timm"}, {"transformers", "accelerate", "peft"}],

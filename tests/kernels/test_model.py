@@ -47,6 +47,7 @@ def test_golden_cases_through_the_kernels(load_pipe, name):
     assert relative_error(found, golden_result(name)["latents"]) < 1e-5
 
 
+@pytest.mark.slow
 def test_bfloat16_through_the_kernels_is_as_close_as_the_originals(load_pipe):
     exact, original = golden_result("text"), golden_result("text_bfloat16")
     with ops.use("triton"):

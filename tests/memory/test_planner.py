@@ -88,6 +88,7 @@ def test_choices(workload, profile, switches, shares):
         before = decision.cost.seconds
 
 
+@pytest.mark.slow
 @many
 @given(workloads, devices, some_switches)
 def test_the_least_that_would_do(workload, profile, switches):
@@ -168,6 +169,7 @@ def test_the_autoencoder_takes_no_memory_for_next_to_no_time():
     assert decide(typical_workload(128, 128), A800, int(80e9)).plan.strip_rows is None
 
 
+@pytest.mark.slow
 @many
 @given(workloads, devices, some_switches, st.floats(0.0, 1.0))
 def test_after_failures(workload, profile, switches, share):
