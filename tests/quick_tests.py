@@ -4,7 +4,8 @@
 
     @pytest.mark.slow                              # the whole test
     pytest.param(..., marks=pytest.mark.slow)      # a parametrisation
-    @pytest.mark.slow_except("64-int8", "96-*")    # all parametrisations but those of such ids
+    @pytest.mark.slow_for("257-*")                 # parametrisations of such ids
+    @pytest.mark.slow_except("64-int8", "96-*")    # all but those of such ids
 
 What is left has to check every kind of thing that the slow ones check, in a case of it.
 """
@@ -25,23 +26,25 @@ TOTAL = 450.0
 
 
 def mark_slow(items: Sequence[pytest.Item]) -> None:
-    """Marks as slow what has `slow_except` and an id that none of its patterns fits."""
+    """Marks as slow what `slow_for` or `slow_except` say, by the ids of parametrisations."""
     found: dict[str, list[str]] = defaultdict(list)
     patterns: dict[str, tuple[str, ...]] = {}
     for item in items:
-        mark = item.get_closest_marker("slow_except")
-        if mark is not None:
-            place, _, rest = item.nodeid.partition("[")
-            patterns[place] = mark.args
-            found[place].append(rest.removesuffix("]"))
-            if not any(fnmatch.fnmatchcase(found[place][-1], one) for one in mark.args):
-                item.add_marker("slow")
+        for name, if_fits in (("slow_for", True), ("slow_except", False)):
+            mark = item.get_closest_marker(name)
+            if mark is not None:
+                place, _, rest = item.nodeid.partition("[")
+                patterns[place] = mark.args
+                found[place].append(rest.removesuffix("]"))
+                fits = any(fnmatch.fnmatchcase(found[place][-1], one) for one in mark.args)
+                if fits == if_fits:
+                    item.add_marker("slow")
     for place, names in patterns.items():
         if len(found[place]) > len(names):  # else some may have been picked by their ids
             missing = [one for one in names if not fnmatch.filter(found[place], one)]
             if missing:
                 raise pytest.UsageError(
-                    f"{place}: slow_except names what is not there: {', '.join(missing)}"
+                    f"{place}: no parametrisation that a mark names: {', '.join(missing)}"
                 )
 
 

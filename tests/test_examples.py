@@ -51,7 +51,7 @@ def folder(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.slow_except("text_to_image", "edit_an_image")
+@pytest.mark.slow_except("text_to_image")
 @pytest.mark.parametrize("name", [name for name in SCRIPTS if name not in NEED_ARGUMENTS])
 def test_script(name, folder):
     run(name)

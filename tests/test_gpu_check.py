@@ -121,6 +121,7 @@ def test_the_last_line_is_the_headline(tmp_path, capsys):
     assert last["pictures"] == {}
 
 
+@pytest.mark.slow
 def test_captured_steps_are_checked_and_timed(tmp_path, capturing):
     status, result = check(tmp_path, "--parts", "model,pictures")
     assert status == 0

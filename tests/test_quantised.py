@@ -96,6 +96,7 @@ class TestErrors:
         for form in FORMS:
             assert errors[form] <= RANDOM[form] * errors[None], form
 
+    @pytest.mark.slow
     def test_of_the_shipped_model(self):
         request = {
             "prompt": [

@@ -26,7 +26,7 @@ CONFTEST = """
     def pytest_collection_modifyitems(items):
         quick_tests.mark_slow(items)
 """
-MARKS = "[pytest]\nmarkers =\n    slow:\n    slow_except(*ids):\n"
+MARKS = "[pytest]\nmarkers =\n    slow:\n    slow_for(*patterns):\n    slow_except(*patterns):\n"
 COSTLY = """
     import subprocess, sys, time
     import pytest
@@ -37,6 +37,11 @@ COSTLY = """
     @pytest.mark.parametrize("name", ["a", "b"])
     @pytest.mark.parametrize("number", [1, 2])
     def test_of_many(number, name):
+        pass
+
+    @pytest.mark.slow_for("[23]*")
+    @pytest.mark.parametrize("number", [1, 2, 3])
+    def test_of_few(number):
         pass
 
     @pytest.mark.slow
@@ -82,18 +87,19 @@ def test_a_test_that_costs_too_much_fails(processes, tmp_path):
     said = "CPU seconds, and a test that is not marked as slow may take 0.5"
     assert any(said in line for line in lines), lines
     (total,) = [line for line in lines if line.endswith(" s are meant")]
-    assert re.fullmatch(r"[1-9]\d* s of 7 tests; at most 450 s are meant", total)
+    assert re.fullmatch(r"[1-9]\d* s of 8 tests; at most 450 s are meant", total)
 
 
-def test_what_slow_except_does_not_name_is_slow(tmp_path):
-    lines = run(tmp_path, COSTLY, "-m", "not slow", "-k", "of_many or slow")
+def test_marks_name_parametrisations(tmp_path):
+    lines = run(tmp_path, COSTLY, "-m", "not slow", "-k", "of_many or of_few or slow")
     passed = sorted(line.partition("::")[2] for line in lines if line.startswith("PASSED "))
-    assert passed == [f"test_of_many[{one}]" for one in ("1-a", "2-a", "2-b")], lines
+    many = [f"test_of_many[{one}]" for one in ("1-a", "2-a", "2-b")]
+    assert passed == ["test_of_few[1]", *many], lines
 
 
-def test_slow_except_names_what_is_there(tmp_path):
+def test_what_marks_name_is_there(tmp_path):
     lines = run(tmp_path, COSTLY.replace("2-*", "3-*"))
-    said = "ERROR: test_these.py::test_of_many: slow_except names what is not there: 3-*"
+    said = "ERROR: test_these.py::test_of_many: no parametrisation that a mark names: 3-*"
     assert said in lines, lines
 
 

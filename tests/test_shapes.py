@@ -341,7 +341,7 @@ def test_shapes_is_found_from_anywhere(tmp_path, monkeypatch):
     assert resolve("./shapes") == "./shapes"
 
 
-@pytest.mark.slow_except("text-text to image")
+@pytest.mark.slow
 @needs_model
 @pytest.mark.parametrize(
     "kind, group",
@@ -370,6 +370,7 @@ def test_shipped_model_follows_prompts(pipe, kind, group):
     assert evaluate.fraction(others) < enough
 
 
+@pytest.mark.slow
 @needs_model
 def test_presets_leave_out_work(pipe):
     """Counted from the input images to the pixels; the scores stand in docs/fewer-steps.md."""

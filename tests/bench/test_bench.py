@@ -78,6 +78,7 @@ def test_cells_beside_diffusers(bench, tmp_path):
     assert "obsolete" not in written and "| diffusers |" in written
 
 
+@pytest.mark.slow
 def test_settings_are_rows_and_diffusers_has_none(bench):
     status, out, _, result = bench("--settings", "kv+separate", "--peers", "diffusers")
     assert status == 0 and len(result["cells"]) == 6
@@ -179,6 +180,7 @@ def test_an_interrupted_run_keeps_what_it_has(bench, monkeypatch):
     assert signal.getsignal(signal.SIGTERM) is handler
 
 
+@pytest.mark.slow
 def test_a_contender_that_fails_leaves_the_others(bench, monkeypatch):
     run = DiffusersTransformer.run_step
 
@@ -239,6 +241,7 @@ def test_tasks_of_one_cell_share_no_condition_and_have_equal_lengths(load_pipe):
     assert len(lengths) == 1
 
 
+@pytest.mark.slow
 def test_plots_and_profile(bench, tmp_path):
     pytest.importorskip("matplotlib")
     from PIL import Image

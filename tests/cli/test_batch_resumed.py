@@ -70,7 +70,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 
 class TestInterrupted:
-    @pytest.mark.slow_except("terminate")
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("number", "status"),
         [(signal.SIGKILL, -9), (signal.SIGTERM, -15), (signal.SIGINT, 130)],

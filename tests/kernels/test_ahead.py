@@ -26,18 +26,17 @@ _FEW = 40  # cases, which one process compiles: the second would take as long to
 
 
 def quick_cases() -> set[str]:
-    """Ids of a case of each kernel, the generations in turns."""
-    generations, found = list(ahead.LIMITS), set()
-    for place, kernel in enumerate(dict.fromkeys(case.kernel for case in CASES)):
-        capability = generations[place % len(generations)]
-        found.add(
-            next(
-                one.id
-                for one in CASES
-                if (one.kernel, one.capability, one.dtype) == (kernel, capability, "bf16")
-            )
+    """Ids of a case for each generation, each of another kernel: attention and products first."""
+    kernels = list(dict.fromkeys(case.kernel for case in CASES))
+    kernels.sort(key=lambda kernel: not kernel.startswith(("attention_", "scaled_mm_")))
+    return {
+        next(
+            one.id
+            for one in CASES
+            if (one.kernel, one.capability, one.dtype) == (kernel, capability, "bf16")
         )
-    return found
+        for kernel, capability in zip(kernels, ahead.LIMITS)
+    }
 
 
 def parameters(cases: Iterable[ahead.Case]) -> list:

@@ -116,7 +116,7 @@ def broken(parallel: Any) -> Any:
     return found
 
 
-@pytest.mark.slow_except("branches")
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [{"branches": 2}, {"rows": 2}], ids=["branches", "rows"])
 def test_the_pictures_of_one_process(layout, tmp_path):
     found, failed = run_ranks(2, served, tmp_path, layout)

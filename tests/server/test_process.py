@@ -170,6 +170,7 @@ def test_refused(options, environment, sentence):
     assert result.output.startswith("Error: ") and len(result.output.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_a_port_in_use_and_a_model_that_is_none(tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
