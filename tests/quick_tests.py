@@ -56,7 +56,8 @@ def _spent() -> float:
 class Costs:
     """CPU time of each test, on whatever else the machine is busy with.
 
-    The first that needs something of a module or a session pays for it.
+    The first that needs something of a module or a session pays for it. Ranks that a fork server
+    starts are none of its children, and so are not counted.
     """
 
     def __init__(self, limit: float | None) -> None:
