@@ -9,8 +9,8 @@ PEER := .peers/original
 SEED := 0
 FIRST := 0
 
-.PHONY: test test-failed test-newest fuzz soak test-browser test-ray test-comfyui chromium demo \
-	bench peers dist lint format clean
+.PHONY: test test-slow test-failed test-newest fuzz soak test-browser test-ray test-comfyui chromium \
+	demo bench peers dist lint format clean
 
 $(READY): setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -28,22 +28,30 @@ lint: $(READY)
 	cd .mypy && ../$(VENV)/bin/mypy --config-file ../pyproject.toml
 
 # A process for each core, each with one thread: most tests are too small for two.
-test: lint
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile \
-		--no-loadscope-reorder
+PROCESSES := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# CPU seconds of a test that is not slow. Most take less than one; a busy core takes up to twice as
+# long for the same.
+CPU_LIMIT := 20
 
-# What failed, one after the other: some tests bound a time, which a busy machine exceeds.
+# All but the slow tests: with the environment, within six minutes on two cores.
+test: lint
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(PROCESSES) --cpu-limit $(CPU_LIMIT) -m 'not slow'
+
+# The others: tests/quick_tests.py.
+test-slow: $(READY)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(PROCESSES) -m slow
+
+# What failed of either, one after the other: some tests bound a time, which a busy machine exceeds.
 test-failed: lint
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --last-failed --last-failed-no-failures none \
-		tests tests/browser tests/on_ray
+		--cpu-limit $(CPU_LIMIT) tests tests/browser tests/on_ray
 
 # With the newest PyTorch, built for CUDA, Triton, diffusers and transformers: calls on a GPU that is
 # not there, and what depends on those versions. TESTS names other tests, as TESTS=tests for all.
 VERSIONED := tests/fake_gpu tests/kernels/test_ahead.py tests/kernels/test_ops.py \
 	tests/test_golden.py tests/test_equivalence.py tests/test_names.py tests/for_diffusers
 test-newest: $(NEWEST)/.ready
-	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest --numprocesses auto --maxprocesses 4 \
-		--dist loadfile --no-loadscope-reorder $(or $(TESTS),$(VERSIONED))
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest $(PROCESSES) $(or $(TESTS),$(VERSIONED))
 
 # Not constraints.txt: what is not named in constraints-newest.txt is the newest there is.
 $(NEWEST)/.ready: setup.py pyproject.toml constraints-newest.txt

@@ -7,12 +7,31 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import quick_tests
 from golden_cases import TINY
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--cpu-limit",
+        type=float,
+        metavar="SECONDS",
+        help="CPU time that a test may take unless it is marked as slow; says what the tests took",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(quick_tests.Costs(config.getoption("--cpu-limit")))
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest looks for what `-m` asks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The slow files first: processes that share the files then end at about the same time."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    """Marks as slow what `slow_except` does not name, and takes the early files first.
+
+    Processes that share the files then end at about the same time.
+    """
+    quick_tests.mark_slow(items)
+    items.sort(key=lambda item: item.get_closest_marker("early") is None)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -25,6 +44,15 @@ def signals_that_nobody_ignores():
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, lambda *_: None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_config_of_the_developers_own(tmp_path_factory):
+    """Commands find no config file but a test's own, also in processes that tests start."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("XDG_CONFIG_HOME", "APPDATA"):
+            patch.setenv(name, str(tmp_path_factory.mktemp("config")))
+        yield
 
 
 @pytest.fixture(scope="session")

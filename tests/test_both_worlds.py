@@ -22,7 +22,7 @@ from omnigen_fast.equivalents import ARGUMENTS, ATTRIBUTES
 from omnigen_fast.errors import ArgumentError, AttributeNameError
 from omnigen_fast.for_diffusers import calls
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.early
 
 TOLERANCE = 1e-5
 IMAGES = GOLDEN / "images"

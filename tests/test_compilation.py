@@ -13,7 +13,7 @@ from omnigen_fast.kernels import cpu, ops
 from omnigen_fast import RequestError, compilation
 from omnigen_fast.memory.plan import MemoryPlan
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.early
 
 PLAN = MemoryPlan.plain(3, kept_bytes=16 << 20)
 EDIT = {

@@ -19,7 +19,7 @@ from bench import docs
 from omnigen_fast import OmniGenPipeline
 from omnigen_fast.cli.main import main
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.early
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

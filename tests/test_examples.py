@@ -20,7 +20,7 @@ from omnigen_fast import OmniGenPipeline
 from omnigen_fast.cli.main import main
 from omnigen_fast.page import demo
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.early
 
 FOLDER = Path(__file__).parents[1] / "examples"
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py"))
@@ -51,6 +51,7 @@ def folder(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow_except("text_to_image")
 @pytest.mark.parametrize("name", [name for name in SCRIPTS if name not in NEED_ARGUMENTS])
 def test_script(name, folder):
     run(name)
@@ -62,6 +63,7 @@ def test_script(name, folder):
     assert all(image.size == (demo.SIDE, demo.SIDE) for image in written.values())
 
 
+@pytest.mark.slow
 def test_memory_settings_change_no_picture(folder):
     run("memory")
     one, other = (np.asarray(Image.open(path)).astype(int) for path in sorted(folder.iterdir()))
@@ -92,6 +94,7 @@ def test_demo_inputs_are_what_the_script_draws():
         assert np.array_equal(pixels, scenes.render(scene)), name
 
 
+@pytest.mark.slow
 def test_demo_shows_what_the_prompts_say():
     said: list[str] = []
     results = demo.run(OmniGenPipeline.from_pretrained("shapes", device="cpu"), said.append)
@@ -124,6 +127,7 @@ def test_demo_command_says_what_is_wrong(folder):
     assert not (folder / "x.png").exists()
 
 
+@pytest.mark.slow
 def test_notebook(folder):
     """It runs as it stands, and gives the pictures that are in it."""
     import nbformat

@@ -12,13 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from limits import measured_limits
 from omnigen_fast.kernels import ops
 
 from bench import gpu_check
 from bench.gpu import exact, pictures, run
+from bench.kernels import workload
 from omnigen_fast.graph import StepGraphs
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.early
 
 ROOT = Path(__file__).parents[1]
 
@@ -30,6 +32,14 @@ def check(folder: Path, *arguments: str) -> tuple[int, dict]:
     (path,) = folder.glob("*.json")
     assert not list(folder.glob("*.partial"))
     return status, json.loads(path.read_text())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def limits_measured_once():
+    """In the first run that needs them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workload, "measure_limits", measured_limits)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +121,7 @@ def test_the_last_line_is_the_headline(tmp_path, capsys):
     assert last["pictures"] == {}
 
 
+@pytest.mark.slow
 def test_captured_steps_are_checked_and_timed(tmp_path, capturing):
     status, result = check(tmp_path, "--parts", "model,pictures")
     assert status == 0
@@ -171,6 +182,7 @@ def test_operations_of_a_step(images, documented):
     assert counted / 1e12 == pytest.approx(documented, rel=0.01)
 
 
+@pytest.mark.slow
 def test_captured_steps_are_timed_beside_diffusers(tmp_path, capturing):
     pytest.importorskip("diffusers")
     status, result = check(tmp_path, "--parts", "peer")
@@ -282,6 +294,8 @@ def test_a_killed_run_leaves_a_result(tmp_path):
     program = (
         "import os, signal\n"
         "from bench import gpu_check\n"
+        "from bench.kernels import workload\n"
+        "workload.measure_limits = lambda *_: workload.Limits(1e10, 1e11)\n"
         "def kill(run, found):\n"
         "    found['rows'] = [{'case': 'first', 'status': 'ok'}]\n"
         "    run.save()\n"

@@ -18,7 +18,7 @@ from PIL import Image, features
 from omnigen_fast import RequestError, image_decoder
 from omnigen_fast.images import to_rgb
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.early
 
 SECONDS = 5  # of processors, both processes together, and by the wall clock of an idle machine
 BYTES = 1_000_000_000
@@ -66,6 +66,7 @@ READER = """
 """
 
 
+@pytest.mark.slow_except("exif_of_one_block", "sliver", "tiff_of_huge_tags")
 @pytest.mark.parametrize(
     ("make", "verdict"),
     [

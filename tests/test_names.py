@@ -25,25 +25,31 @@ from omnigen_fast import OmniGenError, OmniGenPipeline, RequestError
 from omnigen_fast.equivalents import ARGUMENTS, ATTRIBUTES
 from omnigen_fast.errors import ArgumentError, AttributeNameError
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.early
+
+
+@pytest.fixture(scope="module")
+def drawn(shared_pipe) -> torch.Tensor:
+    """What a call without anything else gives."""
+    return latents(shared_pipe, TEXT)
 
 
 class TestNames:
     @pytest.mark.parametrize("name", ARGUMENTS["__call__"])
-    def test_other_arguments_of_a_call(self, shared_pipe, name):
+    def test_other_arguments_of_a_call(self, shared_pipe, drawn, name):
         for call in (shared_pipe, shared_pipe.plan, shared_pipe.make_call):
             with pytest.raises(ArgumentError, match=f"has no argument {name}; ") as found:
                 call(TEXT, **QUIET, **{name: "other"})
             assert isinstance(found.value, TypeError) and isinstance(found.value, RequestError)
             in_one_line(found.value)
-        assert torch.equal(latents(shared_pipe, TEXT, **{name: None}), latents(shared_pipe, TEXT))
+        assert torch.equal(latents(shared_pipe, TEXT, **{name: None}), drawn)
 
     @pytest.mark.parametrize(
         ("name", "value"),
         [(name, other.usual[0]) for name, other in ARGUMENTS["__call__"].items() if other.usual],
     )
-    def test_what_asks_for_nothing_is_taken(self, shared_pipe, name, value):
-        assert torch.equal(latents(shared_pipe, TEXT, **{name: value}), latents(shared_pipe, TEXT))
+    def test_what_asks_for_nothing_is_taken(self, shared_pipe, drawn, name, value):
+        assert torch.equal(latents(shared_pipe, TEXT, **{name: value}), drawn)
 
     @pytest.mark.parametrize(
         ("name", "hint"),

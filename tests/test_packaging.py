@@ -20,7 +20,7 @@ import pytest
 
 import omnigen_fast
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.early
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("omnigen_fast", "bench", "kernels", "profiles")
@@ -360,6 +360,7 @@ def test_image_pins_torch_before_the_package():
     assert "--constraint /wheels/constraints.txt" in installs[1] and ".whl" in installs[1]
 
 
+@pytest.mark.slow
 def test_image_builds_the_same_wheel(in_wheel, tmp_path):
     """From the files that .dockerignore lets through."""
     source = _copy(_context(), tmp_path / "source")

@@ -34,7 +34,7 @@ from omnigen_fast.weights import checkpoint, lora
 from omnigen_fast.weights.checkpoint import Checkpoint, is_quantised
 from omnigen_fast.weights.files import FORM_FIELD
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.early
 
 FORM = pytest.mark.parametrize("form", FORMS)
 REQUEST = {
@@ -96,6 +96,7 @@ class TestErrors:
         for form in FORMS:
             assert errors[form] <= RANDOM[form] * errors[None], form
 
+    @pytest.mark.slow
     def test_of_the_shipped_model(self):
         request = {
             "prompt": [

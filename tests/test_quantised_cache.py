@@ -20,7 +20,7 @@ from omnigen_fast.memory.cost import Estimate
 from omnigen_fast.memory.plan import MemoryPlan, typical_workload
 from omnigen_fast.precision import Precision
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.early
 
 REQUEST = {
     "prompt": "A cat on a mat.",
@@ -52,6 +52,7 @@ class TestErrors:
         assert 0 < errors["int8"] <= 0.5 * measure
         assert errors["int8"] < errors["fp8"] <= 2 * measure
 
+    @pytest.mark.slow
     def test_of_the_shipped_model(self):
         request = {
             "prompt": ["a red circle above a blue square", "a small yellow triangle"],

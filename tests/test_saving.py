@@ -20,7 +20,7 @@ from test_both_worlds import (
 
 from omnigen_fast import MemoryPlan, OmniGenError, RequestError
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.early
 
 
 def written(folder: Path) -> dict[str, torch.Tensor]:

@@ -32,7 +32,7 @@ from omnigen_fast.processor import Processor
 from omnigen_fast.request import DEFAULT_NEGATIVE_PROMPT
 from omnigen_fast.weights.files import resolve
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.early
 
 SHIPPED = Path(__file__).parents[1] / "omnigen_fast" / "models" / "shapes"
 LIMIT_BYTES = 20 << 20
@@ -243,6 +243,7 @@ def test_layer_gradients(last):
     )
 
 
+@pytest.mark.slow
 def test_training_runs_and_its_model_loads(tmp_path):
     """Two steps of everything; the loss is that of an untrained network, and falls."""
     vae = autoencoder.train_autoencoder(steps=2, batch=4)
@@ -292,6 +293,7 @@ def test_pool_of_too_few_families():
             pool.task(kind, random.Random(0))
 
 
+@pytest.mark.slow
 def test_training_learns(tmp_path):
     """One prompt's velocity, from the same noise: some updates bring the loss down."""
     pool = Pool(make_families(4, random.Random(0)))
@@ -339,6 +341,7 @@ def test_shapes_is_found_from_anywhere(tmp_path, monkeypatch):
     assert resolve("./shapes") == "./shapes"
 
 
+@pytest.mark.slow
 @needs_model
 @pytest.mark.parametrize(
     "kind, group",
@@ -367,6 +370,7 @@ def test_shipped_model_follows_prompts(pipe, kind, group):
     assert evaluate.fraction(others) < enough
 
 
+@pytest.mark.slow
 @needs_model
 def test_presets_leave_out_work(pipe):
     """Counted from the input images to the pixels; the scores stand in docs/fewer-steps.md."""
@@ -378,6 +382,7 @@ def test_presets_leave_out_work(pipe):
     assert counted["exact"] > 3 * counted["fast"]
 
 
+@pytest.mark.slow
 @needs_model
 def test_25_steps_are_nearer_than_50_of_euler():
     """With one evaluation of the model in each."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.early
 
 ROOT = Path(__file__).parents[1]
 # Each module may import those before it.
@@ -260,6 +260,7 @@ def test_profiles_import_errors_only():
 
 
 # peft itself needs transformers and accelerate: these three go together
+@pytest.mark.slow_except("images")
 @pytest.mark.parametrize(
     "packages",
     [{"torchvision", "timm"}, {"transformers", "accelerate", "peft"}],

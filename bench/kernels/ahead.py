@@ -4,7 +4,7 @@ Each launcher is called as the runtime calls it, with the kernel replaced by a r
 passes (dtypes, alignment, constants, warps) is what is compiled. Runs as a program of its own,
 since a process that interprets Triton can't compile it:
 
-    python -m bench.kernels.ahead PART PARTS  # every PARTS-th case from PART on, a JSON line each
+    python -m bench.kernels.ahead ID...  # the cases of these ids, or all: a JSON line each
 """
 
 from __future__ import annotations
@@ -432,8 +432,10 @@ def _ctas(limits: Limits, registers: int, warps: int, shared: int, columns: int)
 
 
 def main() -> None:
-    part, parts = int(sys.argv[1]), int(sys.argv[2])
-    for case in list(cases())[part::parts]:
+    ids = sys.argv[1:]
+    for case in cases():
+        if ids and case.id not in ids:
+            continue
         line = {"id": case.id}
         try:
             line["compiled"] = asdict(compile_case(case))

@@ -161,18 +161,21 @@ def _copy(nbytes: int, device: torch.device) -> tuple[Callable[[], object], int]
     return lambda: target.copy_(source), source.nbytes
 
 
+# rows, inputs and outputs of linear layers
+_PRODUCTS = {
+    "cpu": [(1024, 1024, 1024), (2048, 2048, 2048), (3072, 3072, 3072), (2048, 768, 2304)],
+    "cuda": [(4096, 4096, 4096), (8192, 8192, 8192), (4096, 3072, 8192)],
+}
+
+
 def measure_limits(device: torch.device, dtype: torch.dtype) -> Limits:
     """What a copy and products reach now; a product's rate depends on its size, so several run."""
     on_gpu = device.type == "cuda"
     copy, nbytes = _copy(1 << 30 if on_gpu else 1 << 26, device)
     bandwidth = 2 * nbytes / seconds(copy, device)
     del copy
-    # rows, inputs and outputs of linear layers
-    sizes = [(1024, 1024, 1024), (2048, 2048, 2048), (3072, 3072, 3072), (2048, 768, 2304)]
-    if on_gpu:
-        sizes = [(4096, 4096, 4096), (8192, 8192, 8192), (4096, 3072, 8192)]
     rates = []
-    for m, k, n in sizes:
+    for m, k, n in _PRODUCTS["cuda" if on_gpu else "cpu"]:
         x, weight = (torch.randn(rows, k, device=device).to(dtype) for rows in (m, n))
         rates.append(2 * m * k * n / seconds(partial(F.linear, x, weight), device))
         del x, weight

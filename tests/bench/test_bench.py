@@ -11,21 +11,23 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
+from limits import measured_limits
 
 from bench import commands, profiler, record, report, suite
 from bench.cases import Setting, Size, Task, parse_settings, parse_sizes
 from bench.contenders import Ours
+from bench.kernels import workload
 from bench.peers import original
 from bench.peers.diffusers import DiffusersTransformer
 from omnigen_fast.errors import RequestError
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.early
 
 TINY = ["--model", "random:tiny", "--device", "cpu", "--steps", "3", "--repeat", "1"]
 
 
-measured_limits = cache(suite.measure_limits)
 counted = cache(suite.count)
 
 
@@ -76,6 +78,7 @@ def test_cells_beside_diffusers(bench, tmp_path):
     assert "obsolete" not in written and "| diffusers |" in written
 
 
+@pytest.mark.slow
 def test_settings_are_rows_and_diffusers_has_none(bench):
     status, out, _, result = bench("--settings", "kv+separate", "--peers", "diffusers")
     assert status == 0 and len(result["cells"]) == 6
@@ -177,6 +180,7 @@ def test_an_interrupted_run_keeps_what_it_has(bench, monkeypatch):
     assert signal.getsignal(signal.SIGTERM) is handler
 
 
+@pytest.mark.slow
 def test_a_contender_that_fails_leaves_the_others(bench, monkeypatch):
     run = DiffusersTransformer.run_step
 
@@ -237,6 +241,7 @@ def test_tasks_of_one_cell_share_no_condition_and_have_equal_lengths(load_pipe):
     assert len(lengths) == 1
 
 
+@pytest.mark.slow
 def test_plots_and_profile(bench, tmp_path):
     pytest.importorskip("matplotlib")
     from PIL import Image
@@ -269,6 +274,13 @@ def test_a_profile_adds_up(bench, tmp_path):
         (launches,) = [row for row in rows if row["name"] == "launches"]
         assert launches["calls"] == sum(row["calls"] for row in rows if row is not launches)
     assert "most to gain in" in out
+
+
+@pytest.mark.slow
+def test_limits_are_measured():
+    """Of all products, which `limits.measured_limits` leaves out."""
+    found = workload.measure_limits(torch.device("cpu"), torch.float32)
+    assert found.bytes_per_second > 1e8 and found.flops_per_second > 1e8
 
 
 def test_kernels_of_a_gpu_have_families():

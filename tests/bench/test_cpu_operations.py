@@ -12,7 +12,7 @@ from omnigen_fast.kernels import cpu, ops
 from bench import common, cpu_operations, cpu_peer
 from omnigen_fast.compilation import compiler
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.early
 
 
 @pytest.mark.skipif(

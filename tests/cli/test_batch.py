@@ -37,7 +37,7 @@ from omnigen_fast.cli.main import main
 from omnigen_fast.errors import MemoryBudgetError, OmniGenError
 from omnigen_fast.page.record import Record, read_record
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("folder")]
+pytestmark = [pytest.mark.early, pytest.mark.usefixtures("folder")]
 
 
 class TestPictures:

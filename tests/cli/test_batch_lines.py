@@ -33,7 +33,7 @@ from omnigen_fast.cli.main import main
 from omnigen_fast.errors import MAX_MESSAGE
 from omnigen_fast.page.record import Record
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("folder")]
+pytestmark = [pytest.mark.early, pytest.mark.usefixtures("folder")]
 
 
 DEEP = b'{"prompt": ' + b"[" * 100_000

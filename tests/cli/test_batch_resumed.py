@@ -29,7 +29,7 @@ from omnigen_fast import OmniGenPipeline
 from omnigen_fast.batch.results import Entry, Results
 from omnigen_fast.errors import OmniGenError
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("folder")]
+pytestmark = [pytest.mark.early, pytest.mark.usefixtures("folder")]
 
 
 PROGRAM = """
@@ -70,6 +70,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 
 class TestInterrupted:
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("number", "status"),
         [(signal.SIGKILL, -9), (signal.SIGTERM, -15), (signal.SIGINT, 130)],
@@ -95,6 +96,7 @@ class TestInterrupted:
         assert pictures() == [f"{i + 1}.png" for i in range(6)]
         assert len(entries()) == 6
 
+    @pytest.mark.slow_except("entry-half")
     @pytest.mark.parametrize(
         ("more", "finished"),
         [

@@ -517,7 +517,10 @@ class TestFolder:
         monkeypatch.setattr(conversion, "_write_json", full)  # after the weights
         refused(TINY, tmp_path / "out", "out can't be written: No space left on device")
 
-    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    @pytest.mark.slow_except("SIGTERM")
+    @pytest.mark.parametrize(
+        "number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name
+    )
     def test_signals_leave_nothing(self, tmp_path, number):
         """In a process of its own, stopped while it writes."""
         code = (

@@ -49,6 +49,7 @@ def run(command, **options):
 
 
 class TestOutput:
+    @pytest.mark.slow_for("env", "bench")
     @needs_full
     @pytest.mark.parametrize("arguments", PRINTING.values(), ids=PRINTING)
     def test_full(self, arguments):
@@ -59,6 +60,7 @@ class TestOutput:
         assert done.returncode == 1
         assert done.stderr == ("Error: standard output can't be written: No space left on device\n")
 
+    @pytest.mark.slow_for("env", "bench")
     @pytest.mark.parametrize("arguments", PRINTING.values(), ids=PRINTING)
     def test_reader_gone(self, arguments):
         reader, writer = os.pipe()
@@ -69,11 +71,13 @@ class TestOutput:
         os.close(writer)
         assert (done.returncode, done.stderr) == (1, "")
 
+    @pytest.mark.slow_for("env", "bench")
     @pytest.mark.parametrize("arguments", PRINTING.values(), ids=PRINTING)
     def test_closed(self, arguments):
         done = run(["sh", "-c", 'exec "$@" >&-', "sh", *COMMAND, *arguments])
         assert (done.returncode, done.stderr) == (0, "")
 
+    @pytest.mark.slow
     @needs_full
     def test_a_full_error_stream_stops_nothing(self, tmp_path):
         with open("/dev/full", "w") as full:
@@ -90,7 +94,10 @@ class TestOutput:
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 class TestSignals:
-    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+    @pytest.mark.slow_except("SIGTERM")
+    @pytest.mark.parametrize(
+        "number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT], ids=lambda number: number.name
+    )
     def test_while_a_file_is_written(self, tmp_path, number):
         process = subprocess.Popen(
             [sys.executable, "-c", SLOW, *SMALL, "1", "--out", "a.png", "--quiet"],
@@ -130,6 +137,7 @@ class TestSignals:
         assert (tmp_path / "a.png").read_text() == "an earlier one"
         assert os.listdir(tmp_path) == ["a.png"]
 
+    @pytest.mark.slow
     def test_one_that_the_caller_ignores_stays_ignored(self, tmp_path):
         process = subprocess.Popen(
             ["sh", "-c", 'trap "" HUP; exec "$@"', "sh", *COMMAND, *SMALL, "3", "--out", "a.png"],

@@ -15,7 +15,7 @@ from omnigen_fast import OmniGenPipeline
 from omnigen_fast.errors import CheckpointError, OmniGenError, RequestError
 from omnigen_fast.request import DEFAULT_NEGATIVE_PROMPT
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.early
 
 LOAD, LORA, GENERATE, PLAN, EXAMPLE = (
     f"OmniGenFast{name}" for name in ("LoadModel", "Lora", "Generate", "Plan", "ExampleImage")
@@ -105,6 +105,7 @@ def test_a_wrong_workflow_is_noticed(nodes):
             workflow.check(wrong, nodes)
 
 
+@pytest.mark.slow_except("edit")
 @pytest.mark.parametrize("name", [name for name in workflow.NAMES if name != "plan"])
 def test_workflows_make_the_pipelines_own_pictures(nodes, shapes, name):
     flow = workflow.read(name)

@@ -19,7 +19,7 @@ from omnigen_fast.memory.plan import MemoryPlan
 
 # Of a file of tests: where they run, and first among those of all processes.
 MARKS = [
-    pytest.mark.slow,
+    pytest.mark.early,
     pytest.mark.skipif(reason_to_skip() is not None, reason=reason_to_skip() or ""),
 ]
 

@@ -15,7 +15,7 @@ from omnigen_fast import RequestError
 from omnigen_fast.for_diffusers.conditions import kv_ends
 from omnigen_fast.memory.plan import SHARED_TOKENS
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.early
 
 ROOT = Path(__file__).parents[2]
 FLOAT32 = [name for name, case in CASES.items() if not (case.get("dtype") or case.get("lora"))]
@@ -523,6 +523,7 @@ def test_summary(enabled):
     assert "shared with the pipeline" in text and "adapters" not in text
 
 
+@pytest.mark.slow
 def test_without_torchvision():
     """The class can be made where diffusers' own processor can't."""
     code = """

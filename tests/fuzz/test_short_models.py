@@ -15,6 +15,7 @@ def found():
     return fuzz(dict.fromkeys(KINDS.keys() - LIGHT, (0, NUMBER)), seed=0, jobs=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", sorted(KINDS.keys() - LIGHT))
 def test_nothing_is_found(found, kind):
     assert found[kind].inputs == NUMBER

@@ -12,7 +12,7 @@ from numerics import DEVICE, DTYPES, assert_earned, double, inside, name, poison
 from omnigen_fast.kernels import attention_8bit, contract, launch, quantise, reference
 from test_attention import GROUPS, PARTS, SMALL, STEPS, some_rows, split, step_arguments, tiles
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.early
 
 FORMS = {torch.int8: torch.int8, torch.uint8: torch.float8_e4m3fn}
 forms = pytest.mark.parametrize("form", FORMS, ids={torch.int8: "int8", torch.uint8: "fp8"}.get)
@@ -126,6 +126,15 @@ def check_step(*args):
 
 
 class TestStep:
+    @pytest.mark.slow_except(
+        "one row-*",
+        "no cache-*-bfloat16-*",
+        "mixed-*-bfloat16-*",
+        "mixed-64-float32-fp8",
+        "shared-128-bfloat16-int8",
+        "long-64-bfloat16-fp8",
+        "empty group-96-float32-*",
+    )
     @forms
     @pytest.mark.parametrize("dtype", DTYPES, ids=name)
     @pytest.mark.parametrize("head_dim", (64, 96, 128))
@@ -133,6 +142,7 @@ class TestStep:
     def test_any_groups(self, case, head_dim, dtype, form):
         check_step(*quantised_step(*STEPS[case], 2, 2, head_dim, dtype, form))
 
+    @pytest.mark.slow_except("4-2-96-*-fp8", "4-1-64-*-int8")
     @forms
     @pytest.mark.parametrize(("head_dim", "block_m", "block_n"), tiles("attention_step_8bit"))
     @pytest.mark.parametrize(("heads", "kv_heads"), ((4, 1), (4, 2), (3, 3)))
@@ -143,6 +153,7 @@ class TestStep:
         with mock.patch.object(launch, "choose", return_value=chosen):
             check_step(*args)
 
+    @pytest.mark.slow_except("64-*")
     @forms
     @pytest.mark.parametrize("head_dim", (64, 96, 128))
     def test_some_rows(self, head_dim, form):
@@ -161,6 +172,7 @@ class TestStep:
             args = quantised_step(*groups, 2, 2, 64, torch.float32, form)
             assert attention_8bit.attention_step_8bit(*args).shape == (0, 2, 64)
 
+    @pytest.mark.slow
     @settings(max_examples=20, deadline=None)
     @given(GROUPS, st.sampled_from((64, 96)), st.sampled_from(DTYPES), st.sampled_from(list(FORMS)))
     def test_any_lengths(self, groups, head_dim, dtype, form):

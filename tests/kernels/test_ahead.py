@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -16,27 +17,56 @@ from omnigen_fast.kernels import launch, ops
 
 from bench.kernels import ahead, bounds
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.early
 
 CASES = list(ahead.cases())
 _ROOT = Path(__file__).parents[2]
 _PROCESSES = 2
+_FEW = 40  # cases, which one process compiles: the second would take as long to start
+
+
+def quick_cases() -> set[str]:
+    """Ids of a case for each generation, each of another kernel: attention and products first."""
+    kernels = list(dict.fromkeys(case.kernel for case in CASES))
+    kernels.sort(key=lambda kernel: not kernel.startswith(("attention_", "scaled_mm_")))
+    return {
+        next(
+            one.id
+            for one in CASES
+            if (one.kernel, one.capability, one.dtype) == (kernel, capability, "bf16")
+        )
+        for kernel, capability in zip(kernels, ahead.LIMITS)
+    }
+
+
+def parameters(cases: Iterable[ahead.Case]) -> list:
+    """Those of a test of each case; all but the quick ones are slow."""
+    quick = quick_cases()
+    return [
+        pytest.param(one, id=one.id, marks=() if one.id in quick else pytest.mark.slow)
+        for one in cases
+    ]
 
 
 @pytest.fixture(scope="module")
 def compiled(request) -> dict[str, ahead.Compiled | str]:
-    """Each case's machine code, or the error, from as many processes as there are cores here."""
+    """The machine code of the tests' cases, or the error, from as many processes as cores here."""
+    tests = [one for one in request.session.items if one.path == request.path]
+    ids = sorted(
+        {one.callspec.params["case"].id for one in tests if "compiled" in one.fixturenames}
+    )
+    processes = _PROCESSES if len(ids) > _FEW else 1
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     workers = [
         subprocess.Popen(
-            [sys.executable, "-m", ahead.__name__, str(part), str(_PROCESSES)],
+            [sys.executable, "-m", ahead.__name__, *ids[part::processes]],
             cwd=_ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             env=environment,
         )
-        for part in range(_PROCESSES)
+        for part in range(processes)
     ]
     results = {}
     for worker in workers:
@@ -51,8 +81,8 @@ def compiled(request) -> dict[str, ahead.Compiled | str]:
 
 def table(results: dict[str, ahead.Compiled | str]) -> str:
     rows = [("kernel", "target", "configuration", "registers", "shared", "spills", "occupancy")]
-    for case in CASES:
-        code = results.get(case.id)
+    for case in (one for one in CASES if one.id in results):
+        code = results[case.id]
         kernel, _, target = case.id.rpartition("-")
         if isinstance(code, ahead.Compiled):
             shared, spills = f"{code.shared / 1024:.1f} KB", f"{code.spills} B"
@@ -83,7 +113,7 @@ def _units_of(case: ahead.Case) -> set[str]:
     return {own.get(case.capability, {"int8": "imma", "fp8": "qmma"})[case.form]}
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+@pytest.mark.parametrize("case", parameters(CASES))
 def test_machine_code(case, compiled):
     code = compiled[case.id]
     assert isinstance(code, ahead.Compiled), code
@@ -117,7 +147,7 @@ def _counted_with_this_triton() -> bool:
     return triton.__version__ == bounds.read_committed()["triton"]
 
 
-@pytest.mark.parametrize("case", list(bounds.cases()), ids=lambda case: case.id)
+@pytest.mark.parametrize("case", parameters(bounds.cases()))
 def test_no_bound_falls(case, compiled):
     """Of the Triton that the counts were made with; another's code can only be counted."""
     code, committed = compiled[case.id], bounds.read_committed()

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numerics import DEVICE, DTYPES, assert_earned, double, inside, integers, name, poisoned, random
 from omnigen_fast.kernels import attention, launch, reference
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.early
 
 # Small blocks, so that short groups take several, whole and cut ones.
 SMALL = launch.Launch(num_warps=4, block_m=32, block_n=16)
@@ -108,6 +108,15 @@ STEPS = {
 }
 
 
+@pytest.mark.slow_except(
+    "one row-*",
+    "no cache-*-bfloat16",
+    "mixed-*-bfloat16",
+    "mixed-64-float32",
+    "shared-128-bfloat16",
+    "long-64-bfloat16",
+    "empty group-96-float32",
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 @pytest.mark.parametrize("head_dim", (64, 96, 128))
 @pytest.mark.parametrize("case", STEPS)
@@ -115,6 +124,7 @@ def test_step(case, head_dim, dtype):
     check_step(*step_arguments(*STEPS[case], 2, 2, head_dim, dtype))
 
 
+@pytest.mark.slow_except("4-2-96-*", "4-1-64-*", "3-3-128-*")
 @pytest.mark.parametrize(("head_dim", "block_m", "block_n"), tiles("attention_step"))
 @pytest.mark.parametrize(("heads", "kv_heads"), ((4, 1), (4, 2), (3, 3)))
 def test_step_grouped_heads_and_every_tile(heads, kv_heads, head_dim, block_m, block_n):
@@ -124,6 +134,7 @@ def test_step_grouped_heads_and_every_tile(heads, kv_heads, head_dim, block_m, b
         check_step(*args)
 
 
+@pytest.mark.slow_except("96")
 @pytest.mark.parametrize("head_dim", (64, 96, 128))
 def test_step_through_tensor_maps(head_dim):
     """Whole blocks through maps, what is left through pointers; to the bit as without maps."""
@@ -170,6 +181,7 @@ def some_rows(args, parts):
 PARTS = [(20, 63), (0, 1), (0, 0), (64, 65)]
 
 
+@pytest.mark.slow_except("96-bfloat16", "64-float32")
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 @pytest.mark.parametrize("head_dim", (64, 96, 128))
 def test_step_of_some_rows(head_dim, dtype):
@@ -204,6 +216,7 @@ def test_step_large_scores():
 GROUPS = st.lists(st.tuples(st.integers(1, 90), st.integers(0, 70)), min_size=1, max_size=4)
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(GROUPS, st.sampled_from((64, 96)), st.sampled_from(DTYPES))
 def test_step_any_lengths(groups, head_dim, dtype):
@@ -230,6 +243,16 @@ PREFILLS = {
 }
 
 
+@pytest.mark.slow_except(
+    "one row-*",
+    "text-64-*",
+    "image-96-bfloat16",
+    "times-128-bfloat16",
+    "one image-64-float32",
+    "branches-96-bfloat16",
+    "only times-*",
+    "empty group-*",
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 @pytest.mark.parametrize("head_dim", (64, 96, 128))
 @pytest.mark.parametrize("case", PREFILLS)
@@ -237,6 +260,7 @@ def test_prefill(case, head_dim, dtype):
     check_prefill(*prefill_arguments(PREFILLS[case], 2, 2, head_dim, dtype))
 
 
+@pytest.mark.slow_except("4-2-96-*", "4-1-64-*", "3-3-128-*")
 @pytest.mark.parametrize(("head_dim", "block_m", "block_n"), tiles("attention_prefill"))
 @pytest.mark.parametrize(("heads", "kv_heads"), ((4, 1), (4, 2), (3, 3)))
 def test_prefill_grouped_heads_and_every_tile(heads, kv_heads, head_dim, block_m, block_n):
@@ -246,6 +270,7 @@ def test_prefill_grouped_heads_and_every_tile(heads, kv_heads, head_dim, block_m
         check_prefill(*args)
 
 
+@pytest.mark.slow_except("0-bfloat16", "64-float32", "110-bfloat16", "140-*")
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 @pytest.mark.parametrize("first", (0, 1, 64, 110, 139, 140))
 def test_prefill_behind_shared_rows(first, dtype):
@@ -289,6 +314,7 @@ RUNS = st.lists(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(st.lists(RUNS, min_size=1, max_size=3), st.sampled_from((64, 96)), st.sampled_from(DTYPES))
 def test_prefill_any_runs(groups, head_dim, dtype):

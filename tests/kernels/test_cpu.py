@@ -17,7 +17,7 @@ from test_attention import PARTS, STEPS, some_rows, step_arguments
 from omnigen_fast.compilation import compiler
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.early,
     pytest.mark.skipif(
         cpu.why_not() is not None or compiler() is None,
         reason=f"the operations can't be built here: {cpu.why_not() or 'no C++ compiler'}",

@@ -12,7 +12,7 @@ from omnigen_fast.kernels import launch, ops
 
 from omnigen_fast.sequence import lay_out_all
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.early
 
 TRITON_CASES = ["mixed_batch", "one_image_lora"]  # the first has a prompt without images, too
 
@@ -33,6 +33,7 @@ def large_tiles(monkeypatch):
         monkeypatch.setattr(launch, "choose", chosen)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("large_tiles")
 @pytest.mark.parametrize("name", TRITON_CASES)
 def test_golden_cases_through_the_kernels(load_pipe, name):
@@ -46,6 +47,7 @@ def test_golden_cases_through_the_kernels(load_pipe, name):
     assert relative_error(found, golden_result(name)["latents"]) < 1e-5
 
 
+@pytest.mark.slow
 def test_bfloat16_through_the_kernels_is_as_close_as_the_originals(load_pipe):
     exact, original = golden_result("text"), golden_result("text_bfloat16")
     with ops.use("triton"):

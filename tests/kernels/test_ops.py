@@ -133,6 +133,7 @@ def arguments(name: str, dtype: torch.dtype = torch.float32) -> dict:
 OPERATIONS = tuple(ops.OPERATIONS)
 
 
+@pytest.mark.slow_except("*-reference")
 @pytest.mark.parametrize("kernels", ("reference", "triton"))
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_opcheck(name, kernels):

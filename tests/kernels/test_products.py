@@ -18,7 +18,7 @@ from omnigen_fast.kernels import (
 )
 from test_rows import ROWS
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.early
 
 FORMS = (torch.int8, torch.float8_e4m3fn)
 forms = pytest.mark.parametrize("form", FORMS, ids=name)
@@ -55,6 +55,7 @@ def assert_quantised(found: Rows, plain: Rows, exact: torch.Tensor) -> None:
         torch.testing.assert_close(found.scales, plain.scales, rtol=1e-5, atol=0)
 
 
+@pytest.mark.slow_for("[24]*7-*")
 @forms
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 @pytest.mark.parametrize("rows", ROWS)
@@ -66,6 +67,7 @@ def test_quantise(rows, dtype, form):
     assert_quantised(found, plain, x.double())
 
 
+@pytest.mark.slow_for("[24]*7-*")
 @forms
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 @pytest.mark.parametrize("rows", ROWS)
@@ -86,6 +88,7 @@ def test_norms_that_quantise(rows, dtype, form):
     assert_quantised(found, plain, reference.rms_norm(*double(plain_sum, weight), 1e-5))
 
 
+@pytest.mark.slow_for("[24]*7-*")
 @forms
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 @pytest.mark.parametrize(("rows", "inner"), [*((rows, 96) for rows in ROWS), (3, 4500), (2, 1)])

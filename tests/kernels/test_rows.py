@@ -31,12 +31,13 @@ from omnigen_fast.kernels import (
 from omnigen_fast.forms import FORMS
 from omnigen_fast.quantised import quantised
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.early
 
 # a row is a program: in the interpreter each takes a millisecond
 ROWS = (0, 1, 63, 64, 65, 4097 if DEVICE == "cuda" else 257)
 
 
+@pytest.mark.slow_for("[24]*7-*")
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 @pytest.mark.parametrize("rows", ROWS)
 def test_rms_norm(rows, dtype):
@@ -49,6 +50,7 @@ def test_rms_norm(rows, dtype):
     assert_earned(out, reference.rms_norm(x, weight, 1e-5), exact)
 
 
+@pytest.mark.slow_for("[24]*7-*")
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 @pytest.mark.parametrize("rows", ROWS)
 def test_add_rms_norm(rows, dtype):
@@ -94,6 +96,7 @@ GROUPS = [
 ]
 
 
+@pytest.mark.slow_for("[24]*7-*")
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 @pytest.mark.parametrize(("rows", "steps"), GROUPS, ids=str)
 def test_modulate(rows, steps, dtype):
@@ -111,6 +114,7 @@ def test_modulate(rows, steps, dtype):
     assert_earned(out, reference.modulate(x, shift, scale, step, 1e-6), exact)
 
 
+@pytest.mark.slow_for("[24]*7-*")
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 @pytest.mark.parametrize(("rows", "inner"), [*((rows, 96) for rows in ROWS), (3, 4500), (2, 1)])
 def test_swiglu(rows, inner, dtype):
@@ -160,6 +164,7 @@ ROTARY = [
 ]
 
 
+@pytest.mark.slow_for("[24]*7-*")
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 @pytest.mark.parametrize(("rows", "heads", "kv_heads", "head_dim"), ROTARY)
 def test_rope(rows, heads, kv_heads, head_dim, dtype):
@@ -175,6 +180,7 @@ def test_rope(rows, heads, kv_heads, head_dim, dtype):
     assert_earned(qkv, plain, exact)
 
 
+@pytest.mark.slow_for("[24]*7-*")
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 @pytest.mark.parametrize(("rows", "heads", "kv_heads", "head_dim"), ROTARY)
 def test_rope_cache(rows, heads, kv_heads, head_dim, dtype):

@@ -20,7 +20,7 @@ from omnigen_fast.precision import Precision
 from omnigen_fast.schedule import ALL_BRANCHES, StepKind, StepSchedule
 from omnigen_fast.solvers import SOLVERS
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.early
 
 A800, RTX3090 = profiles.load("a800"), profiles.load("rtx3090")
 PLAIN = MemoryPlan.plain(layers=32)
@@ -34,6 +34,7 @@ def estimate_of(workload, profile=A800):
     return Estimate(released_sizes(), VaeShape(), BFLOAT16, workload, profile)
 
 
+@pytest.mark.slow_except("0")
 @pytest.mark.parametrize("seed", range(10))
 def test_bytes_are_those_of_the_pipeline(seed):
     """To 2 % of what there is beside weights and caches, which is far less than 2 % of all."""

@@ -19,7 +19,7 @@ from omnigen_fast.errors import OmniGenError
 from omnigen_fast.memory.plan import MemoryPlan
 from omnigen_fast.weights.checkpoint import Checkpoint
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.early
 
 REQUEST = {
     **golden_request("one_image"),
@@ -42,6 +42,7 @@ def scenarios(tmp_path_factory):
     return Scenarios(Models(tmp_path_factory.mktemp("failures") / "models"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MAIN)
 def test_a_failure_at_any_allocation(scenarios, name):
     """At each call stack that allocates, from the input image to the picture."""
@@ -51,6 +52,7 @@ def test_a_failure_at_any_allocation(scenarios, name):
     assert faults(scenario, sample(found)) == []
 
 
+@pytest.mark.slow
 def test_failures_elsewhere(scenarios):
     """Where loading, LoRAs, moves and captures allocate; and some of what calls share."""
     seen = {stack for name in MAIN for stack in sites(scenarios.make(name))}
@@ -182,6 +184,7 @@ def test_a_callback_that_fails_is_not_tried_again(load_pipe):
     assert calls == [0]
 
 
+@pytest.mark.slow
 def test_an_interrupt_while_the_dtype_changes(scenarios):
     """At a line in forty, and wherever PyTorch hands control back while it reads a file."""
     scenario = scenarios.make("dtype")

@@ -26,7 +26,7 @@ from omnigen_fast.memory.plan import MemoryPlan, Switches, typical_workload
 from omnigen_fast.precision import Precision
 from omnigen_fast.schedule import StepSchedule
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.early
 
 CONFIG, VAE, BFLOAT16 = released_sizes(), VaeShape(), Precision.of("bfloat16")
 A800, RTX3090 = profiles.load("a800"), profiles.load("rtx3090")
@@ -88,6 +88,7 @@ def test_choices(workload, profile, switches, shares):
         before = decision.cost.seconds
 
 
+@pytest.mark.slow
 @many
 @given(workloads, devices, some_switches)
 def test_the_least_that_would_do(workload, profile, switches):
@@ -135,6 +136,7 @@ def all_plans(layers: range):
             yield MemoryPlan(resident, cache, passes, rows, vae, strips, capture, 0, host)
 
 
+@pytest.mark.slow_except("8000000000.0")
 @pytest.mark.parametrize("budget", [2.2e9, 4e9, 8e9, 12e9, 24e9, 80e9])
 def test_nothing_faster_fits(budget):
     """Against every plan there is, each with its full estimate.
@@ -167,6 +169,7 @@ def test_the_autoencoder_takes_no_memory_for_next_to_no_time():
     assert decide(typical_workload(128, 128), A800, int(80e9)).plan.strip_rows is None
 
 
+@pytest.mark.slow
 @many
 @given(workloads, devices, some_switches, st.floats(0.0, 1.0))
 def test_after_failures(workload, profile, switches, share):

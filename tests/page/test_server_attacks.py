@@ -25,7 +25,7 @@ from omnigen_fast.page.bodies import MAX_CALL_BYTES, MAX_UPLOAD_BYTES
 from omnigen_fast.page.record import read_record
 
 pytest.importorskip("gradio")
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.early
 
 CAT = GOLDEN / "images/cat.png"
 WAIT = 120  # seconds; a busy machine is slow, not wrong

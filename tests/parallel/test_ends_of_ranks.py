@@ -30,6 +30,8 @@ CALL: dict[str, Any] = {
 }
 IN_TIME = 20.0  # seconds
 
+pytestmark = pytest.mark.slow  # nearly all look at the same calls of eleven groups of ranks
+
 
 def loaded(layout: Any = "auto") -> OmniGenPipeline:
     return OmniGenPipeline.from_pretrained(

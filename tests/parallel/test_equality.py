@@ -10,7 +10,7 @@ from golden_cases import golden_result, relative_error
 from parallel_cases import CALLS, EDIT, LOADED, golden_calls, latents_and_image, load
 from ranks import run_ranks
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.early
 
 LAYOUTS = {
     2: ({"branches": 2}, {"rows": 2}),
@@ -57,6 +57,7 @@ def assert_same(
         assert torch.equal(one["latents"], first["latents"]), name
 
 
+@pytest.mark.slow_except("2")
 @pytest.mark.parametrize("size", LAYOUTS)
 def test_goldens(size, tmp_path):
     found = run_ranks(size, make, tmp_path, golden_calls(), LAYOUTS[size])
@@ -65,6 +66,7 @@ def test_goldens(size, tmp_path):
             assert_same([rank[place][name] for rank in found], golden_result(name), name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 4])
 def test_every_kind_of_call(size, tmp_path, alone):
     layouts = LAYOUTS[size][:2]
@@ -78,6 +80,7 @@ def test_every_kind_of_call(size, tmp_path, alone):
                 assert torch.equal(latents, alone[name]["latents"]), name
 
 
+@pytest.mark.slow
 def test_every_form_of_weights(tmp_path):
     layouts = ({"branches": 2}, {"rows": 2})
     found = run_ranks(2, make_with_forms, tmp_path, layouts)

@@ -19,7 +19,8 @@ from omnigen_fast.errors import RequestError
 from omnigen_fast.graph import StepGraphs
 from omnigen_fast.parallel.group import Group
 
-pytestmark = pytest.mark.slow
+# all look at the same calls of four ranks
+pytestmark = [pytest.mark.early, pytest.mark.slow]
 
 LAYOUTS = {"rows": 4}, {"branches": 2, "rows": 2}
 LAYERS, KV_WIDTH, CHANNELS, BYTES = 3, 192, 16, 4  # of the golden checkpoint in float32

@@ -92,6 +92,7 @@ def check_end(process, ranks, folder: Path, status: int, *last: str) -> None:
     assert not list((folder / "tmp").glob("omnigen*"))
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_killed(under_way):
     process, ranks, folder = under_way
     os.kill(ranks[1], signal.SIGKILL)
@@ -99,18 +100,21 @@ def test_a_rank_that_is_killed(under_way):
     check_end(process, ranks, folder, 1, f"Error: {last}")
 
 
+@pytest.mark.slow
 def test_an_interrupt_of_rank_0(under_way):
     process, ranks, folder = under_way
     os.kill(ranks[0], signal.SIGINT)
     check_end(process, ranks, folder, 1, "Error: rank 0: interrupted by Ctrl-C")
 
 
+@pytest.mark.slow
 def test_an_interrupt_of_the_command(under_way):
     process, ranks, folder = under_way
     process.send_signal(signal.SIGINT)
     check_end(process, ranks, folder, 1, "Aborted!")
 
 
+@pytest.mark.slow
 def test_a_command_that_is_killed_leaves_no_rank(under_way):
     process, ranks, _ = under_way
     process.kill()
@@ -133,6 +137,7 @@ def test_two_ranks_make_the_picture_of_one_and_say_as_much(tmp_path):
     assert not [line for line in shown(tmp_path) if line.strip() and "/3 [" not in line]
 
 
+@pytest.mark.slow
 def test_torchrun(tmp_path):
     """Without a seed, all ranks take the one that the picture records."""
     out = tmp_path / "two.png"
@@ -146,6 +151,7 @@ def test_torchrun(tmp_path):
     assert shown(tmp_path, "out") == [str(out), ""]
 
 
+@pytest.mark.slow
 def test_what_a_call_refuses(tmp_path):
     out = str(tmp_path / "a.png")
     process = command(tmp_path, "--gpus", "2", "--height", "1000", "--out", out)

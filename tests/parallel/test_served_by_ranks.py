@@ -116,6 +116,7 @@ def broken(parallel: Any) -> Any:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [{"branches": 2}, {"rows": 2}], ids=["branches", "rows"])
 def test_the_pictures_of_one_process(layout, tmp_path):
     found, failed = run_ranks(2, served, tmp_path, layout)
@@ -133,6 +134,7 @@ def test_a_rank_that_fails(tmp_path):
     assert found == "the model can't be used: rank 1: ValueError: a fault"
 
 
+@pytest.mark.slow
 def test_a_server(tmp_path):
     """One command: it answers, stops when told to, and ends where a rank is killed."""
     options = ("--gpus-per-replica", "2", "--drain-seconds", "5")

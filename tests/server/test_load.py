@@ -6,9 +6,10 @@ import pytest
 
 from bench.serve_soak import soak
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.early
 
 
+@pytest.mark.slow
 def test_a_short_soak(load_pipe):
     """The long one is `python -m bench.serve_soak`."""
     prompts = ["A cat on a mat.", "A dog.", "Two cups on a table."]

@@ -21,7 +21,7 @@ from omnigen_fast.cli.main import main
 from .conftest import WAIT, Live
 from .test_api import IMAGE, TEXT, form
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.early
 
 PROMPT = "A cat on a mat."
 FILE_BYTES = 2 << 20  # that a file may have in a server on a small disk
@@ -123,6 +123,7 @@ def test_a_full_disk_then_sigterm_under_load():
         assert live.process.wait(60) == 0
 
 
+@pytest.mark.slow
 def test_killed_and_started_again(tmp_path):
     """kill -9 leaves nothing in the way; what can't be drained in time gets a clear answer."""
     with started() as live:
@@ -169,6 +170,7 @@ def test_refused(options, environment, sentence):
     assert result.output.startswith("Error: ") and len(result.output.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_a_port_in_use_and_a_model_that_is_none(tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

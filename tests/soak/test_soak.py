@@ -12,11 +12,12 @@ from soak.mixed import Mixed
 from soak.repeated import repeat
 from soak.watch import COUNTS, MOST_BYTES_PER_REQUEST, growth
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.early
 
 REQUESTS = 40
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:You are using a model:UserWarning")
 def test_mixed_requests(tmp_path, monkeypatch):
     folder = tmp_path / "theirs"
@@ -35,6 +36,7 @@ def test_mixed_requests(tmp_path, monkeypatch):
     assert {name: after[name] for name in COUNTS} == {name: before[name] for name in COUNTS}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_six_requests_have_one_answer_each(dtype):
     answers = []

@@ -229,6 +229,7 @@ def ways(sample: int) -> list:
 
 
 class TestCost:
+    @pytest.mark.slow_except("1024-*", "256-*")
     @pytest.mark.parametrize(("height", "width", "way"), ways(16))
     def test_bytes(self, meta, height, width, way):
         """Foretold as tracked, within 2 %."""
