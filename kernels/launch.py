@@ -47,9 +47,7 @@ class Launch:
 TABLE: dict[int, dict[str, Launch]] = {
     80: {
         "rms_norm": Launch(num_warps=8),
-        "add_rms_norm": Launch(num_warps=8),
         "rms_norm_quantise_": Launch(num_warps=8),
-        "add_rms_norm_quantise_": Launch(num_warps=8),
         "modulate": Launch(num_warps=8),
         "swiglu": Launch(num_warps=4, block=2048),
         "swiglu_quantise_": Launch(num_warps=8),
@@ -83,9 +81,7 @@ TABLE: dict[int, dict[str, Launch]] = {
     },
     86: {
         "rms_norm": Launch(num_warps=8),
-        "add_rms_norm": Launch(num_warps=8),
         "rms_norm_quantise_": Launch(num_warps=8),
-        "add_rms_norm_quantise_": Launch(num_warps=8),
         "modulate": Launch(num_warps=8),
         "swiglu": Launch(num_warps=4, block=2048),
         "swiglu_quantise_": Launch(num_warps=8),
@@ -119,9 +115,7 @@ TABLE: dict[int, dict[str, Launch]] = {
     },
     89: {
         "rms_norm": Launch(num_warps=8),
-        "add_rms_norm": Launch(num_warps=8),
         "rms_norm_quantise_": Launch(num_warps=8),
-        "add_rms_norm_quantise_": Launch(num_warps=8),
         "modulate": Launch(num_warps=8),
         "swiglu": Launch(num_warps=4, block=2048),
         "swiglu_quantise_": Launch(num_warps=8),
@@ -155,9 +149,7 @@ TABLE: dict[int, dict[str, Launch]] = {
     },
     90: {
         "rms_norm": Launch(num_warps=8),
-        "add_rms_norm": Launch(num_warps=8),
         "rms_norm_quantise_": Launch(num_warps=8),
-        "add_rms_norm_quantise_": Launch(num_warps=8),
         "modulate": Launch(num_warps=8),
         "swiglu": Launch(num_warps=4, block=2048),
         "swiglu_quantise_": Launch(num_warps=8),
@@ -191,10 +183,8 @@ TABLE: dict[int, dict[str, Launch]] = {
     },
     100: {
         "rms_norm": Launch(num_warps=8),
-        "add_rms_norm": Launch(num_warps=8),
         "modulate": Launch(num_warps=8),
         "rms_norm_quantise_": Launch(num_warps=8),
-        "add_rms_norm_quantise_": Launch(num_warps=8),
         "swiglu_quantise_": Launch(num_warps=8),
         "quantise_": Launch(num_warps=8),
         "quantise_cache_": Launch(num_warps=4, block=2048),
@@ -227,10 +217,8 @@ TABLE: dict[int, dict[str, Launch]] = {
     },
     120: {
         "rms_norm": Launch(num_warps=8),
-        "add_rms_norm": Launch(num_warps=8),
         "modulate": Launch(num_warps=8),
         "rms_norm_quantise_": Launch(num_warps=8),
-        "add_rms_norm_quantise_": Launch(num_warps=8),
         "swiglu_quantise_": Launch(num_warps=8),
         "quantise_": Launch(num_warps=8),
         "quantise_cache_": Launch(num_warps=4, block=2048),
