@@ -89,6 +89,7 @@ def _rotated(
     q_ptr,
     cos_ptr,
     sin_ptr,
+    first,
     o_row,
     m_row,
     stride_q_row,
@@ -109,11 +110,15 @@ def _rotated(
     p_cos = cos_ptr + o_row[:, None] * stride_cos_row + o_angle[None, :]
     p_sin = sin_ptr + o_row[:, None] * stride_sin_row + o_angle[None, :]
     b_q = tl.load(p_q + o_d[None, :], mask=m_row, other=0.0).to(tl.float32)
+    b_q *= tl.load(p_cos, mask=m_row, other=0.0)
+    tl.debug_barrier()  # or all four blocks are loaded at once, into more registers than there are
     b_other = tl.load(p_q + o_other[None, :], mask=m_row, other=0.0).to(tl.float32)
-    b_cos = tl.load(p_cos, mask=m_row, other=0.0)
     b_sin = tl.load(p_sin, mask=m_row, other=0.0)
-    b_sin = tl.where(is_low[None, :], -b_sin, b_sin)
-    return (b_q * b_cos + b_other * b_sin).to(q_ptr.dtype.element_ty)
+    b_q += b_other * tl.where(is_low[None, :], -b_sin, b_sin)
+    b_q = b_q.to(q_ptr.dtype.element_ty)
+    # A load that loads nothing, since no row is below 0: what comes from a load, Triton lets the
+    # products of Hopper read from shared memory, and all else from registers that every turn fills.
+    return tl.load(p_q + o_d[None, :], mask=first < 0, other=b_q)
 
 
 @triton.jit
@@ -138,13 +143,13 @@ def load_queries(
         cos_ptr += first.to(tl.int64) * stride_cos_row
         sin_ptr += first.to(tl.int64) * stride_sin_row
         q_a = _rotated(
-            q_ptr, cos_ptr, sin_ptr, o_row, m_row, stride_q_row, stride_cos_row, stride_sin_row,
-            0, HEAD_A, half,
+            q_ptr, cos_ptr, sin_ptr, first, o_row, m_row, stride_q_row, stride_cos_row,
+            stride_sin_row, 0, HEAD_A, half,
         )  # fmt: skip
         q_b = q_a
         if HEAD_B:
             q_b = _rotated(
-                q_ptr, cos_ptr, sin_ptr, o_row, m_row, stride_q_row, stride_cos_row,
+                q_ptr, cos_ptr, sin_ptr, first, o_row, m_row, stride_q_row, stride_cos_row,
                 stride_sin_row, HEAD_A, HEAD_B, half,
             )  # fmt: skip
     return q_a, q_b
