@@ -280,6 +280,20 @@ def test_prefill_grouped_heads_and_every_tile(heads, kv_heads, head_dim, block_m
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("case", PREFILLS)
+def test_prefill_in_one_loop(case, dtype):
+    """To the bit as with a loop of their own for blocks that are masked."""
+    args, found = prefill_arguments(PREFILLS[case], 2, 1, 96, dtype), []
+    for one_loop in (False, True):
+        chosen = replace(SMALL, one_loop=one_loop)
+        with mock.patch.object(launch, "choose", return_value=chosen):
+            found.append(attention.attention_prefill(*args))
+    assert torch.equal(*found)
+    with mock.patch.object(launch, "choose", return_value=chosen):
+        check_prefill(*args)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
 @pytest.mark.parametrize("first", (0, 1, 64, 110, 139, 140))
 def test_prefill_behind_shared_rows(first, dtype):
     """Rows before `first` are keys only: NaN for their queries changes nothing, none is written."""
