@@ -105,6 +105,15 @@ def written(chosen: Launch) -> str:
     return f"Launch({', '.join(parts)})"
 
 
+def _entry(key: str, chosen: Launch) -> list[str]:
+    """Its lines, as ruff formats them."""
+    line = f'        "{key}": {written(chosen)},'
+    if len(line) <= 100:
+        return [line]
+    before, _, arguments = line.partition("Launch(")
+    return [f"{before}Launch(", f"            {arguments.removesuffix('),')}", "        ),"]
+
+
 def rewritten(text: str, table: dict[int, dict[str, Launch]]) -> str:
     """The text of `launch.py` with another table."""
     before, _, rest = text.partition(_BEGIN)
@@ -112,7 +121,7 @@ def rewritten(text: str, table: dict[int, dict[str, Launch]]) -> str:
     lines = ["TABLE: dict[int, dict[str, Launch]] = {"]
     for capability, entries in table.items():
         lines.append(f"    {capability}: {{")
-        lines += [f'        "{key}": {written(chosen)},' for key, chosen in entries.items()]
+        lines += [line for key, chosen in entries.items() for line in _entry(key, chosen)]
         lines.append("    },")
     lines.append("}\n")
     return before + _BEGIN + "\n".join(lines) + _END + after
