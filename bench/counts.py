@@ -49,7 +49,6 @@ OURS = {
     "attention_step_8bit": ATTENTION,
     "attention_prefill": ATTENTION,
     "rms_norm": NORMS,
-    "add_rms_norm": NORMS,
     "modulate": NORMS,
     "rope_": ELEMENTWISE,
     "rope_cache_": ELEMENTWISE,
@@ -57,7 +56,6 @@ OURS = {
     "swiglu": ELEMENTWISE,
     "scaled_mm_": PRODUCTS,
     "rms_norm_quantise_": NORMS,
-    "add_rms_norm_quantise_": NORMS,
     "swiglu_quantise_": ELEMENTWISE,
     "quantise_": ELEMENTWISE,
     "dequantise_int8_": ELEMENTWISE,
@@ -319,12 +317,10 @@ def _ours(name: str, given: dict[str, Any], result: Any) -> Operation:
     family, flops = OURS[name], 0
     read = sum(map(touched, tensors.values()))
     written = touched(out) if out is not None else 0
-    if name == "add_rms_norm":
-        written += touched(given["residual"])
-    elif name in ("rope_", "rope_cache_"):
+    if name in ("rope_", "rope_cache_"):
         qkv, heads, kv_heads = given["qkv"], given["heads"], given["kv_heads"]
         head = touched(qkv) // (heads + 2 * kv_heads)
-        turned = head * (heads + kv_heads)
+        turned = head * (kv_heads if given.get("keys_only") else heads + kv_heads)
         tables = touched(given["cos"]) + touched(given["sin"])
         read, written = turned + tables, turned
         if name == "rope_cache_":  # v in, k and v into the cache
@@ -339,12 +335,11 @@ def _ours(name: str, given: dict[str, Any], result: Any) -> Operation:
         read -= written
     elif name == "scaled_mm_":
         written = touched(given["result"])
-        read -= written
+        read -= 0 if given.get("accumulate") else written
         flops = 2 * written // given["result"].element_size() * given["values"].shape[1]
     elif name.endswith("quantise_") and "values" in given:
         written = touched(given["values"]) + touched(given["scales"])
         read -= written
-        written += touched(given["residual"]) if "residual" in given else 0
     elif name == "guidance_step_":
         written = touched(given["latents"])
     elif name in ("attention_step", "attention_step_8bit"):
@@ -357,7 +352,8 @@ def _ours(name: str, given: dict[str, Any], result: Any) -> Operation:
         narrow = name == "attention_step_8bit"
         cached = 2 * len(seen)
         cached *= _narrow_row(given["k"]) if narrow else touched(given["k_cache"][0])
-        read = sum(touched(given[one]) for one in ("q", "k", "v")) + cached
+        read = sum(touched(tensors[one]) for one in ("q", "k", "v")) + cached
+        read += sum(touched(tensors[one]) for one in ("cos", "sin") if one in tensors)
         pairs = sum(count * (key + more) for count, key, more in zip(rows, keys, lengths))
         flops = 4 * q.shape[1] * q.shape[2] * pairs
     elif name == "attention_prefill":

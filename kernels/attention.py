@@ -85,6 +85,77 @@ def load_some(ptr, o_row, m_row, stride_row, HEAD_A: tl.constexpr, HEAD_B: tl.co
 
 
 @triton.jit
+def _rotated(
+    q_ptr,
+    cos_ptr,
+    sin_ptr,
+    first,
+    o_row,
+    m_row,
+    stride_q_row,
+    stride_cos_row,
+    stride_sin_row,
+    FIRST: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HALF: tl.constexpr,
+):
+    """Features FIRST to FIRST + WIDTH of queries of one head, as `rope_` would leave them."""
+    o_d = FIRST + tl.arange(0, WIDTH)
+    is_low = o_d < HALF
+    # HALF and FIRST are multiples of 16: so are the places where neighbours stop being neighbours
+    o_angle = tl.max_contiguous(tl.multiple_of(tl.where(is_low, o_d, o_d - HALF), 16), 16)
+    o_other = tl.max_contiguous(tl.multiple_of(tl.where(is_low, o_d + HALF, o_d - HALF), 16), 16)
+    m_row = m_row[:, None]
+    p_q = q_ptr + o_row[:, None] * stride_q_row
+    p_cos = cos_ptr + o_row[:, None] * stride_cos_row + o_angle[None, :]
+    p_sin = sin_ptr + o_row[:, None] * stride_sin_row + o_angle[None, :]
+    b_q = tl.load(p_q + o_d[None, :], mask=m_row, other=0.0).to(tl.float32)
+    b_q *= tl.load(p_cos, mask=m_row, other=0.0)
+    tl.debug_barrier()  # or all four blocks are loaded at once, into more registers than there are
+    b_other = tl.load(p_q + o_other[None, :], mask=m_row, other=0.0).to(tl.float32)
+    b_sin = tl.load(p_sin, mask=m_row, other=0.0)
+    b_q += b_other * tl.where(is_low[None, :], -b_sin, b_sin)
+    b_q = b_q.to(q_ptr.dtype.element_ty)
+    # A load that loads nothing, since no row is below 0: what comes from a load, Triton lets the
+    # products of Hopper read from shared memory, and all else from registers that every turn fills.
+    return tl.load(p_q + o_d[None, :], mask=first < 0, other=b_q)
+
+
+@triton.jit
+def load_queries(
+    q_ptr,
+    cos_ptr,  # None where queries are rotated already
+    sin_ptr,
+    first,
+    o_row,
+    m_row,
+    stride_q_row,
+    stride_cos_row,
+    stride_sin_row,
+    HEAD_A: tl.constexpr,
+    HEAD_B: tl.constexpr,
+):
+    """As `load_some`, rotated; `first` is the row of cosines and sines of the group's first."""
+    if cos_ptr is None:
+        q_a, q_b = load_some(q_ptr, o_row, m_row, stride_q_row, HEAD_A, HEAD_B)
+    else:
+        half: tl.constexpr = (HEAD_A + HEAD_B) // 2
+        cos_ptr += first.to(tl.int64) * stride_cos_row
+        sin_ptr += first.to(tl.int64) * stride_sin_row
+        q_a = _rotated(
+            q_ptr, cos_ptr, sin_ptr, first, o_row, m_row, stride_q_row, stride_cos_row,
+            stride_sin_row, 0, HEAD_A, half,
+        )  # fmt: skip
+        q_b = q_a
+        if HEAD_B:
+            q_b = _rotated(
+                q_ptr, cos_ptr, sin_ptr, first, o_row, m_row, stride_q_row, stride_cos_row,
+                stride_sin_row, HEAD_A, HEAD_B, half,
+            )  # fmt: skip
+    return q_a, q_b
+
+
+@triton.jit
 def store(ptr, o_row, m_row, stride_row, b_a, b_b, HEAD_A: tl.constexpr, HEAD_B: tl.constexpr):
     p_row = ptr + o_row[:, None] * stride_row
     tl.store(p_row + tl.arange(0, HEAD_A)[None, :], b_a, mask=m_row[:, None])
@@ -154,12 +225,16 @@ def attention_step_kernel(
     cu_keys_ptr,  # None where keys are those of the rows
     cache_start_ptr,
     cache_len_ptr,
+    cos_ptr,  # None where queries are rotated already
+    sin_ptr,
     stride_q_row,
     stride_k_row,
     stride_v_row,
     stride_k_cache_row,
     stride_v_cache_row,
     stride_out_row,
+    stride_cos_row,
+    stride_sin_row,
     scale,  # log2(e) / sqrt(head_dim)
     SHARE: tl.constexpr,  # query heads per key head
     HEAD_A: tl.constexpr,
@@ -192,7 +267,10 @@ def attention_step_kernel(
     o_m = i_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     o_n = tl.arange(0, BLOCK_N)
     m_m = o_m < rows
-    q_a, q_b = load_some(q_ptr, o_m, m_m, stride_q_row, HEAD_A, HEAD_B)
+    q_a, q_b = load_queries(
+        q_ptr, cos_ptr, sin_ptr, first, o_m, m_m, stride_q_row, stride_cos_row, stride_sin_row,
+        HEAD_A, HEAD_B,
+    )  # fmt: skip
 
     acc_a = tl.zeros([BLOCK_M, HEAD_A], tl.float32)
     acc_b = acc_a
@@ -271,12 +349,16 @@ def attention_step_maps_kernel(
     cu_keys_ptr,  # None where keys are those of the rows
     cache_start_ptr,
     cache_len_ptr,
+    cos_ptr,  # None where queries are rotated already
+    sin_ptr,
     stride_q_row,
     stride_k_row,
     stride_v_row,
     stride_k_cache_row,
     stride_v_cache_row,
     stride_out_row,
+    stride_cos_row,
+    stride_sin_row,
     scale,  # log2(e) / sqrt(head_dim)
     SHARE: tl.constexpr,  # query heads per key head
     HEAD_A: tl.constexpr,
@@ -308,7 +390,10 @@ def attention_step_maps_kernel(
 
     o_m = i_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     m_m = o_m < rows
-    q_a, q_b = load_some(q_ptr, o_m, m_m, stride_q_row, HEAD_A, HEAD_B)
+    q_a, q_b = load_queries(
+        q_ptr, cos_ptr, sin_ptr, first, o_m, m_m, stride_q_row, stride_cos_row, stride_sin_row,
+        HEAD_A, HEAD_B,
+    )  # fmt: skip
 
     acc_a = tl.zeros([BLOCK_M, HEAD_A], tl.float32)
     acc_b = acc_a
@@ -363,6 +448,7 @@ def attention_prefill_kernel(
     HEAD_B: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    ONE_LOOP: tl.constexpr,  # over blocks that are masked and those that are not
 ):
     # the last tiles of a causal sequence are the longest: they start first
     i_tile = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -402,21 +488,46 @@ def attention_prefill_kernel(
     acc_b = own_b.to(tl.float32)
 
     blocks_of_all = end_of_all // BLOCK_N
-    for i_block in range(blocks_of_all):
-        o_row = i_block * BLOCK_N + o_n
-        k_a, k_b = load(k_ptr, o_row, stride_k_row, HEAD_A, HEAD_B)
-        b_s = scores(q_a, q_b, k_a, k_b, HEAD_B)
-        v_a, v_b = load(v_ptr, o_row, stride_v_row, HEAD_A, HEAD_B)
-        acc_a, acc_b, b_max, b_sum = fold(b_s, v_a, v_b, acc_a, acc_b, b_max, b_sum, scale, HEAD_B)
+    if ONE_LOOP:
+        # Blocks that not every row sees all of come last; past the end of any, its last row again.
+        # Addresses and the pipeline of loads are set up once: on 10.0 that takes fewer registers.
+        # Elsewhere Triton lays the scores out worse than without the branch, or spills.
+        for i_block in range(tl.cdiv(end_of_any, BLOCK_N)):
+            is_cut = i_block >= blocks_of_all
+            o_row = i_block * BLOCK_N + o_n
+            o_key = o_row
+            if is_cut:
+                o_key = tl.minimum(o_row, end_of_any - 1)
+            k_a, k_b = load(k_ptr, o_key, stride_k_row, HEAD_A, HEAD_B)
+            b_s = scores(q_a, q_b, k_a, k_b, HEAD_B)
+            b_top = tl.max(b_s, 1)  # ahead of the branch, as in the step
+            if is_cut:
+                b_s = tl.where(o_row[None, :] < b_end[:, None], b_s, float("-inf"))
+                b_top = tl.max(b_s, 1)
+            v_a, v_b = load(v_ptr, o_key, stride_v_row, HEAD_A, HEAD_B)
+            acc_a, acc_b, b_max, b_sum = _fold_below(
+                b_s, b_top, v_a, v_b, acc_a, acc_b, b_max, b_sum, scale, HEAD_B
+            )
+    else:
+        for i_block in range(blocks_of_all):
+            o_row = i_block * BLOCK_N + o_n
+            k_a, k_b = load(k_ptr, o_row, stride_k_row, HEAD_A, HEAD_B)
+            b_s = scores(q_a, q_b, k_a, k_b, HEAD_B)
+            v_a, v_b = load(v_ptr, o_row, stride_v_row, HEAD_A, HEAD_B)
+            acc_a, acc_b, b_max, b_sum = fold(
+                b_s, v_a, v_b, acc_a, acc_b, b_max, b_sum, scale, HEAD_B
+            )
 
-    for i_block in tl.range(blocks_of_all, tl.cdiv(end_of_any, BLOCK_N), num_stages=1):
-        o_row = i_block * BLOCK_N + o_n
-        m_n = o_row < end_of_any
-        k_a, k_b = load_some(k_ptr, o_row, m_n, stride_k_row, HEAD_A, HEAD_B)
-        b_s = scores(q_a, q_b, k_a, k_b, HEAD_B)
-        b_s = tl.where(o_row[None, :] < b_end[:, None], b_s, float("-inf"))
-        v_a, v_b = load_some(v_ptr, o_row, m_n, stride_v_row, HEAD_A, HEAD_B)
-        acc_a, acc_b, b_max, b_sum = fold(b_s, v_a, v_b, acc_a, acc_b, b_max, b_sum, scale, HEAD_B)
+        for i_block in tl.range(blocks_of_all, tl.cdiv(end_of_any, BLOCK_N), num_stages=1):
+            o_row = i_block * BLOCK_N + o_n
+            m_n = o_row < end_of_any
+            k_a, k_b = load_some(k_ptr, o_row, m_n, stride_k_row, HEAD_A, HEAD_B)
+            b_s = scores(q_a, q_b, k_a, k_b, HEAD_B)
+            b_s = tl.where(o_row[None, :] < b_end[:, None], b_s, float("-inf"))
+            v_a, v_b = load_some(v_ptr, o_row, m_n, stride_v_row, HEAD_A, HEAD_B)
+            acc_a, acc_b, b_max, b_sum = fold(
+                b_s, v_a, v_b, acc_a, acc_b, b_max, b_sum, scale, HEAD_B
+            )
 
     b_scale = 1.0 / b_sum[:, None]
     acc_a = (acc_a * b_scale).to(out_ptr.dtype.element_ty)
@@ -435,6 +546,8 @@ def attention_step(
     cache_len: Tensor,  # [groups], int32
     max_rows: int,
     cu_keys: Tensor | None = None,  # [groups + 1], int32
+    cos: Tensor | None = None,  # [rows, head_dim / 2], float32: of q's rotation, if it has none yet
+    sin: Tensor | None = None,  # [rows, head_dim / 2], float32
     out: Tensor | None = None,  # [rows, heads, head_dim]
 ) -> Tensor:  # [rows, heads, head_dim]
     """Launches the step's attention; see `reference.attention_step`.
@@ -445,9 +558,8 @@ def attention_step(
     Raises:
         TypeError, ValueError: see `contract.attention_step`.
     """
-    contract.attention_step(
-        q, k, v, k_cache, v_cache, cu_rows, cache_start, cache_len, max_rows, cu_keys, fused=True
-    )
+    places = cu_rows, cache_start, cache_len, max_rows, cu_keys, cos, sin
+    contract.attention_step(q, k, v, k_cache, v_cache, *places, fused=True)
     out = output_of(q, out)
     groups = cu_rows.shape[0] - 1
     if not q.shape[0] or not groups:
@@ -476,12 +588,16 @@ def attention_step(
         cu_keys,
         cache_start,
         cache_len,
+        cos,
+        sin,
         q.stride(0),
         k.stride(0),
         v.stride(0),
         k_cache.stride(0),
         v_cache.stride(0),
         out.stride(0),
+        0 if cos is None else cos.stride(0),
+        0 if sin is None else sin.stride(0),
         math.log2(math.e) / math.sqrt(head_dim),
         SHARE=heads // k.shape[1],
         HEAD_A=head_a,
@@ -542,6 +658,7 @@ def attention_prefill(
         HEAD_B=head_b,
         BLOCK_M=chosen.block_m,
         BLOCK_N=chosen.block_n,
+        ONE_LOOP=chosen.one_loop,
         num_warps=chosen.num_warps,
         num_stages=chosen.num_stages,
     )

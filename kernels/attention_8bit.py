@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import contract, launch
-from .attention import PARTS, fold, load, load_some, output_of, scores, store, tails
+from .attention import PARTS, fold, load, load_queries, output_of, scores, store, tails
 
 
 @triton.jit
@@ -50,6 +50,8 @@ def attention_step_8bit_kernel(
     cu_keys_ptr,  # None where keys are those of the rows
     cache_start_ptr,
     cache_len_ptr,
+    cos_ptr,  # None where queries are rotated already
+    sin_ptr,
     stride_q_row,
     stride_k_row,
     stride_v_row,
@@ -58,6 +60,8 @@ def attention_step_8bit_kernel(
     stride_k_scales_row,
     stride_v_scales_row,
     stride_out_row,
+    stride_cos_row,
+    stride_sin_row,
     scale,  # log2(e) / sqrt(head_dim)
     unit,  # of the cached values
     SHARE: tl.constexpr,  # query heads per key head
@@ -95,7 +99,10 @@ def attention_step_8bit_kernel(
     o_m = i_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     o_n = tl.arange(0, BLOCK_N)
     m_m = o_m < rows
-    q_a, q_b = load_some(q_ptr, o_m, m_m, stride_q_row, HEAD_A, HEAD_B)
+    q_a, q_b = load_queries(
+        q_ptr, cos_ptr, sin_ptr, first, o_m, m_m, stride_q_row, stride_cos_row, stride_sin_row,
+        HEAD_A, HEAD_B,
+    )  # fmt: skip
 
     acc_a = tl.zeros([BLOCK_M, HEAD_A], tl.float32)
     acc_b = acc_a
@@ -157,6 +164,8 @@ def attention_step_8bit(
     cache_len: Tensor,  # [groups], int32
     max_rows: int,
     cu_keys: Tensor | None = None,  # [groups + 1], int32
+    cos: Tensor | None = None,  # [rows, head_dim / 2], float32: of q's rotation, if it has none yet
+    sin: Tensor | None = None,  # [rows, head_dim / 2], float32
     out: Tensor | None = None,  # [rows, heads, head_dim]
 ) -> Tensor:  # [rows, heads, head_dim]
     """Launches the step's attention; see `reference.attention_step_8bit`.
@@ -167,9 +176,8 @@ def attention_step_8bit(
     Raises:
         TypeError, ValueError: see `contract.attention_step_8bit`.
     """
-    contract.attention_step_8bit(
-        q, k, v, k_cache, v_cache, cu_rows, cache_start, cache_len, max_rows, cu_keys, fused=True
-    )
+    places = cu_rows, cache_start, cache_len, max_rows, cu_keys, cos, sin
+    contract.attention_step_8bit(q, k, v, k_cache, v_cache, *places, fused=True)
     out = output_of(q, out)
     groups = cu_rows.shape[0] - 1
     if not q.shape[0] or not groups:
@@ -193,6 +201,8 @@ def attention_step_8bit(
         cu_keys,
         cache_start,
         cache_len,
+        cos,
+        sin,
         q.stride(0),
         k.stride(0),
         v.stride(0),
@@ -201,6 +211,8 @@ def attention_step_8bit(
         k_scales.stride(0),
         v_scales.stride(0),
         out.stride(0),
+        0 if cos is None else cos.stride(0),
+        0 if sin is None else sin.stride(0),
         math.log2(math.e) / math.sqrt(head_dim),
         256.0 if is_e4m3 else 1.0,
         SHARE=heads // k.shape[1],

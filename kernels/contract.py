@@ -148,23 +148,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, fused: bool = False) -> None
     _vector("weight", weight, x.shape[1], "x", x)
 
 
-def add_rms_norm(
-    residual: Tensor, x: Tensor, weight: Tensor, eps: float, fused: bool = False
-) -> None:
-    """residual and x [rows, hidden], weight [hidden], of one dtype.
-
-    Raises:
-        TypeError: wrong dtype.
-        ValueError: wrong shape, device or strides.
-    """
-    _hidden("residual", residual, fused)
-    _written("residual", residual)
-    _rows("x", x, 2, fused)
-    _like("x", x, "residual", residual)
-    _shape("x", x, residual.shape)
-    _vector("weight", weight, residual.shape[1], "residual", residual)
-
-
 def quantise_(x: Tensor, values: Tensor, scales: Tensor, fused: bool = False) -> None:
     """x [rows, width]; values [rows, width] int8 or float8_e4m3fn, scales [rows] float32.
 
@@ -209,26 +192,6 @@ def rms_norm_quantise_(
     _quantised("values", values, "scales", scales, tuple(x.shape), "x", x)
 
 
-def add_rms_norm_quantise_(
-    residual: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    eps: float,
-    values: Tensor,
-    scales: Tensor,
-    fused: bool = False,
-) -> None:
-    """residual and x [rows, hidden], weight [hidden], of one dtype; values [rows, hidden] int8 or
-    float8_e4m3fn, scales [rows] float32.
-
-    Raises:
-        TypeError: wrong dtype.
-        ValueError: wrong shape, device or strides.
-    """
-    add_rms_norm(residual, x, weight, eps, fused)
-    _quantised("values", values, "scales", scales, tuple(x.shape), "x", x)
-
-
 def swiglu_quantise_(gate_up: Tensor, values: Tensor, scales: Tensor, fused: bool = False) -> None:
     """gate_up [rows, 2 * intermediate]; values [rows, intermediate] int8 or float8_e4m3fn, scales
     [rows] float32.
@@ -250,6 +213,7 @@ def scaled_mm_(
     weight: Tensor,
     weight_scales: Tensor,
     result: Tensor,
+    accumulate: bool = False,
     fused: bool = False,
 ) -> None:
     """values [rows, width] and weight [columns, width], both int8 or both float8_e4m3fn; scales
@@ -279,15 +243,22 @@ def scaled_mm_(
     _written("result", result)
 
 
-def _rotary(name: str, x: Tensor, qkv: Tensor, half: int, fused: bool) -> None:
+def _rotary(name: str, x: Tensor, other: str, y: Tensor, half: int, fused: bool) -> None:
+    """Cosines or sines for the rows of `y`."""
     _tensor(name, x, 2, _WIDE[:1] if fused else _WIDE)
-    _beside(name, x, "qkv", qkv)
-    _shape(name, x, (qkv.shape[0], half))
+    _beside(name, x, other, y)
+    _shape(name, x, (y.shape[0], half))
     _inside_contiguous(name, x)
 
 
 def rope_(
-    qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int, fused: bool = False
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    heads: int,
+    kv_heads: int,
+    keys_only: bool = False,
+    fused: bool = False,
 ) -> None:
     """qkv [rows, (heads + 2 * kv_heads) * head_dim], cos and sin [rows, head_dim / 2] float32.
 
@@ -308,8 +279,8 @@ def rope_(
             f"{qkv.shape[1]} columns"
         )
     half = qkv.shape[1] // (2 * parts)
-    _rotary("cos", cos, qkv, half, fused)
-    _rotary("sin", sin, qkv, half, fused)
+    _rotary("cos", cos, "qkv", qkv, half, fused)
+    _rotary("sin", sin, "qkv", qkv, half, fused)
 
 
 def rope_cache_(
@@ -330,7 +301,7 @@ def rope_cache_(
         TypeError: wrong dtype.
         ValueError: wrong shape, device, strides, heads or head_dim.
     """
-    rope_(qkv, cos, sin, heads, kv_heads, fused)
+    rope_(qkv, cos, sin, heads, kv_heads, fused=fused)
     row = (kv_heads, 2 * cos.shape[1])
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         _rows(name, cache, 3, fused)
@@ -422,17 +393,21 @@ def attention_step(
     cache_len: Tensor,
     max_rows: int,
     cu_keys: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
     fused: bool = False,
 ) -> None:
     """q [rows, heads, head_dim], k and v [keys, kv_heads, head_dim], k_cache and v_cache
     [cache rows, kv_heads, head_dim], all of one dtype; cu_rows and cu_keys [groups + 1],
-    cache_start and cache_len [groups], int32. Without cu_keys, keys are rows.
+    cache_start and cache_len [groups], int32; cos and sin [rows, head_dim / 2] float32, or neither.
+    Without cu_keys, keys are rows.
 
     Raises:
         TypeError: wrong dtype.
         ValueError: wrong shape, device, strides or head_dim.
     """
     _attention_of_a_step(q, k, v, cu_rows, cu_keys, fused)
+    _rotation_of_queries(q, cos, sin, fused)
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         _rows(name, cache, 3, fused)
         _like(name, cache, "q", q)
@@ -452,17 +427,21 @@ def attention_step_8bit(
     cache_len: Tensor,
     max_rows: int,
     cu_keys: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
     fused: bool = False,
 ) -> None:
     """q [rows, heads, head_dim], k and v [keys, kv_heads, head_dim], of one dtype; k_cache and
     v_cache [cache rows, `cache_width`], both int8 or both uint8; cu_rows and cu_keys [groups + 1],
-    cache_start and cache_len [groups], int32. Without cu_keys, keys are rows.
+    cache_start and cache_len [groups], int32; cos and sin [rows, head_dim / 2] float32, or neither.
+    Without cu_keys, keys are rows.
 
     Raises:
         TypeError: wrong dtype.
         ValueError: wrong shape, device, strides or head_dim.
     """
     _attention_of_a_step(q, k, v, cu_rows, cu_keys, fused)
+    _rotation_of_queries(q, cos, sin, fused)
     _quantised_caches(k_cache, v_cache, k)
     places = cu_rows, cache_start, cache_len, max_rows, cu_keys
     _groups_of_a_step(q, k, v, k_cache, v_cache, *places, fused)
@@ -478,6 +457,18 @@ def _attention_of_a_step(
     _attention(q, k, v, cu_rows, fused, k.shape[0])
     _numbers("cu_keys", cu_keys, torch.int32, "q", q)
     _shape("cu_keys", cu_keys, tuple(cu_rows.shape))
+
+
+def _rotation_of_queries(q: Tensor, cos: Tensor | None, sin: Tensor | None, fused: bool) -> None:
+    if cos is None and sin is None:
+        return
+    if cos is None or sin is None:
+        missing = "cos" if cos is None else "sin"
+        raise ValueError(f"cos and sin must come together, {missing} is None")
+    if q.shape[2] % 2:
+        raise ValueError(f"q must have an even head_dim to be rotated, got {q.shape[2]}")
+    _rotary("cos", cos, "q", q, q.shape[2] // 2, fused)
+    _rotary("sin", sin, "q", q, q.shape[2] // 2, fused)
 
 
 def _groups_of_a_step(

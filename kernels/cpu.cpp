@@ -104,6 +104,18 @@ void pack_values(const bf16* v, int64_t stride, int keys, uint32_t* out) {
   }
 }
 
+// One head of `half` pairs (a, b) to (a cos - b sin, b cos + a sin). out may be x; half is a
+// multiple of 16.
+inline void rotate(
+    const bf16* x, const float* cos, const float* sin, int64_t half, bf16* out) {
+  for (int64_t i = 0; i < half; i += LANES) {
+    const __m512 c = _mm512_loadu_ps(cos + i), s = _mm512_loadu_ps(sin + i);
+    const __m512 a = load(x + i), b = load(x + half + i);
+    store(out + i, narrow(_mm512_fnmadd_ps(b, s, _mm512_mul_ps(a, c))));
+    store(out + half + i, narrow(_mm512_fmadd_ps(a, s, _mm512_mul_ps(b, c))));
+  }
+}
+
 struct Task {
   alignas(64) bf16 q[ROWS * D];         // rows beyond the last query are zero
   alignas(64) float scores[ROWS * CHUNK];
@@ -194,14 +206,21 @@ struct Keys {
   int64_t k_stride, v_stride, count;
 };
 
+// Of the rotation of q: [rows, D / 2] each.
+struct Angles {
+  const float *cos, *sin;
+  int64_t cos_stride, sin_stride;
+};
+
 // One group: softmax(q [cached, own]^T / sqrt(D)) [cached, own].
 //
-// q and out [rows, heads, D]. `packed` has 2 * PAIRS values for each tile of the keys of
-// `heads_at_once` key heads; a run of keys begins a tile of its own.
+// q and out [rows, heads, D]. With `angles` q is rotated first, and D is a multiple of 32. `packed`
+// has 2 * PAIRS values for each tile of the keys of `heads_at_once` key heads; a run of keys begins
+// a tile of its own.
 void attention_step(
     const bf16* q, int64_t q_stride, bf16* out, int64_t out_stride, int64_t rows, int64_t heads,
     int64_t kv_heads, const Keys* cached, const Keys* own, uint32_t* packed,
-    int64_t heads_at_once, int threads) {
+    int64_t heads_at_once, const Angles* angles, int threads) {
   const auto tiles_of = [](const Keys* keys) { return (keys->count + TILE - 1) / TILE; };
   const int64_t cached_tiles = tiles_of(cached), tiles = cached_tiles + tiles_of(own);
   const int64_t blocks = (rows + ROWS - 1) / ROWS, share = heads / kv_heads;
@@ -234,7 +253,14 @@ void attention_step(
         std::memset(task.q, 0, sizeof task.q);
         std::memset(task.out, 0, sizeof task.out);
         for (int r = 0; r < here; r++) {
-          std::memcpy(task.q + r * D, q + (start + r) * q_stride + head * D, D * sizeof(bf16));
+          const int64_t row = start + r;
+          const bf16* from = q + row * q_stride + head * D;
+          if (angles)
+            rotate(
+                from, angles->cos + row * angles->cos_stride,
+                angles->sin + row * angles->sin_stride, D / 2, task.q + r * D);
+          else
+            std::memcpy(task.q + r * D, from, D * sizeof(bf16));
           task.largest[r] = -std::numeric_limits<float>::infinity();
           task.total[r] = 0;
         }
@@ -268,22 +294,16 @@ void attention_step(
   }
 }
 
-// residual += x unless x is null; out = the RMSNorm of the sum. `width` is a multiple of 16.
-void add_rms_norm(
-    bf16* residual, int64_t residual_stride, const bf16* x, int64_t x_stride, const bf16* weight,
-    bf16* out, int64_t out_stride, int64_t rows, int64_t width, float eps, int threads) {
+// `width` is a multiple of 16.
+void rms_norm(
+    const bf16* x, int64_t x_stride, const bf16* weight, bf16* out, int64_t out_stride,
+    int64_t rows, int64_t width, float eps, int threads) {
 #pragma omp parallel for num_threads(threads)
   for (int64_t row = 0; row < rows; row++) {
-    bf16* sum = residual + row * residual_stride;
+    const bf16* at = x + row * x_stride;
     __m512 squares = _mm512_setzero_ps();
     for (int64_t i = 0; i < width; i += LANES) {
-      __m512 value = load(sum + i);
-      if (x) {
-        // rounded: the norm is that of the sum which stays
-        const __m256i added = narrow(_mm512_add_ps(value, load(x + row * x_stride + i)));
-        store(sum + i, added);
-        value = widen(added);
-      }
+      const __m512 value = load(at + i);
       squares = _mm512_fmadd_ps(value, value, squares);
     }
     const float mean = _mm512_reduce_add_ps(squares) / static_cast<float>(width);
@@ -291,7 +311,7 @@ void add_rms_norm(
     for (int64_t i = 0; i < width; i += LANES)
       store(
           out + row * out_stride + i,
-          narrow(_mm512_mul_ps(_mm512_mul_ps(load(sum + i), factor), load(weight + i))));
+          narrow(_mm512_mul_ps(_mm512_mul_ps(load(at + i), factor), load(weight + i))));
   }
 }
 
@@ -304,13 +324,7 @@ void rope(
   for (int64_t row = 0; row < rows; row++) {
     for (int64_t head = 0; head < heads; head++) {
       bf16* at = qkv + row * stride + 2 * head * half;
-      for (int64_t i = 0; i < half; i += LANES) {
-        const __m512 c = _mm512_loadu_ps(cos + row * cos_stride + i);
-        const __m512 s = _mm512_loadu_ps(sin + row * sin_stride + i);
-        const __m512 a = load(at + i), b = load(at + half + i);
-        store(at + i, narrow(_mm512_fnmadd_ps(b, s, _mm512_mul_ps(a, c))));
-        store(at + half + i, narrow(_mm512_fmadd_ps(a, s, _mm512_mul_ps(b, c))));
-      }
+      rotate(at, cos + row * cos_stride, sin + row * sin_stride, half, at);
     }
   }
 }

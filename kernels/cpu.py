@@ -61,11 +61,22 @@ class _Keys(ctypes.Structure):
     ]
 
 
+class _Angles(ctypes.Structure):
+    """`Angles` of the source."""
+
+    _fields_ = [
+        ("cos", ctypes.c_void_p),
+        ("sin", ctypes.c_void_p),
+        ("cos_stride", ctypes.c_int64),
+        ("sin_stride", ctypes.c_int64),
+    ]
+
+
 _P, _I, _N = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-_K = ctypes.POINTER(_Keys)
+_K, _A = ctypes.POINTER(_Keys), ctypes.POINTER(_Angles)
 _SIGNATURES = {
-    "attention_step": (_P, _I, _P, _I, _I, _I, _I, _K, _K, _P, _I, _N),
-    "add_rms_norm": (_P, _I, _P, _I, _P, _P, _I, _I, _I, ctypes.c_float, _N),
+    "attention_step": (_P, _I, _P, _I, _I, _I, _I, _K, _K, _P, _I, _A, _N),
+    "rms_norm": (_P, _I, _P, _P, _I, _I, _I, ctypes.c_float, _N),
     "rope": (_P, _I, _P, _I, _P, _I, _I, _I, _I, _N),
     "swiglu": (_P, _I, _P, _I, _I, _I, _N),
 }
@@ -209,40 +220,23 @@ def _takes(library: ctypes.CDLL | None, width: int, *tensors: Tensor) -> bool:
     )
 
 
+def _turns(cos: Tensor, sin: Tensor | None) -> bool:
+    """Whether the rotation by these angles is here."""
+    assert sin is not None
+    return cos.dtype == sin.dtype == torch.float32 and not cos.shape[1] % _LANES
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
     """See `reference.rms_norm`."""
     library = _any_library()
     if not _takes(library, x.shape[1], x, weight):
         return reference.rms_norm(x, weight, eps, out)
-    return _norm(library, x, None, weight, eps, out)
-
-
-def add_rms_norm(
-    residual: Tensor, x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None
-) -> Tensor:
-    """See `reference.add_rms_norm`."""
-    library = _any_library()
-    if not _takes(library, x.shape[1], residual, x, weight):
-        return reference.add_rms_norm(residual, x, weight, eps, out)
-    return _norm(library, residual, x, weight, eps, out)
-
-
-def _norm(
-    library: ctypes.CDLL | None,
-    residual: Tensor,
-    x: Tensor | None,
-    weight: Tensor,
-    eps: float,
-    out: Tensor | None,
-) -> Tensor:
     assert library is not None
-    out = torch.empty_like(residual, memory_format=torch.contiguous_format) if out is None else out
-    rows, width = residual.shape
-    library.add_rms_norm(
-        residual.data_ptr(),
-        residual.stride(0),
-        None if x is None else x.data_ptr(),
-        0 if x is None else x.stride(0),
+    out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
+    rows, width = x.shape
+    library.rms_norm(
+        x.data_ptr(),
+        x.stride(0),
         weight.data_ptr(),
         out.data_ptr(),
         out.stride(0),
@@ -254,13 +248,21 @@ def _norm(
     return out
 
 
-def rope_(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int) -> None:
+def rope_(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    heads: int,
+    kv_heads: int,
+    keys_only: bool = False,
+) -> None:
     """See `reference.rope_`."""
     library, half = _any_library(), cos.shape[1]
-    wide = cos.dtype == sin.dtype == torch.float32
-    if not (wide and _takes(library, half, qkv)):
-        return reference.rope_(qkv, cos, sin, heads, kv_heads)
+    if not (_turns(cos, sin) and _takes(library, half, qkv)):
+        return reference.rope_(qkv, cos, sin, heads, kv_heads, keys_only)
     assert library is not None
+    if keys_only:
+        qkv, heads = qkv[:, 2 * heads * half :], 0
     library.rope(
         qkv.data_ptr(),
         qkv.stride(0),
@@ -320,15 +322,16 @@ def attention_step(
     cache_len: Tensor,
     max_rows: int,
     cu_keys: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """See `reference.attention_step`."""
     head_dim = q.shape[2]
     library = None if _has_amx() else _libraries.get(head_dim)
-    if not _takes(library, head_dim, q):
-        return reference.attention_step(
-            q, k, v, k_cache, v_cache, cu_rows, cache_start, cache_len, max_rows, cu_keys, out
-        )
+    if not (_takes(library, head_dim, q) and (cos is None or _turns(cos, sin))):
+        given = cu_rows, cache_start, cache_len, max_rows, cu_keys, cos, sin
+        return reference.attention_step(q, k, v, k_cache, v_cache, *given, out)
     assert library is not None
     out = torch.empty(q.shape, dtype=q.dtype) if out is None else out
     heads, kv_heads, threads = q.shape[1], k.shape[1], torch.get_num_threads()
@@ -348,6 +351,9 @@ def attention_step(
             continue
         cached = _keys(k_cache, v_cache, first, length)
         own = _keys(k, v, key, end - key)
+        angles = None
+        if cos is not None and sin is not None:
+            angles = ctypes.byref(_angles(cos, sin, start))
         library.attention_step(
             q.data_ptr() + start * q.stride(0) * q.element_size(),
             q.stride(0),
@@ -360,6 +366,7 @@ def attention_step(
             ctypes.byref(own),
             packed.data_ptr(),
             at_once,
+            angles,
             threads,
         )
     return out
@@ -376,10 +383,15 @@ def _keys(k: Tensor, v: Tensor, first: int, count: int) -> _Keys:
     )
 
 
+def _angles(cos: Tensor, sin: Tensor, first: int) -> _Angles:
+    """From a row on."""
+    places = [one.data_ptr() + first * one.stride(0) * one.element_size() for one in (cos, sin)]
+    return _Angles(*places, cos.stride(0), sin.stride(0))
+
+
 # What is here; the reference does the rest.
 OPERATIONS: dict[str, Callable[..., Tensor | None]] = {
     "rms_norm": rms_norm,
-    "add_rms_norm": add_rms_norm,
     "rope_": rope_,
     "rope_cache_": rope_cache_,
     "swiglu": swiglu,

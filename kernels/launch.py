@@ -31,6 +31,8 @@ class Launch:
             The norms and all that quantises rows take a whole row.
         tensor_maps: whether whole blocks of keys come through Hopper's copy engine
             (attention_step on 9.0 and later); other rows use plain loads.
+        one_loop: whether blocks of keys that are masked and those that are not share a loop
+            (attention_prefill).
     """
 
     num_warps: int
@@ -40,6 +42,7 @@ class Launch:
     block_k: int = 0
     block: int = 0
     tensor_maps: bool = False
+    one_loop: bool = False
 
 
 # Compute capability -> kernel, for attention with head_dim and the bits of the dtype. In 32 bits
@@ -48,9 +51,7 @@ class Launch:
 TABLE: dict[int, dict[str, Launch]] = {
     80: {
         "rms_norm": Launch(num_warps=8),
-        "add_rms_norm": Launch(num_warps=8),
         "rms_norm_quantise_": Launch(num_warps=8),
-        "add_rms_norm_quantise_": Launch(num_warps=8),
         "modulate": Launch(num_warps=8),
         "swiglu": Launch(num_warps=4, block=2048),
         "swiglu_quantise_": Launch(num_warps=8),
@@ -84,9 +85,7 @@ TABLE: dict[int, dict[str, Launch]] = {
     },
     86: {
         "rms_norm": Launch(num_warps=8),
-        "add_rms_norm": Launch(num_warps=8),
         "rms_norm_quantise_": Launch(num_warps=8),
-        "add_rms_norm_quantise_": Launch(num_warps=8),
         "modulate": Launch(num_warps=8),
         "swiglu": Launch(num_warps=4, block=2048),
         "swiglu_quantise_": Launch(num_warps=8),
@@ -120,9 +119,7 @@ TABLE: dict[int, dict[str, Launch]] = {
     },
     89: {
         "rms_norm": Launch(num_warps=8),
-        "add_rms_norm": Launch(num_warps=8),
         "rms_norm_quantise_": Launch(num_warps=8),
-        "add_rms_norm_quantise_": Launch(num_warps=8),
         "modulate": Launch(num_warps=8),
         "swiglu": Launch(num_warps=4, block=2048),
         "swiglu_quantise_": Launch(num_warps=8),
@@ -156,9 +153,7 @@ TABLE: dict[int, dict[str, Launch]] = {
     },
     90: {
         "rms_norm": Launch(num_warps=8),
-        "add_rms_norm": Launch(num_warps=8),
         "rms_norm_quantise_": Launch(num_warps=8),
-        "add_rms_norm_quantise_": Launch(num_warps=8),
         "modulate": Launch(num_warps=8),
         "swiglu": Launch(num_warps=4, block=2048),
         "swiglu_quantise_": Launch(num_warps=8),
@@ -192,10 +187,8 @@ TABLE: dict[int, dict[str, Launch]] = {
     },
     100: {
         "rms_norm": Launch(num_warps=8),
-        "add_rms_norm": Launch(num_warps=8),
         "modulate": Launch(num_warps=8),
         "rms_norm_quantise_": Launch(num_warps=8),
-        "add_rms_norm_quantise_": Launch(num_warps=8),
         "swiglu_quantise_": Launch(num_warps=8),
         "quantise_": Launch(num_warps=8),
         "quantise_cache_": Launch(num_warps=4, block=2048),
@@ -213,8 +206,12 @@ TABLE: dict[int, dict[str, Launch]] = {
         "attention_step_8bit/96/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=32),
         "attention_step/128/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=32),
         "attention_step_8bit/128/16": Launch(num_warps=8, num_stages=2, block_m=128, block_n=64),
-        "attention_prefill/64/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=32),
-        "attention_prefill/96/16": Launch(num_warps=4, num_stages=2, block_m=128, block_n=32),
+        "attention_prefill/64/16": Launch(
+            num_warps=4, num_stages=2, block_m=128, block_n=64, one_loop=True
+        ),
+        "attention_prefill/96/16": Launch(
+            num_warps=4, num_stages=2, block_m=128, block_n=64, one_loop=True
+        ),
         "attention_prefill/128/16": Launch(num_warps=8, num_stages=2, block_m=128, block_n=64),
         "attention_step/64/32": Launch(num_warps=8, block_m=32, block_n=16),
         "attention_step_8bit/64/32": Launch(num_warps=8, block_m=32, block_n=16),
@@ -228,10 +225,8 @@ TABLE: dict[int, dict[str, Launch]] = {
     },
     120: {
         "rms_norm": Launch(num_warps=8),
-        "add_rms_norm": Launch(num_warps=8),
         "modulate": Launch(num_warps=8),
         "rms_norm_quantise_": Launch(num_warps=8),
-        "add_rms_norm_quantise_": Launch(num_warps=8),
         "swiglu_quantise_": Launch(num_warps=8),
         "quantise_": Launch(num_warps=8),
         "quantise_cache_": Launch(num_warps=4, block=2048),

@@ -349,19 +349,6 @@ def rms_norm(
     return run("rms_norm", x, weight, eps, out)
 
 
-@_operation("rms_norm", writes=("residual",))
-def add_rms_norm(
-    residual: Tensor,  # [rows, hidden], updated in place
-    x: Tensor,  # [rows, hidden]
-    weight: Tensor,  # [hidden]
-    eps: float,
-    out: Tensor | None = None,  # [rows, hidden]
-) -> Tensor:  # [rows, hidden]
-    """See `reference.add_rms_norm` and `contract.add_rms_norm`."""
-    run = _trace if torch.compiler.is_compiling() else _call
-    return run("add_rms_norm", residual, x, weight, eps, out)
-
-
 @_operation("quantise", writes=("values", "scales"))
 def quantise_(
     x: Tensor,  # [rows, width]
@@ -386,20 +373,6 @@ def rms_norm_quantise_(
     run("rms_norm_quantise_", x, weight, eps, values, scales)
 
 
-@_operation("rms_norm", writes=("residual", "values", "scales"))
-def add_rms_norm_quantise_(
-    residual: Tensor,  # [rows, hidden], updated in place
-    x: Tensor,  # [rows, hidden]
-    weight: Tensor,  # [hidden]
-    eps: float,
-    values: Tensor,  # [rows, hidden], int8 or float8_e4m3fn, written
-    scales: Tensor,  # [rows], float32, written
-) -> None:
-    """See `reference.add_rms_norm_quantise_` and `contract.add_rms_norm_quantise_`."""
-    run = _trace if torch.compiler.is_compiling() else _call
-    run("add_rms_norm_quantise_", residual, x, weight, eps, values, scales)
-
-
 @_operation("product", writes=("result",))
 def scaled_mm_(
     values: Tensor,  # [rows, width], int8 or float8_e4m3fn
@@ -407,10 +380,11 @@ def scaled_mm_(
     weight: Tensor,  # [columns, width], of the dtype of values
     weight_scales: Tensor,  # [columns], float32
     result: Tensor,  # [rows, columns], written
+    accumulate: bool = False,  # whether the product is added to what is there
 ) -> None:
     """See `reference.scaled_mm_` and `contract.scaled_mm_`."""
     run = _trace if torch.compiler.is_compiling() else _call
-    run("scaled_mm_", values, scales, weight, weight_scales, result)
+    run("scaled_mm_", values, scales, weight, weight_scales, result, accumulate)
 
 
 @_operation("rope", writes=("qkv",))
@@ -420,10 +394,11 @@ def rope_(
     sin: Tensor,  # [rows, head_dim / 2], float32
     heads: int,
     kv_heads: int,
+    keys_only: bool = False,  # whether q stays as it is, for attention to rotate
 ) -> None:
     """See `reference.rope_` and `contract.rope_`."""
     run = _trace if torch.compiler.is_compiling() else _call
-    run("rope_", qkv, cos, sin, heads, kv_heads)
+    run("rope_", qkv, cos, sin, heads, kv_heads, keys_only)
 
 
 @_operation("rope", writes=("qkv", "k_cache", "v_cache"))
@@ -467,11 +442,13 @@ def attention_step(
     cache_len: Tensor,  # [groups], int32: how many cache rows it sees, may be 0
     max_rows: int,  # rows of the longest group
     cu_keys: Tensor | None = None,  # [groups + 1], int32: as cu_rows, of k and v where they differ
+    cos: Tensor | None = None,  # [rows, head_dim / 2], float32: of q's rotation, if it has none yet
+    sin: Tensor | None = None,  # [rows, head_dim / 2], float32
     out: Tensor | None = None,  # [rows, heads, head_dim]
 ) -> Tensor:  # [rows, heads, head_dim]
     """See `reference.attention_step` and `contract.attention_step`."""
     run = _trace if torch.compiler.is_compiling() else _call
-    places = cu_rows, cache_start, cache_len, max_rows, cu_keys
+    places = cu_rows, cache_start, cache_len, max_rows, cu_keys, cos, sin
     return run("attention_step", q, k, v, k_cache, v_cache, *places, out)
 
 
@@ -487,11 +464,13 @@ def attention_step_8bit(
     cache_len: Tensor,  # [groups], int32: how many cache rows it sees, may be 0
     max_rows: int,  # rows of the longest group
     cu_keys: Tensor | None = None,  # [groups + 1], int32: as cu_rows, of k and v where they differ
+    cos: Tensor | None = None,  # [rows, head_dim / 2], float32: of q's rotation, if it has none yet
+    sin: Tensor | None = None,  # [rows, head_dim / 2], float32
     out: Tensor | None = None,  # [rows, heads, head_dim]
 ) -> Tensor:  # [rows, heads, head_dim]
     """See `reference.attention_step_8bit` and `contract.attention_step_8bit`."""
     run = _trace if torch.compiler.is_compiling() else _call
-    places = cu_rows, cache_start, cache_len, max_rows, cu_keys
+    places = cu_rows, cache_start, cache_len, max_rows, cu_keys, cos, sin
     return run("attention_step_8bit", q, k, v, k_cache, v_cache, *places, out)
 
 

@@ -1,6 +1,6 @@
 """Matrix product of rows and weights in 8 bits, with the scales of both in its epilogue.
 
-    out_ij = (sum_k values_ik weight_jk) * scales_i * weight_scales_j
+    out_ij = (sum_k values_ik weight_jk) * scales_i * weight_scales_j, or out_ij + that
 
 Products of int8 are summed exactly in int32, those of fp8 in float32. Both operands are contiguous
 along k, as the matrix units want them. Neighbouring programs share tiles: columns of tiles are
@@ -34,6 +34,7 @@ def scaled_mm_kernel(
     stride_out_row,
     WIDTH: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
+    ACCUMULATE: tl.constexpr,  # whether the product is added to what is there
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -71,6 +72,8 @@ def scaled_mm_kernel(
     b_out = acc.to(tl.float32) * b_scales[:, None] * b_weight_scales[None, :]
     p_out = out_ptr + o_row[:, None] * stride_out_row + o_n[None, :]
     m_out = (o_m < rows)[:, None] & (o_n < columns)[None, :]
+    if ACCUMULATE:
+        b_out += tl.load(p_out, mask=m_out, other=0.0).to(tl.float32)
     tl.store(p_out, b_out.to(out_ptr.dtype.element_ty), mask=m_out)
 
 
@@ -80,13 +83,14 @@ def scaled_mm_(
     weight: Tensor,  # [columns, width], of the dtype of values
     weight_scales: Tensor,  # [columns], float32
     result: Tensor,  # [rows, columns], written
+    accumulate: bool = False,  # whether the product is added to what is there
 ) -> None:
     """Launches the product; see `reference.scaled_mm_`.
 
     Raises:
         TypeError, ValueError: see `contract.scaled_mm_`.
     """
-    contract.scaled_mm_(values, scales, weight, weight_scales, result, fused=True)
+    contract.scaled_mm_(values, scales, weight, weight_scales, result, accumulate, fused=True)
     (rows, width), columns = values.shape, weight.shape[0]
     if rows and columns:
         chosen = launch.choose("scaled_mm_", values)
@@ -104,6 +108,7 @@ def scaled_mm_(
             result.stride(0),
             WIDTH=width,
             ACCUMULATOR=tl.int32 if values.dtype == torch.int8 else tl.float32,
+            ACCUMULATE=accumulate,
             BLOCK_M=chosen.block_m,
             BLOCK_N=chosen.block_n,
             BLOCK_K=chosen.block_k,

@@ -108,20 +108,6 @@ def _rms_norm_block(x: Tensor, weight: Tensor, eps: float, out: Tensor, wide: Te
     out.copy_(wide).mul_(weight)
 
 
-def add_rms_norm(
-    residual: Tensor,  # [rows, hidden], updated in place
-    x: Tensor,  # [rows, hidden]
-    weight: Tensor,  # [hidden]
-    eps: float,
-    out: Tensor | None = None,  # [rows, hidden]
-) -> Tensor:  # [rows, hidden]
-    """`residual += x`, and the RMSNorm of the sum."""
-    out = _out(x.shape, x, out)
-    for rows, (wide,) in _blocks(x, _scratch(x, 1)):
-        _rms_norm_block(residual[rows].add_(x[rows]), weight, eps, out[rows], wide)
-    return out
-
-
 def quantise_(
     x: Tensor,  # [rows, width]
     values: Tensor,  # [rows, width], int8 or float8_e4m3fn, written
@@ -161,28 +147,18 @@ def rms_norm_quantise_(
         _quantise_block(wide, values[rows], scales[rows])
 
 
-def add_rms_norm_quantise_(
-    residual: Tensor,  # [rows, hidden], updated in place
-    x: Tensor,  # [rows, hidden]
-    weight: Tensor,  # [hidden]
-    eps: float,
-    values: Tensor,  # [rows, hidden], int8 or float8_e4m3fn, written
-    scales: Tensor,  # [rows], float32, written
-) -> None:
-    """`residual += x`, and the RMSNorm of the sum as `rms_norm_quantise_` leaves it."""
-    for rows, (wide,) in _blocks(x, _scratch(x, 1)):
-        _rms_norm_block(residual[rows].add_(x[rows]), weight, eps, wide, wide)
-        _quantise_block(wide, values[rows], scales[rows])
-
-
 def scaled_mm_(
     values: Tensor,  # [rows, width], int8 or float8_e4m3fn
     scales: Tensor,  # [rows], float32
     weight: Tensor,  # [columns, width], of the dtype of values
     weight_scales: Tensor,  # [columns], float32
     result: Tensor,  # [rows, columns], written
+    accumulate: bool = False,  # whether the product is added to what is there
 ) -> None:
-    """`(values @ weight.T) * scales[:, None] * weight_scales`, the sums of int8 exact on a CPU."""
+    """`(values @ weight.T) * scales[:, None] * weight_scales`, the sums of int8 exact on a CPU.
+
+    Added to `result` where `accumulate` says so, and rounded once then, too.
+    """
     on_cpu = values.device.type == "cpu"
     columns = max(1, _CPU_SUMS // max(1, len(values))) if on_cpu else max(1, len(weight))
     # blocks of columns rather than of rows: a product rearranges its weights first
@@ -191,7 +167,8 @@ def scaled_mm_(
         sums = _sums(values, weight[block])
         for rows, (wide,) in _blocks(sums, _scratch(sums, 1)):
             wide.copy_(sums[rows]).mul_(scales[rows].unsqueeze(1))
-            result[rows, block] = wide.mul_(weight_scales[block])
+            wide.mul_(weight_scales[block])
+            result[rows, block] = wide.add_(result[rows, block]) if accumulate else wide
 
 
 def _sums(values: Tensor, weight: Tensor) -> Tensor:
@@ -207,21 +184,27 @@ def rope_(
     sin: Tensor,  # [rows, head_dim / 2], float32
     heads: int,
     kv_heads: int,
+    keys_only: bool = False,  # whether q stays as it is, for attention to rotate
 ) -> None:
     """Rotary position embedding, rotate-half layout (Su et al., 2021), on a fused QKV product.
 
     `(a, b) -> (a cos - b sin, b cos + a sin)` with a, b the two halves of each head.
     """
-    head_dim = qkv.shape[1] // (heads + 2 * kv_heads)
-    half = head_dim // 2
-    by_head = qkv.unflatten(1, (-1, head_dim))[:, : heads + kv_heads]
-    for rows, (wide, rotated) in _blocks(by_head, _scratch(by_head, 2)):
-        wide.copy_(by_head[rows])
+    by_head = qkv.unflatten(1, (heads + 2 * kv_heads, -1))
+    turned = by_head[:, heads * keys_only : heads + kv_heads]
+    _rotate(turned, cos, sin, turned)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
+    """Heads [rows, heads, head_dim] rotated; `out` may be `x`."""
+    half = cos.shape[1]
+    for rows, (wide, rotated) in _blocks(x, _scratch(x, 2)):
+        wide.copy_(x[rows])
         a, b = wide[..., :half], wide[..., half:]
         c, s = cos[rows].unsqueeze(1), sin[rows].unsqueeze(1)
         torch.mul(a, c, out=rotated[..., :half]).addcmul_(b, s, value=-1)
         torch.mul(b, c, out=rotated[..., half:]).addcmul_(a, s)
-        by_head[rows] = rotated
+        out[rows] = rotated
 
 
 def rope_cache_(
@@ -335,6 +318,8 @@ def attention_step(
     cache_len: Tensor,  # [groups], int32: how many cache rows it sees, may be 0
     max_rows: int,  # rows of the longest group
     cu_keys: Tensor | None = None,  # [groups + 1], int32: as cu_rows, of k and v where they differ
+    cos: Tensor | None = None,  # [rows, head_dim / 2], float32: of q's rotation, if it has none yet
+    sin: Tensor | None = None,  # [rows, head_dim / 2], float32
     out: Tensor | None = None,  # [rows, heads, head_dim]
 ) -> Tensor:  # [rows, heads, head_dim]
     """Attention of a denoising step: every row sees its group's cache rows and its own group.
@@ -342,9 +327,10 @@ def attention_step(
     `softmax(q [K_cache, K]^T / sqrt(head_dim)) [V_cache, V]`, the two key segments joined by their
     log-sum-exp (Milakov & Gimelshein, 2018): no concatenation, no mask. Several groups may read
     the same cache rows. Without `cu_keys` a group's rows are those of q, k and v alike; with it, q
-    has some of the rows that k and v have.
+    has some of the rows that k and v have. With `cos` and `sin`, q is first rotated as by `rope_`;
+    it stays as it is in memory.
     """
-    places = cu_rows, cache_start, cache_len, max_rows, cu_keys
+    places = cu_rows, cache_start, cache_len, max_rows, cu_keys, cos, sin
     return _step(q, k, v, lambda rows: (k_cache[rows], v_cache[rows]), *places, out)
 
 
@@ -359,6 +345,8 @@ def attention_step_8bit(
     cache_len: Tensor,  # [groups], int32: how many cache rows it sees, may be 0
     max_rows: int,  # rows of the longest group
     cu_keys: Tensor | None = None,  # [groups + 1], int32: as cu_rows, of k and v where they differ
+    cos: Tensor | None = None,  # [rows, head_dim / 2], float32: of q's rotation, if it has none yet
+    sin: Tensor | None = None,  # [rows, head_dim / 2], float32
     out: Tensor | None = None,  # [rows, heads, head_dim]
 ) -> Tensor:  # [rows, heads, head_dim]
     """`attention_step` with a cache that `quantise_cache_` has written."""
@@ -366,7 +354,7 @@ def attention_step_8bit(
     def cached_rows(rows: slice) -> tuple[Tensor, Tensor]:
         return _dequantised(k_cache[rows], k), _dequantised(v_cache[rows], k)
 
-    places = cu_rows, cache_start, cache_len, max_rows, cu_keys
+    places = cu_rows, cache_start, cache_len, max_rows, cu_keys, cos, sin
     return _step(q, k, v, cached_rows, *places, out)
 
 
@@ -380,6 +368,8 @@ def _step(
     cache_len: Tensor,
     max_rows: int,
     cu_keys: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
     out: Tensor | None,
 ) -> Tensor:
     """`attention_step`; `cached_rows` gives keys and values of rows of the cache."""
@@ -395,7 +385,12 @@ def _step(
     )
     for (start, stop), keys, first, length in groups:
         rows, own_keys, cached = slice(start, stop), slice(*keys), slice(first, first + length)
-        queries = _by_head(q[rows], share)
+        queries = q[rows]
+        if cos is not None and sin is not None:
+            # in the place of the result, which is written when the queries are done with
+            _rotate(queries, cos[rows], sin[rows], out[rows])
+            queries = out[rows]
+        queries = _by_head(queries, share)
         views = [_by_head(t, 1).expand(share, -1, -1, -1) for t in (k[own_keys], v[own_keys])]
         own, own_lse = _attend(queries, *views)
         if length:

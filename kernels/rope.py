@@ -82,13 +82,16 @@ def rope_(
     sin: Tensor,  # [rows, head_dim / 2], float32
     heads: int,
     kv_heads: int,
+    keys_only: bool = False,  # whether q stays as it is, for attention to rotate
 ) -> None:
     """Launches the rotation; see `reference.rope_`.
 
     Raises:
         TypeError, ValueError: see `contract.rope_`.
     """
-    contract.rope_(qkv, cos, sin, heads, kv_heads, fused=True)
+    contract.rope_(qkv, cos, sin, heads, kv_heads, keys_only, fused=True)
+    if keys_only:
+        qkv, heads = qkv[:, 2 * heads * cos.shape[1] :], 0
     # without a cache its arguments are placeholders: the kernel does not touch them
     _launch("rope_", qkv, cos, sin, heads, kv_heads, qkv, qkv, qkv, 0, 0)
 

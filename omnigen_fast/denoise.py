@@ -121,7 +121,6 @@ class Loop:
         longest = max(len(one.cos) for some in values.kinds.values() for one in some.passes)
         space = model.workspace(longest, mlp_rows)
         residual = like.new_empty(rows, model.config.hidden_size)
-        delta = torch.empty_like(residual)
         sent = max([rows, *(one.sent for one in shared.values())])
         velocities = like.new_empty(sent, PATCH_VALUES)
         prediction: Tensor | None = None
@@ -156,7 +155,6 @@ class Loop:
                         cos=one.cos,
                         sin=one.sin,
                         residual=residual[part],
-                        delta=delta[part],
                         values=velocities[part],
                         space=space,
                         noise=None if passes.shared is None else passes.shared.noise,
@@ -248,7 +246,7 @@ class Loop:
             found += [self.values.solver.velocity, self.values.solver.moved]
         for groups in self._groups.values():
             for one in groups:
-                found += [one.residual, one.delta, one.values, *one.space.tensors()]
+                found += [one.residual, one.values, *one.space.tensors()]
         return found
 
     def bind(self, values: StepValues) -> None:

@@ -38,13 +38,21 @@ def linear(
     weight: Weight,
     out: Tensor | None = None,  # [rows, out features]
     bias: Tensor | None = None,  # [out features]
+    accumulate: bool = False,
 ) -> Tensor:  # [rows, out features]
-    """`x @ weight.T + bias`, written to `out` where it is given; in 8 bits, it is."""
+    """`x @ weight.T + bias`, written to `out` where it is given; in 8 bits, it is.
+
+    With `accumulate`, it is added to `out` instead, in float32 and rounded once: a residual stream
+    is then read and written once, and its next norm reads it alone.
+    """
     if isinstance(x, QuantisedRows):
         assert isinstance(weight, QuantisedWeight) and out is not None and bias is None
-        ops.scaled_mm_(x.values, x.scales, weight.values, weight.scales, out)
+        ops.scaled_mm_(x.values, x.scales, weight.values, weight.scales, out, accumulate)
         return out
     assert isinstance(weight, Tensor)
+    if accumulate:
+        assert out is not None and bias is None
+        return torch.addmm(out, x, weight.t(), out=out)
     if bias is None:
         return torch.mm(x, weight.t(), out=out)
     return torch.addmm(bias, x, weight.t(), out=out)

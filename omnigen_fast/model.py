@@ -56,7 +56,6 @@ class StepGroups:
     cos: Tensor  # [groups * N, head_dim / 2], float32
     sin: Tensor  # [groups * N, head_dim / 2], float32
     residual: Tensor  # [groups * N, hidden]
-    delta: Tensor  # [groups * N, hidden], what a layer leaves to be added
     values: Tensor  # [groups * N, 16], the velocities
     space: Workspace  # of all passes
     # Where other ranks have some groups, or some of their rows: N above is then the number of rows
@@ -83,7 +82,6 @@ class PrefillState:
     cos: Tensor
     sin: Tensor
     residual: Tensor  # [rows, hidden]
-    delta: Tensor  # [rows, hidden], still to be added to it
     space: Workspace  # of all branches
 
 
@@ -138,10 +136,9 @@ _OF_HIDDEN, _OF_INNER = ("qkv_proj", "o_proj", "gate_up_proj"), ("down_proj",)
 
 
 class Block(nn.Module):
-    """One layer. The residual stream and the update still to be added to it are kept apart.
+    """One layer. Its products add to the residual stream themselves, which norms only read.
 
-    That makes the addition and the next RMSNorm one operation; `residual` is updated in place. What
-    a method returns is a view of the workspace, valid until the next call.
+    What a method returns is a view of the workspace, valid until the next call.
     """
 
     input_norm: Tensor  # [hidden]
@@ -186,54 +183,42 @@ class Block(nn.Module):
                 weights[name] = QuantisedWeight(weight.form, weight.shape[1], parts)
         return Block(weights, self.config)
 
-    def project(
-        self, residual: Tensor, delta: Tensor | None, space: Workspace, first: int = 0
-    ) -> Tensor:
+    def project(self, residual: Tensor, space: Workspace, first: int = 0) -> Tensor:
         """Fused QKV product of the normed stream, [rows, (heads + 2 kv_heads) * head_dim].
 
         Written to the workspace from row `first` on; earlier rows are untouched.
         """
-        normed = self._normed(residual, delta, self.input_norm, self.qkv_proj, space)
+        normed = self._normed(residual, self.input_norm, self.qkv_proj, space)
         return linear(normed, self.qkv_proj, out=space.qkv[first : first + len(residual)])
 
     def _normed(
-        self,
-        residual: Tensor,
-        delta: Tensor | None,
-        norm: Tensor,
-        weight: Weight,
-        space: Workspace,
+        self, residual: Tensor, norm: Tensor, weight: Weight, space: Workspace
     ) -> Tensor | QuantisedRows:
         """The normed stream, as the product with a weight takes it."""
         rows, eps = len(residual), self.config.rms_norm_eps
         if isinstance(weight, QuantisedWeight):
             out = space.hidden_rows(rows, weight)
-            if delta is None:
-                ops.rms_norm_quantise_(residual, norm, eps, out.values, out.scales)
-            else:
-                ops.add_rms_norm_quantise_(residual, delta, norm, eps, out.values, out.scales)
+            ops.rms_norm_quantise_(residual, norm, eps, out.values, out.scales)
             return out
-        normed = space.normed[:rows]
-        if delta is None:
-            return ops.rms_norm(residual, norm, eps, out=normed)
-        return ops.add_rms_norm(residual, delta, norm, eps, out=normed)
+        return ops.rms_norm(residual, norm, eps, out=space.normed[:rows])
 
     def attended(self, space: Workspace, rows: int) -> Tensor:
         """Where attention is to write, [rows, heads, head_dim]: the normed stream is done with."""
         return space.normed[:rows].unflatten(1, (self.config.num_heads, -1))
 
-    def finish(self, residual: Tensor, attended: Tensor, delta: Tensor, space: Workspace) -> None:
-        """Output projection and MLP; `delta` [rows, hidden] becomes what is to be added."""
+    def finish(self, residual: Tensor, attended: Tensor, space: Workspace) -> None:
+        """Output projection and MLP, both added to `residual` [rows, hidden]."""
         taken: Tensor | QuantisedRows = attended.flatten(1)
         if isinstance(self.o_proj, QuantisedWeight):
             quantised = space.hidden_rows(len(residual), self.o_proj)
             ops.quantise_(attended.flatten(1), quantised.values, quantised.scales)
             taken = quantised
-        linear(taken, self.o_proj, out=delta)
-        normed = self._normed(residual, delta, self.post_norm, self.gate_up_proj, space)
-        for some, result in zip(normed.split(space.mlp_rows), delta.split(space.mlp_rows)):
+        linear(taken, self.o_proj, out=residual, accumulate=True)
+        normed = self._normed(residual, self.post_norm, self.gate_up_proj, space)
+        for some, stream in zip(normed.split(space.mlp_rows), residual.split(space.mlp_rows)):
             gate_up = linear(some, self.gate_up_proj, out=space.gate_up[: len(some)])
-            linear(self._activated(gate_up, space), self.down_proj, out=result)
+            activated = self._activated(gate_up, space)
+            linear(activated, self.down_proj, out=stream, accumulate=True)
 
     def _activated(self, gate_up: Tensor, space: Workspace) -> Tensor | QuantisedRows:
         """SwiGLU, as the last product takes it."""
@@ -483,7 +468,7 @@ class Transformer(nn.Module):
         for one in sequences:
             cos, sin = self.rotary(one.positions, one.branch.long)
             residual = self.norm.new_empty(len(one.token_ids), self.config.hidden_size)
-            states.append(PrefillState(one, cos, sin, residual, torch.empty_like(residual), space))
+            states.append(PrefillState(one, cos, sin, residual, space))
         return states
 
     def prefill(
@@ -541,7 +526,7 @@ class Transformer(nn.Module):
         self._embed_noise(latents, pos_embed, passes)
         for layer in range(len(self.layers)):
             block, (keys, values) = self._take(layer), cache.take(layer)
-            self._step_layer(layer, block, passes, keys, values)
+            self._step_layer(block, passes, keys, values)
             cache.release(layer)
             self._release(layer)
         return self._predict(passes, times)
@@ -575,7 +560,7 @@ class Transformer(nn.Module):
             block, (keys, values) = self._take(layer), cache.take(layer)
             self._prefill_layer(layer, block, states, keys, values)
             select()
-            self._step_layer(layer, block, passes, keys, values)
+            self._step_layer(block, passes, keys, values)
             self._release(layer)
         return self._predict(passes, times)
 
@@ -591,7 +576,7 @@ class Transformer(nn.Module):
         for state in states:
             one, space = state.sequence, state.space
             # after the rows that the branch before has computed for this one too
-            qkv = block.project(state.residual, state.delta if layer else None, space, one.shared)
+            qkv = block.project(state.residual, space, one.shared)
             rotary = state.cos, state.sin, config.num_heads, config.num_kv_heads
             if keys.is_floating_point():
                 ops.rope_cache_(qkv, *rotary, keys, values, one.cache_rows)
@@ -609,23 +594,19 @@ class Transformer(nn.Module):
                 one.shared,
                 out=block.attended(space, rows),
             )
-            block.finish(state.residual, attended[one.shared :], state.delta, space)
+            block.finish(state.residual, attended[one.shared :], space)
 
     def _step_layer(
-        self,
-        layer: int,
-        block: Block,
-        passes: Sequence[StepGroups],
-        keys: Tensor,
-        values: Tensor,
+        self, block: Block, passes: Sequence[StepGroups], keys: Tensor, values: Tensor
     ) -> None:
         config = self.config
         is_plain = keys.is_floating_point()
         attend = ops.attention_step if is_plain else ops.attention_step_8bit
         for groups in passes:
             residual, space = groups.residual, groups.space
-            qkv = block.project(residual, groups.delta if layer else None, space)
-            ops.rope_(qkv, groups.cos, groups.sin, config.num_heads, config.num_kv_heads)
+            qkv = block.project(residual, space)
+            rotary = groups.cos, groups.sin
+            ops.rope_(qkv, *rotary, config.num_heads, config.num_kv_heads, keys_only=True)
             q, k, v = self._split(qkv)
             cu_keys = None
             if groups.exchange is not None:
@@ -643,9 +624,10 @@ class Transformer(nn.Module):
                 groups.cache_len,
                 groups.max_rows,
                 cu_keys,
+                *rotary,
                 out=block.attended(space, len(residual)),
             )
-            block.finish(residual, attended, groups.delta, space)
+            block.finish(residual, attended, space)
 
     def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v, [rows, heads, head_dim] views of the fused product."""
@@ -708,9 +690,8 @@ class Transformer(nn.Module):
     def _predict(self, passes: Sequence[StepGroups], times: TimeEmbeddings) -> list[Tensor]:
         """The output layer: final RMSNorm, modulated LayerNorm, product; [groups, N, 16] each."""
         for groups in passes:
-            normed = ops.add_rms_norm(
+            normed = ops.rms_norm(
                 groups.residual,
-                groups.delta,
                 self.norm,
                 self.config.rms_norm_eps,
                 out=groups.space.normed[: len(groups.residual)],

@@ -66,7 +66,6 @@ def _row_checks(make: _Maker, tiny: bool) -> Iterator[_Check]:
     for rows in (0, 1, 63, 65) if tiny else (0, 1, 63, 65, 4097):
         x, weight = make.rows(rows, hidden), make.rows(hidden)
         yield "rms_norm", (x, weight, 1e-5), (), x.shape
-        yield "add_rms_norm", (make.rows(rows, hidden), x, weight, 1e-5), (0,), x.shape
         shift, scale = make.rows(5, hidden), make.rows(5, hidden)
         for steps in ((3,), (4, 0, 2)):
             if rows % len(steps) == 0:
@@ -77,7 +76,8 @@ def _row_checks(make: _Maker, tiny: bool) -> Iterator[_Check]:
             qkv = make.rows(rows, (heads + 2 * kv_heads) * head_dim)
             angles = make.rows(rows, head_dim // 2, dtype=torch.float32)
             rotary = (qkv, angles.cos(), angles.sin(), heads, kv_heads)
-            yield "rope_", rotary, (0,), None
+            for keys_only in (False, True):
+                yield "rope_", (*rotary, keys_only), (0,), None
             caches = [make.rows(rows + 5, kv_heads, head_dim) for _ in range(2)]
             places = torch.randperm(rows + 5, device=make.device)[:rows]
             yield "rope_cache_", (*rotary, *caches, places), (0, 5, 6), None
@@ -114,8 +114,6 @@ def _quantised_checks(make: _Maker, hidden: int, inner: int) -> Iterator[_Check]
         x, weight = make.rows(rows, hidden), make.rows(hidden)
         yield "quantise_", (x, *written(rows, hidden)), (1, 2), None
         yield "rms_norm_quantise_", (x, weight, 1e-5, *written(rows, hidden)), (3, 4), None
-        sums = (make.rows(rows, hidden), x, weight, 1e-5, *written(rows, hidden))
-        yield "add_rms_norm_quantise_", sums, (0, 4, 5), None
         gates = make.rows(rows, 2 * inner)
         yield "swiglu_quantise_", (gates, *written(rows, inner)), (1, 2), None
         factors = [
@@ -124,7 +122,8 @@ def _quantised_checks(make: _Maker, hidden: int, inner: int) -> Iterator[_Check]
         ]
         scales = [make.rows(some, dtype=torch.float32).abs() for some in (rows, inner)]
         product = (factors[0], scales[0], factors[1], scales[1], make.rows(rows, inner))
-        yield "scaled_mm_", product, (4,), None
+        for adds in (False, True):
+            yield "scaled_mm_", (*product, adds), (4,), None
 
 
 def _narrow(cache: Tensor, form: torch.dtype) -> Tensor:
@@ -148,10 +147,13 @@ def _attention_checks(make: _Maker, tiny: bool) -> Iterator[_Check]:
         caches = [make.rows(sum(cached) + 7, kv_heads, head_dim) for _ in range(2)]
         starts = make.integers([3 + first for first in accumulate(cached, initial=0)][:-1])
         args = (q, k, v, *caches, cu_rows, starts, make.integers(cached), max(lengths))
+        angles = make.rows(len(q), head_dim // 2, dtype=torch.float32)
+        turned = (*args, None, angles.cos(), angles.sin())
         yield "attention_step", args, (), q.shape
+        yield "attention_step", turned, (), q.shape
         for form in (torch.int8, torch.uint8):
             kept = [_narrow(cache, form) for cache in caches]
-            yield "attention_step_8bit", (q, k, v, *kept, *args[5:]), (), q.shape
+            yield "attention_step_8bit", (q, k, v, *kept, *turned[5:]), (), q.shape
         # causal text, an image whose tokens see one another, text, time tokens
         ends = []
         for length in lengths:

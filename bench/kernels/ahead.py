@@ -36,7 +36,6 @@ CACHES = {"int8": torch.int8, "fp8": torch.uint8}  # e4m3 as bits
 _QUANTISED = (
     "quantise_",
     "rms_norm_quantise_",
-    "add_rms_norm_quantise_",
     "swiglu_quantise_",
     "scaled_mm_",
 )
@@ -196,13 +195,11 @@ def _arguments(case: Case) -> tuple:
     one = torch.tensor([rows], dtype=torch.int32)
     if case.kernel == "rms_norm":
         return x, vector, 1e-5
-    if case.kernel == "add_rms_norm":
-        return x, x, vector, 1e-5
     if case.kernel in ("quantise_cache_", "attention_step_8bit"):
         narrow = _zeros(rows, cache_width(KV_HEADS, head_dim), dtype=CACHES[case.form])
         if case.kernel == "quantise_cache_":
             return *parts[1:], narrow, narrow, places
-        return *parts, narrow, narrow, cu, one, one, rows
+        return *parts, narrow, narrow, cu, one, one, rows, None, angles, angles
     if case.form:
         form = FORMS[case.form]
         values, scales = _zeros(rows, HIDDEN, dtype=form), _zeros(rows, dtype=torch.float32)
@@ -210,15 +207,13 @@ def _arguments(case: Case) -> tuple:
             return x, values, scales
         if case.kernel == "rms_norm_quantise_":
             return x, vector, 1e-5, values, scales
-        if case.kernel == "add_rms_norm_quantise_":
-            return x, x, vector, 1e-5, values, scales
         if case.kernel == "swiglu_quantise_":
             inner = _zeros(rows, INNER, dtype=form)
             return _zeros(rows, 2 * INNER, dtype=dtype), inner, scales
         if case.kernel == "scaled_mm_":
             weight = _zeros(HIDDEN, HIDDEN, dtype=form)
             weight_scales = _zeros(HIDDEN, dtype=torch.float32)
-            return values, scales, weight, weight_scales, x
+            return values, scales, weight, weight_scales, x, True
     if case.kernel == "modulate":
         table = _zeros(50, HIDDEN, dtype=dtype)
         return x, table, table, torch.zeros(1, dtype=torch.int64), 1e-6
@@ -229,11 +224,11 @@ def _arguments(case: Case) -> tuple:
         form = case.kernel.removeprefix("dequantise_").removesuffix("_")
         return weight, *quantised("weight", weight, form).arguments
     if case.kernel == "rope_":
-        return qkv, angles, angles, HEADS, KV_HEADS
+        return qkv, angles, angles, HEADS, KV_HEADS, True
     if case.kernel == "rope_cache_":
         return qkv, angles, angles, HEADS, KV_HEADS, cache, cache, places
     if case.kernel == "attention_step":
-        return *parts, cache, cache, cu, one, one, rows
+        return *parts, cache, cache, cu, one, one, rows, None, angles, angles
     if case.kernel == "attention_prefill":
         return *parts, cu, places.int(), rows
     if case.kernel == "guidance_step_":

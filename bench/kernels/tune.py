@@ -41,6 +41,8 @@ def candidates(kernel: str, capability: int | str) -> Iterator[Launch]:
                 yield Launch(num_warps, num_stages, block_m, block_n)
                 if kernel == "attention_step" and not amd and capability >= 90:
                     yield Launch(num_warps, num_stages, block_m, block_n, tensor_maps=True)
+                if kernel == "attention_prefill" and capability >= 90:
+                    yield Launch(num_warps, num_stages, block_m, block_n, one_loop=True)
     elif kernel == "guidance_step_":
         for num_warps, block in product((1, 2, 4), (32, 64, 128)):
             yield Launch(num_warps, block=block)
@@ -106,6 +108,15 @@ def written(chosen: Launch) -> str:
     return f"Launch({', '.join(parts)})"
 
 
+def _entry(key: str, chosen: Launch) -> list[str]:
+    """Its lines, as ruff formats them."""
+    line = f'        "{key}": {written(chosen)},'
+    if len(line) <= 100:
+        return [line]
+    before, _, arguments = line.partition("Launch(")
+    return [f"{before}Launch(", f"            {arguments.removesuffix('),')}", "        ),"]
+
+
 def rewritten(text: str, table: dict[int, dict[str, Launch]]) -> str:
     """The text of `launch.py` with another table."""
     return _between(text, _BEGIN, _END, "TABLE: dict[int, dict[str, Launch]]", table)
@@ -122,7 +133,7 @@ def _between(text: str, begin: str, end: str, name: str, table: Mapping) -> str:
     lines = [f"{name} = {{"]
     for generation, entries in table.items():
         lines.append(f"    {json.dumps(generation)}: {{")
-        lines += [f'        "{key}": {written(chosen)},' for key, chosen in entries.items()]
+        lines += [line for key, chosen in entries.items() for line in _entry(key, chosen)]
         lines.append("    },")
     lines.append("}\n")
     return before + begin + "\n".join(lines) + end + after

@@ -261,19 +261,6 @@ def rms_norm(size: Size, make: _Maker) -> Case:
     )
 
 
-def add_rms_norm(size: Size, make: _Maker) -> Case:
-    x, weight = make.random(size.rows, size.hidden), make.random(size.hidden)
-    residual = make.random(size.rows, size.hidden)
-    original = residual.clone()
-    return Case(
-        "add_rms_norm",
-        _both("add_rms_norm", residual, x, weight, 1e-5),
-        lambda: reference.rms_norm((original + x).double(), weight.double(), 1e-5),
-        4 * x.nbytes,
-        reset=lambda: residual.copy_(original),
-    )
-
-
 def modulate(size: Size, make: _Maker) -> Case:
     x = make.random(size.rows, size.hidden)
     shift, scale = make.random(50, size.hidden), make.random(50, size.hidden)
@@ -321,8 +308,7 @@ def _rows_in_8_bits(name: str) -> Callable[[Size, _Maker], Case]:
     def build(size: Size, make: _Maker) -> Case:
         width = size.inner if name == "swiglu_quantise_" else size.hidden
         x = make.random(size.rows, 2 * width if name == "swiglu_quantise_" else width)
-        weight, residual = make.random(width), make.random(*x.shape)
-        original = residual.clone()
+        weight = make.random(width)
         values = torch.zeros(size.rows, width, dtype=torch.int8, device=make.device)
         scales = make.random(size.rows, dtype=torch.float32)
         plain: dict[str, tuple[tuple, Callable[[], Tensor]]] = {
@@ -331,17 +317,11 @@ def _rows_in_8_bits(name: str) -> Callable[[Size, _Maker], Case]:
                 (x, weight, 1e-5),
                 lambda: reference.rms_norm(x.double(), weight.double(), 1e-5),
             ),
-            "add_rms_norm_quantise_": (
-                (residual, x, weight, 1e-5),
-                lambda: reference.rms_norm((original + x).double(), weight.double(), 1e-5),
-            ),
             "swiglu_quantise_": ((x,), lambda: reference.swiglu(x.double())),
         }
         args, exact = plain[name]
-        adds = args[0] is residual
         contenders = _both(name, *args, values, scales, result=lambda: values * scales.unsqueeze(1))
-        moved = x.nbytes * (3 if adds else 1) + values.nbytes
-        return Case(name, contenders, exact, moved, reset=lambda: adds and residual.copy_(original))
+        return Case(name, contenders, exact, x.nbytes + values.nbytes)
 
     return build
 
@@ -592,14 +572,12 @@ def attention_prefill(size: Size, make: _Maker) -> Case:
 
 CASES = {
     "rms_norm": rms_norm,
-    "add_rms_norm": add_rms_norm,
     "rope_": rope,
     "rope_cache_": rope_cache,
     "swiglu": swiglu,
     "modulate": modulate,
     "quantise_": _rows_in_8_bits("quantise_"),
     "rms_norm_quantise_": _rows_in_8_bits("rms_norm_quantise_"),
-    "add_rms_norm_quantise_": _rows_in_8_bits("add_rms_norm_quantise_"),
     "swiglu_quantise_": _rows_in_8_bits("swiglu_quantise_"),
     "scaled_mm_": product,
     "quantise_cache_": quantise_cache,

@@ -160,15 +160,16 @@ class _first_layer:
     def __enter__(self) -> list[Tensor]:
         plain, last = self._model._step_layer, list[Tensor]()
 
-        def step_layer(layer: int, block: Any, passes: Any, keys: Tensor, values: Tensor) -> None:
-            before = [one.residual.clone() for one in passes] if layer == 0 else []
-            plain(layer, block, passes, keys, values)
-            if layer:
+        def step_layer(block: Any, passes: Any, keys: Tensor, values: Tensor) -> None:
+            is_first = block is self._model.block(0)
+            before = [one.residual.clone() for one in passes] if is_first else []
+            plain(block, passes, keys, values)
+            if not is_first:
                 return
             pictures = torch.tensor([place for one in passes for place in one.pictures])
             now = torch.cat(
                 [
-                    (one.residual + one.delta - old).view(len(one.pictures), -1)
+                    (one.residual - old).view(len(one.pictures), -1)
                     for one, old in zip(passes, before)
                 ]
             )

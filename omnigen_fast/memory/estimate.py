@@ -159,7 +159,7 @@ class ByteEstimate:
         yield self.times()
         if plan.cache == "none":
             yield from self._prefill(1, plan.mlp_rows, share=False)
-        why = "a pass's workspace; of all groups residual stream, delta and rotary"
+        why = "a pass's workspace; of all groups residual stream and rotary"
         yield Term("loop", self.loop_bytes(plan), why)
 
     def decode(self, plan: MemoryPlan) -> Iterator[Term]:
@@ -283,7 +283,7 @@ class ByteEstimate:
                 rows = max(rows, groups * noise)
                 several |= len(passes) > 1
         # the velocities, and once more where those of several passes meet
-        streams = rows * (2 * self.unit + PATCH_VALUES * value * (1 + several)) + rotary
+        streams = rows * (self.unit + PATCH_VALUES * value * (1 + several)) + rotary
         return self.workspace_bytes(longest, plan.mlp_rows) + streams + self.state_bytes
 
     def workspace_bytes(self, rows: int, mlp_rows: int) -> int:
@@ -348,8 +348,8 @@ class ByteEstimate:
     def _prefill(self, steps: int, mlp_rows: int, share: bool) -> Iterator[Term]:
         own = [(rows if share else tokens) + steps for rows, tokens in self.branch_rows]
         longest = max(tokens for _, tokens in self.branch_rows) + steps
-        row = 2 * self.unit + self.config.head_dim * _FLOAT + _INDEX_BYTES
-        why = f"{sum(own)} rows of all branches: residual stream, delta and rotary"
+        row = self.unit + self.config.head_dim * _FLOAT + _INDEX_BYTES
+        why = f"{sum(own)} rows of all branches: residual stream and rotary"
         yield Term("condition", sum(own) * row, why)
         why = f"for the {longest} rows of the longest branch"
         yield Term("prefill workspace", self.workspace_bytes(longest, mlp_rows), why)

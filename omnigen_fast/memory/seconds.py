@@ -290,7 +290,7 @@ class SecondsEstimate:
                 else:
                     flops += self._expanding_keys * cached_flops(config, tokens, noise, queries)
             attention += layers * max(flops / self._attention_rate, size / self._bandwidth)
-            moved += layers * rows * self._row_moves
+            moved += layers * rows * self._row_moves(config.num_kv_heads)
             # input: product, positions, choice of pictures; output: two norms, product, guidance
             moved += rows * (13 * self._sizes.unit + 4 * PATCH_VALUES * value)
             kernels += layers * self._kernels(rows, plan.mlp_rows) + 9
@@ -327,17 +327,20 @@ class SecondsEstimate:
             products += layers * self._product_seconds(rows, mlp_rows)
             flops = 4 * rows * tokens * config.num_heads * config.head_dim
             attention += layers * flops / self._attention_rate
-            moved += layers * rows * self._row_moves
+            moved += layers * rows * self._row_moves(config.num_heads + config.num_kv_heads)
             kernels += layers * self._kernels(rows, mlp_rows)
         return self._launched(products, attention, moved / self._bandwidth, kernels, False)
 
-    @cached_property
-    def _row_moves(self) -> int:
-        """Bytes that a layer's elementwise kernels read and write per row."""
+    def _row_moves(self, rotated: int) -> int:
+        """Bytes that a layer's elementwise kernels read and write per row.
+
+        Args:
+            rotated: heads of the QKV product that are rotated in their place.
+        """
         config = self._config
         value = self._sizes.precision.arithmetic_bytes
-        norms = 8 * self._sizes.unit  # read residual and sum, write residual and normed; twice
-        rotary = 2 * (config.num_heads + config.num_kv_heads) * config.head_dim * value
+        norms = 4 * self._sizes.unit  # read the residual stream, write the normed one; twice
+        rotary = 2 * rotated * config.head_dim * value
         # what attention gives, read and written in 8 bits; the other outputs are counted as if wide
         quantised = self._sizes.precision.compute is not None
         attended = config.hidden_size * (value + 1) * quantised
@@ -349,7 +352,8 @@ class SecondsEstimate:
         precision, width = self._sizes.precision, self._config.qkv_width
         weights = hidden * (width + hidden)
         weights += 3 * hidden * inner * math.ceil(rows / mlp_rows)
-        activations = rows * (3 * hidden + width + 3 * inner + hidden)
+        # in and out of each product; what two of them add to is read, too
+        activations = rows * (7 * hidden + width + 3 * inner)
         moved = float((weights + activations) * precision.arithmetic_bytes)
         flops = product_flops(self._config, rows) / self._product_rate
         if precision.compute is not None:  # a part of them at another rate, from half the bytes

@@ -48,7 +48,9 @@ EXAMPLES = (
     DemoExample(
         "text to image", "a large purple circle in the bottom left corner, black background"
     ),
-    DemoExample("text to image", "Hello! Could I have a pink circle with a big green star, please?"),
+    DemoExample(
+        "text to image", "Hello! Could I have a pink circle with a big green star, please?"
+    ),
     DemoExample("recolour", f"{_ONE} Make the triangle purple.", ("circle-triangle",)),
     DemoExample("remove", f"{_ONE} Remove the circle.", ("circle-triangle",)),
     DemoExample("add", f"{_ONE} Add a small blue square at the top left.", ("star",)),
@@ -126,9 +128,7 @@ def run(pipe: OmniGenPipeline, say: Callable[[str], None], seed: int = SEED) -> 
             f"{example.task:<16}{made.step_seconds:7.4f} s a step, {made.cached_share:4.0%} of the "
             f"rows cached   {example.prompt}"
         )
-    say(
-        "s a step: median of its steps; rows cached: tokens that a step takes from the cache, of all"
-    )
+    say("s a step: median; rows cached: tokens that a step takes from the cache, of all it sees")
     say("summary of the last one:")
     for line in pipe.summary().splitlines():
         say("  " + line)

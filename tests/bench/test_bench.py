@@ -257,7 +257,7 @@ def test_plots_and_profile(bench, tmp_path):
             assert image.convert("L").getextrema()[0] < 100  # something is drawn
     found = result["profile"]
     names = {row["name"] for row in found["operations"]}
-    assert {"attention_step", "add_rms_norm", "swiglu", "mm"} <= names
+    assert {"attention_step", "rms_norm", "swiglu", "mm", "addmm"} <= names
     assert out.count("wrote") == 1 + len(made)
 
 
@@ -290,7 +290,7 @@ def test_kernels_of_a_gpu_have_families():
         "nvjet_tst_128x256_64x4_1x2_h_bz_coopA_TNT": "products",
         "sm80_xmma_gemm_bf16bf16_bf16f32": "products",
         "attention_step_maps_kernel": "attention",
-        "add_rms_norm_kernel": "norms",
+        "rms_norm_kernel": "norms",
         "swiglu_kernel": "elementwise",
         "guidance_step_kernel": "elementwise",
         "Memcpy HtoD (Pinned -> Device)": "copies",

@@ -9,8 +9,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import DEVICE, DTYPES, assert_earned, double, inside, name, poisoned
-from omnigen_fast.kernels import attention_8bit, contract, launch, quantise, reference
-from test_attention import GROUPS, PARTS, SMALL, STEPS, some_rows, split, step_arguments, tiles
+from omnigen_fast.kernels import attention_8bit, contract, launch, quantise, reference, rope
+from test_attention import (
+    GROUPS,
+    PARTS,
+    SMALL,
+    STEPS,
+    some_rows,
+    split,
+    step_arguments,
+    tiles,
+    turned,
+    turning,
+)
 
 pytestmark = pytest.mark.early
 
@@ -121,7 +132,7 @@ def check_step(*args):
     assert attention_8bit.attention_step_8bit(*args, out=out) is out
     assert untouched()
     plain = reference.attention_step_8bit
-    exact = [x if isinstance(x, int) else double(x)[0] for x in args]
+    exact = [double(x)[0] if isinstance(x, torch.Tensor) else x for x in args]
     assert_earned(out, plain(*args), plain(*exact))
 
 
@@ -159,6 +170,18 @@ class TestStep:
     def test_some_rows(self, head_dim, form):
         args = quantised_step(*STEPS["mixed"], 4, 2, head_dim, torch.bfloat16, form)
         check_step(*some_rows(args, PARTS))
+        check_step(*turning(some_rows(args, PARTS)))
+
+    @forms
+    @pytest.mark.parametrize("head_dim", (64, 96, 128))
+    @pytest.mark.parametrize("case", STEPS)
+    def test_queries_to_be_rotated(self, case, head_dim, form):
+        """As with queries that `rope_` has rotated; of the reference to the bit."""
+        args = turning(quantised_step(*STEPS[case], 2, 2, head_dim, torch.bfloat16, form))
+        check_step(*args)
+        plain, kernel = reference.attention_step_8bit, attention_8bit.attention_step_8bit
+        assert torch.equal(plain(*args), plain(*turned(args, reference.rope_)))
+        torch.testing.assert_close(kernel(*args), kernel(*turned(args, rope.rope_)))
 
     @forms
     def test_large_scores(self, form):

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import DEVICE, DTYPES, assert_earned, double, inside, integers, name, poisoned, random
-from omnigen_fast.kernels import attention, launch, reference
+from omnigen_fast.kernels import attention, launch, reference, rope
 
 pytestmark = pytest.mark.early
 
@@ -68,12 +68,29 @@ def prefill_arguments(groups, heads, kv_heads, head_dim, dtype):
     return q, k, v, cu_rows, integers(*ends), max(lengths, default=0)
 
 
+def turning(args):
+    """A step's arguments with q still to be rotated."""
+    cu_keys = args[9:] or (None,)
+    angles = random(len(args[0]), args[0].shape[2] // 2, seed=7)
+    return *args[:9], *cu_keys, *(inside(x)[0] for x in (angles.cos(), angles.sin()))
+
+
+def turned(args, rope_):
+    """And with q as `rope_` rotates it."""
+    *rest, cos, sin = args
+    q = rest[0]
+    # as one key head of a product whose other parts are not looked at
+    rows = torch.cat([q, q[:, :2]], 1).flatten(1)
+    rope_(rows, cos, sin, q.shape[1], 1)
+    return rows.unflatten(1, (-1, q.shape[2]))[:, : q.shape[1]], *rest[1:]
+
+
 def check(kernel, plain, args):
-    q = args[0]
+    q, before = args[0], args[0].clone()
     out, untouched = poisoned(*q.shape, dtype=q.dtype)
     assert kernel(*args, out=out) is out
-    assert untouched()
-    exact = [x if isinstance(x, int) else double(x)[0] for x in args]
+    assert untouched() and torch.equal(q, before)
+    exact = [double(x)[0] if isinstance(x, torch.Tensor) else x for x in args]
     assert_earned(out, plain(*args), plain(*exact))
 
 
@@ -124,6 +141,20 @@ def test_step(case, head_dim, dtype):
     check_step(*step_arguments(*STEPS[case], 2, 2, head_dim, dtype))
 
 
+@pytest.mark.slow_except("mixed-96-bfloat16", "empty group-64-float32", "no cache-128-*")
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("head_dim", (64, 96, 128))
+@pytest.mark.parametrize("case", STEPS)
+def test_step_with_queries_to_be_rotated(case, head_dim, dtype):
+    """As with queries that `rope_` has rotated; of the reference to the bit."""
+    args = turning(step_arguments(*STEPS[case], 2, 2, head_dim, dtype))
+    check_step(*args)
+    expected = reference.attention_step(*turned(args, reference.rope_))
+    assert torch.equal(reference.attention_step(*args), expected)
+    found = attention.attention_step(*args)
+    torch.testing.assert_close(found, attention.attention_step(*turned(args, rope.rope_)))
+
+
 @pytest.mark.slow_except("4-2-96-*", "4-1-64-*", "3-3-128-*")
 @pytest.mark.parametrize(("head_dim", "block_m", "block_n"), tiles("attention_step"))
 @pytest.mark.parametrize(("heads", "kv_heads"), ((4, 1), (4, 2), (3, 3)))
@@ -141,6 +172,7 @@ def test_step_through_tensor_maps(head_dim):
     args = step_arguments(*STEPS["mixed"], 4, 2, head_dim, torch.bfloat16)
     plain = launch.Launch(num_warps=8, block_m=64, block_n=32)
     maps = replace(plain, tensor_maps=True)
+    args = turning(args)
     with (
         mock.patch.object(launch, "choose", return_value=maps),
         mock.patch.object(attention, "attention_step_kernel", None),  # not the one that runs
@@ -185,7 +217,9 @@ PARTS = [(20, 63), (0, 1), (0, 0), (64, 65)]
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 @pytest.mark.parametrize("head_dim", (64, 96, 128))
 def test_step_of_some_rows(head_dim, dtype):
-    check_step(*some_rows(step_arguments(*STEPS["mixed"], 4, 2, head_dim, dtype), PARTS))
+    args = some_rows(step_arguments(*STEPS["mixed"], 4, 2, head_dim, dtype), PARTS)
+    check_step(*args)
+    check_step(*turning(args))
 
 
 def test_step_of_some_rows_through_tensor_maps():
@@ -266,6 +300,21 @@ def test_prefill(case, head_dim, dtype):
 def test_prefill_grouped_heads_and_every_tile(heads, kv_heads, head_dim, block_m, block_n):
     args = prefill_arguments(PREFILLS["image"], heads, kv_heads, head_dim, torch.bfloat16)
     chosen = launch.Launch(num_warps=4, block_m=block_m, block_n=block_n)
+    with mock.patch.object(launch, "choose", return_value=chosen):
+        check_prefill(*args)
+
+
+@pytest.mark.slow_except("image-bfloat16", "one row-*")
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("case", PREFILLS)
+def test_prefill_in_one_loop(case, dtype):
+    """To the bit as with a loop of their own for blocks that are masked."""
+    args, found = prefill_arguments(PREFILLS[case], 2, 1, 96, dtype), []
+    for one_loop in (False, True):
+        chosen = replace(SMALL, one_loop=one_loop)
+        with mock.patch.object(launch, "choose", return_value=chosen):
+            found.append(attention.attention_prefill(*args))
+    assert torch.equal(*found)
     with mock.patch.object(launch, "choose", return_value=chosen):
         check_prefill(*args)
 

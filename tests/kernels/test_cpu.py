@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import assert_earned, double, inside, poisoned, random
 from omnigen_fast.kernels import cpu, ops, reference
-from test_attention import PARTS, STEPS, some_rows, step_arguments
+from test_attention import PARTS, STEPS, some_rows, step_arguments, turned, turning
 
 from omnigen_fast.compilation import compiler
 
@@ -50,13 +50,27 @@ def check_step(*args):
     for x, was in zip(args, before):
         torch.testing.assert_close(x, was, rtol=0, atol=0, equal_nan=True)
     plain = reference.attention_step(*args)
-    assert_earned(out, plain, reference.attention_step(*double(*args[:5]), *args[5:]))
+    assert_earned(out, plain, reference.attention_step(*(doubled(x) for x in args)))
+
+
+def doubled(x):
+    return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
 
 
 @pytest.mark.parametrize("head_dim", (32, 64, 96, 128))
 @pytest.mark.parametrize("case", STEPS)
 def test_step(case, head_dim):
     check_step(*step_arguments(*STEPS[case], 2, 2, head_dim, BF16))
+
+
+@pytest.mark.parametrize("head_dim", (32, 64, 96, 128))
+@pytest.mark.parametrize("case", STEPS)
+def test_step_with_queries_to_be_rotated(case, head_dim):
+    """To the bit as with queries that `rope_` has rotated."""
+    args = turning(step_arguments(*STEPS[case], 4, 2, head_dim, BF16))
+    check_step(*args)
+    found = cpu.attention_step(*args)
+    assert torch.equal(found, cpu.attention_step(*turned(args, cpu.rope_)))
 
 
 @pytest.mark.parametrize("head_dim", (64, 96))
@@ -115,19 +129,13 @@ def test_any_number_of_threads_gives_the_same_bits():
 
 @pytest.mark.parametrize("rows", ROWS)
 def test_norms(rows):
-    residual, residual_untouched = inside(random(rows, 96, dtype=BF16))
-    x, _ = inside(random(rows, 96, dtype=BF16, seed=1), gap=5)
-    weight = random(96, dtype=BF16, seed=2)
+    x, x_untouched = inside(random(rows, 96, dtype=BF16), gap=5)
+    weight, before = random(96, dtype=BF16, seed=2), x.clone()
     out, untouched = poisoned(rows, 96, dtype=BF16)
-    assert cpu.rms_norm(residual, weight, 1e-5, out=out) is out and untouched()
-    exact = reference.rms_norm(*double(residual, weight), 1e-5)
-    assert_earned(out, reference.rms_norm(residual, weight, 1e-5), exact)
-    plain_sum = residual.clone()
-    plain = reference.add_rms_norm(plain_sum, x, weight, 1e-5)
-    exact = reference.rms_norm(*double(plain_sum, weight), 1e-5)
-    cpu.add_rms_norm(residual, x, weight, 1e-5, out=out)
-    assert untouched() and residual_untouched() and torch.equal(residual, plain_sum)
-    assert_earned(out, plain, exact)
+    assert cpu.rms_norm(x, weight, 1e-5, out=out) is out and untouched()
+    assert x_untouched() and torch.equal(x, before)
+    exact = reference.rms_norm(*double(x, weight), 1e-5)
+    assert_earned(out, reference.rms_norm(x, weight, 1e-5), exact)
 
 
 @pytest.mark.parametrize("head_dim", (32, 64, 96, 128))
@@ -145,6 +153,11 @@ def test_rope(rows, head_dim):
     cpu.rope_cache_(qkv, cos, sin, heads, kv_heads, caches[0][0], caches[1][0], places)
     assert untouched()
     assert_earned(qkv, plain, exact)
+    queries = heads * head_dim
+    keys_only, whole = plain.clone(), qkv.clone()
+    reference.rope_(whole, cos, sin, heads, kv_heads, True)
+    cpu.rope_(keys_only, cos, sin, heads, kv_heads, True)
+    assert torch.equal(keys_only[:, :queries], plain[:, :queries])
     by_head = qkv.unflatten(1, (-1, head_dim))
     for (cache, beside), kept in zip(caches, by_head[:, heads:].split(kv_heads, 1)):
         assert beside() and torch.equal(cache[places], kept) and cache[:2].isnan().all()
@@ -177,6 +190,8 @@ def test_the_reference_does_what_they_do_not_take():
     for head_dim, dtype in ((64, torch.float32), (80, BF16)):
         args = step_arguments(*STEPS["mixed"], 2, 2, head_dim, dtype)
         assert torch.equal(cpu.attention_step(*args), reference.attention_step(*args))
+        args = turning(args)
+        assert torch.equal(cpu.attention_step(*args), reference.attention_step(*args))
         qkv, angles = random(5, 6 * head_dim, dtype=dtype), random(5, head_dim // 2, seed=1)
         same = qkv.clone()
         cpu.rope_(qkv, angles, angles, 2, 2)
@@ -196,10 +211,10 @@ def test_the_door_checks_and_chooses():
         assert ops._implementation(x) is ops._CPP
         with pytest.raises(ValueError, match="weight"):
             ops.rms_norm(x, weight[:5], 1e-5)
-        compiled = torch.compile(ops.add_rms_norm, fullgraph=True, backend="aot_eager")
-        found = [ops.add_rms_norm(x.clone(), x, weight, 1e-5) for _ in range(2)]
-        found.append(compiled(x.clone(), x, weight, 1e-5))
-    expected = cpu.add_rms_norm(x.clone(), x, weight, 1e-5)
+        compiled = torch.compile(ops.rms_norm, fullgraph=True, backend="aot_eager")
+        found = [ops.rms_norm(x, weight, 1e-5) for _ in range(2)]
+        found.append(compiled(x, weight, 1e-5))
+    expected = cpu.rms_norm(x, weight, 1e-5)
     assert all(torch.equal(one, expected) for one in found)
     assert ops._implementation(x) is ops._REFERENCE
 

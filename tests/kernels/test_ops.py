@@ -63,20 +63,18 @@ def arguments(name: str, dtype: torch.dtype = torch.float32) -> dict:
         "values": torch.arange(ROWS * HIDDEN, device=DEVICE).to(torch.int8).view(ROWS, HIDDEN),
         "scales": random(ROWS, seed=12).abs(),
     }
-    residual = {"residual": random(ROWS, HIDDEN, dtype=dtype, seed=6)}
     return {
         "rms_norm": {**x, "weight": weight, "eps": 1e-5},
-        "add_rms_norm": {**residual, **x, "weight": weight, "eps": 1e-5},
         "quantise_": {**x, **quantised},
         "rms_norm_quantise_": {**x, "weight": weight, "eps": 1e-5, **quantised},
-        "add_rms_norm_quantise_": {**residual, **x, "weight": weight, "eps": 1e-5, **quantised},
         "scaled_mm_": {
             **quantised,
             "weight": torch.arange(5 * HIDDEN, device=DEVICE).to(torch.int8).view(5, HIDDEN),
             "weight_scales": random(5, seed=13).abs(),
             "result": random(ROWS, 5, dtype=dtype, seed=14),
+            "accumulate": True,
         },
-        "rope_": rope,
+        "rope_": {**rope, "keys_only": True},
         "rope_cache_": {
             **rope,
             **caches,
@@ -95,6 +93,9 @@ def arguments(name: str, dtype: torch.dtype = torch.float32) -> dict:
             "cache_start": integers(2, 0),
             "cache_len": integers(7, 0),
             "max_rows": 4,
+            "cu_keys": None,
+            "cos": angles.cos(),
+            "sin": angles.sin(),
         },
         "attention_step": {
             **q_k_v,
@@ -103,6 +104,9 @@ def arguments(name: str, dtype: torch.dtype = torch.float32) -> dict:
             "cache_start": integers(2, 0),
             "cache_len": integers(7, 0),
             "max_rows": 4,
+            "cu_keys": None,
+            "cos": angles.cos(),
+            "sin": angles.sin(),
         },
         "attention_prefill": {
             **q_k_v,
@@ -419,10 +423,11 @@ REFUSED = [
         (name, argument, lambda x: x.to(torch.int32), TypeError)
         for name, argument in (
             ("rms_norm", "x"),
-            ("add_rms_norm", "residual"),
             ("rope_", "qkv"),
             ("rope_", "cos"),
             ("attention_step", "q"),
+            ("attention_step", "cos"),
+            ("attention_step_8bit", "sin"),
             ("attention_prefill", "q"),
             ("swiglu", "gate_up"),
             ("modulate", "x"),
@@ -436,7 +441,7 @@ REFUSED = [
             ("quantise_cache_", "cache_rows"),
             ("attention_step_8bit", "v_cache"),
             ("quantise_", "values"),
-            ("add_rms_norm_quantise_", "scales"),
+            ("rms_norm_quantise_", "scales"),
             ("scaled_mm_", "weight"),
             ("scaled_mm_", "result"),
             *((f"dequantise_{form}_", part) for form in FORMS for part in ("values", "scales")),
@@ -459,9 +464,8 @@ REFUSED = [
         (name, argument, lambda x: x.to(torch.bfloat16), TypeError)
         for name, argument in (
             ("rms_norm", "weight"),
-            ("add_rms_norm", "x"),
-            ("add_rms_norm", "weight"),
             ("rope_", "sin"),
+            ("attention_step", "sin"),
             ("rope_cache_", "k_cache"),
             ("rope_cache_", "v_cache"),
             ("attention_step", "k"),
@@ -481,8 +485,8 @@ REFUSED = [
         (name, argument, lambda x: x.to("meta"), ValueError)
         for name, argument in (
             ("rms_norm", "weight"),
-            ("add_rms_norm", "x"),
             ("rope_", "cos"),
+            ("attention_step", "cos"),
             ("rope_cache_", "v_cache"),
             ("rope_cache_", "cache_rows"),
             ("attention_step", "k_cache"),
@@ -499,10 +503,9 @@ REFUSED = [
         for name, argument in (
             ("rms_norm", "x"),
             ("rms_norm", "weight"),
-            ("add_rms_norm", "residual"),
-            ("add_rms_norm", "x"),
             ("rope_", "qkv"),
             ("rope_", "cos"),
+            ("attention_step", "cos"),
             ("rope_cache_", "k_cache"),
             ("rope_cache_", "cache_rows"),
             ("attention_step", "q"),
@@ -526,14 +529,14 @@ REFUSED = [
         (name, argument, lambda x: x[:-1].contiguous(), ValueError)
         for name, argument in (
             ("quantise_", "values"),
-            ("add_rms_norm_quantise_", "x"),
             ("swiglu_quantise_", "scales"),
             ("scaled_mm_", "scales"),
             ("scaled_mm_", "weight_scales"),
             ("scaled_mm_", "result"),
             ("rms_norm", "weight"),
-            ("add_rms_norm", "x"),
             ("rope_", "cos"),
+            ("attention_step", "cos"),
+            ("attention_step_8bit", "sin"),
             ("rope_cache_", "cache_rows"),
             ("attention_step", "k"),
             ("attention_step", "v_cache"),
@@ -566,7 +569,6 @@ REFUSED = [
         for name, argument in (
             ("quantise_", "values"),
             ("scaled_mm_", "result"),
-            ("add_rms_norm", "residual"),
             ("rope_", "qkv"),
             ("rope_cache_", "k_cache"),
         )
@@ -580,6 +582,8 @@ REFUSED = [
     ("swiglu_quantise_", "gate_up", lambda x: x[:, :0], ValueError),
     ("attention_step", "k", lambda x: x[:, :1].expand(-1, 4, -1).contiguous(), ValueError),
     ("attention_step", "max_rows", lambda x: 2, ValueError),
+    ("attention_step", "cos", lambda x: None, ValueError),
+    ("attention_step_8bit", "sin", lambda x: None, ValueError),
     ("attention_prefill", "max_rows", lambda x: 2, ValueError),
     ("attention_prefill", "first", lambda x: 5, ValueError),
     ("attention_prefill", "first", lambda x: -1, ValueError),
@@ -623,6 +627,9 @@ def test_kernels_refuse_what_they_are_not_written_for():
         for part in ("q", "k", "v", "k_cache", "v_cache"):
             if part in args:
                 args[part] = random(*args[part].shape[:2], head_dim)
+        for part in ("cos", "sin"):
+            if part in args:
+                args[part] = random(ROWS, head_dim // 2)
         with (
             ops.use("triton"),
             pytest.raises(ValueError, match=f"q must have a head_dim .* {head_dim}"),

@@ -50,24 +50,6 @@ def test_rms_norm(rows, dtype):
     assert_earned(out, reference.rms_norm(x, weight, 1e-5), exact)
 
 
-@pytest.mark.slow_for("[24]*7-*")
-@pytest.mark.parametrize("dtype", DTYPES, ids=name)
-@pytest.mark.parametrize("rows", ROWS)
-def test_add_rms_norm(rows, dtype):
-    residual, residual_untouched = inside(random(rows, 96, dtype=dtype))
-    x, x_untouched = inside(random(rows, 96, dtype=dtype, seed=1), gap=5)
-    weight = random(96, dtype=dtype, seed=2)
-    plain_sum, exact_sum = residual.clone(), residual.double() + x.double()
-    plain = reference.add_rms_norm(plain_sum, x, weight, 1e-5)
-    exact = reference.rms_norm(*double(plain_sum, weight), 1e-5)
-    before = x.clone()
-    out, untouched = poisoned(rows, 96, dtype=dtype)
-    rms_norm.add_rms_norm(residual, x, weight, 1e-5, out=out)
-    assert untouched() and residual_untouched() and x_untouched() and torch.equal(x, before)
-    assert_earned(residual, plain_sum, exact_sum)
-    assert_earned(out, plain, exact)
-
-
 @pytest.mark.parametrize("hidden", (1, 64, 100, 3072))
 def test_norms_of_any_width(hidden):
     x, weight = random(3, hidden), random(hidden, seed=1)
@@ -178,6 +160,12 @@ def test_rope(rows, heads, kv_heads, head_dim, dtype):
     assert untouched()
     assert torch.equal(qkv[:, (heads + kv_heads) * head_dim :], values)
     assert_earned(qkv, plain, exact)
+    for rotate in (rope.rope_, reference.rope_):
+        both, keys = (qkv.clone() for _ in range(2))
+        rotate(both, cos, sin, heads, kv_heads)
+        rotate(keys, cos, sin, heads, kv_heads, True)
+        assert torch.equal(keys[:, : heads * head_dim], qkv[:, : heads * head_dim])
+        assert torch.equal(keys[:, heads * head_dim :], both[:, heads * head_dim :])
 
 
 @pytest.mark.slow_for("[24]*7-*")
@@ -305,16 +293,16 @@ def test_reference_in_blocks_is_that_of_all_rows(rows, monkeypatch):
     """In blocks of three rows, of one norm's width and of what else has other widths."""
 
     def everything() -> list[torch.Tensor]:
-        x, residual, weight = random(rows, 64), random(rows, 64, seed=1), random(64, seed=2)
+        x, weight = random(rows, 64), random(64, seed=2)
         qkv = random(rows, 5 * 32, seed=3)
         q, k, v = random(rows, 4 * 16, seed=4).unflatten(1, (4, 16)).split((2, 1, 1), 1)
         caches = random(5, 1, 16, seed=5), random(5, 1, 16, seed=6)
         places = integers(0, rows), integers(1), integers(4), rows
         results = [reference.rms_norm(x, weight, 1e-5)]
-        results += [reference.add_rms_norm(residual, x, weight, 1e-5), residual]
         reference.rope_(qkv, *rotation(rows, 32), 3, 1)
         results += [qkv, reference.swiglu(x), reference.attention_step(q, k, v, *caches, *places)]
-        return results
+        turning = *places, None, *rotation(rows, 16)
+        return [*results, reference.attention_step(q, k, v, *caches, *turning)]
 
     monkeypatch.setattr(reference, "_CPU_BLOCK_VALUES", 3 * 64)
     blocks = everything()

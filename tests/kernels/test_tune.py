@@ -129,14 +129,12 @@ def test_the_fastest_right_configuration_wins(tune):
 
 CASES = (
     "rms_norm",
-    "add_rms_norm",
     "rope_",
     "rope_cache_",
     "swiglu",
     "modulate",
     "quantise_",
     "rms_norm_quantise_",
-    "add_rms_norm_quantise_",
     "swiglu_quantise_",
     "scaled_mm_",
     "quantise_cache_",
