@@ -41,7 +41,7 @@ def candidates(kernel: str, capability: int | str) -> Iterator[Launch]:
                 yield Launch(num_warps, num_stages, block_m, block_n)
                 if kernel == "attention_step" and not amd and capability >= 90:
                     yield Launch(num_warps, num_stages, block_m, block_n, tensor_maps=True)
-                if kernel == "attention_prefill" and capability >= 90:
+                if kernel == "attention_prefill" and not amd and capability >= 90:
                     yield Launch(num_warps, num_stages, block_m, block_n, one_loop=True)
     elif kernel == "guidance_step_":
         for num_warps, block in product((1, 2, 4), (32, 64, 128)):
