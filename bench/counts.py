@@ -48,6 +48,7 @@ OURS = {
     "attention_step": ATTENTION,
     "attention_step_8bit": ATTENTION,
     "attention_prefill": ATTENTION,
+    "join_segments": ATTENTION,
     "rms_norm": NORMS,
     "add_rms_norm": NORMS,
     "modulate": NORMS,

@@ -435,6 +435,7 @@ def attention_step(
     cache_len: Tensor,  # [groups], int32
     max_rows: int,
     cu_keys: Tensor | None = None,  # [groups + 1], int32
+    spans: list[int] | None = None,  # [6 * groups], read by libraries alone
     out: Tensor | None = None,  # [rows, heads, head_dim]
 ) -> Tensor:  # [rows, heads, head_dim]
     """Launches the step's attention; see `reference.attention_step`.
@@ -445,9 +446,8 @@ def attention_step(
     Raises:
         TypeError, ValueError: see `contract.attention_step`.
     """
-    contract.attention_step(
-        q, k, v, k_cache, v_cache, cu_rows, cache_start, cache_len, max_rows, cu_keys, fused=True
-    )
+    places = cu_rows, cache_start, cache_len, max_rows, cu_keys
+    contract.attention_step(q, k, v, k_cache, v_cache, *places, spans, fused=True)
     out = output_of(q, out)
     groups = cu_rows.shape[0] - 1
     if not q.shape[0] or not groups:

@@ -320,15 +320,15 @@ def attention_step(
     cache_len: Tensor,
     max_rows: int,
     cu_keys: Tensor | None = None,
+    spans: list[int] | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """See `reference.attention_step`."""
     head_dim = q.shape[2]
     library = None if _has_amx() else _libraries.get(head_dim)
     if not _takes(library, head_dim, q):
-        return reference.attention_step(
-            q, k, v, k_cache, v_cache, cu_rows, cache_start, cache_len, max_rows, cu_keys, out
-        )
+        rest = cu_rows, cache_start, cache_len, max_rows, cu_keys, spans, out
+        return reference.attention_step(q, k, v, k_cache, v_cache, *rest)
     assert library is not None
     out = torch.empty(q.shape, dtype=q.dtype) if out is None else out
     heads, kv_heads, threads = q.shape[1], k.shape[1], torch.get_num_threads()

@@ -335,6 +335,7 @@ def attention_step(
     cache_len: Tensor,  # [groups], int32: how many cache rows it sees, may be 0
     max_rows: int,  # rows of the longest group
     cu_keys: Tensor | None = None,  # [groups + 1], int32: as cu_rows, of k and v where they differ
+    spans: list[int] | None = None,  # [6 * groups]: what the five tensors say, for libraries
     out: Tensor | None = None,  # [rows, heads, head_dim]
 ) -> Tensor:  # [rows, heads, head_dim]
     """Attention of a denoising step: every row sees its group's cache rows and its own group.
@@ -342,7 +343,9 @@ def attention_step(
     `softmax(q [K_cache, K]^T / sqrt(head_dim)) [V_cache, V]`, the two key segments joined by their
     log-sum-exp (Milakov & Gimelshein, 2018): no concatenation, no mask. Several groups may read
     the same cache rows. Without `cu_keys` a group's rows are those of q, k and v alike; with it, q
-    has some of the rows that k and v have.
+    has some of the rows that k and v have. `spans` says the same on the host, for a library that
+    takes lengths from there (`library`): of each group the first row and the one after the last,
+    then both of its keys, then both of its cache rows.
     """
     places = cu_rows, cache_start, cache_len, max_rows, cu_keys
     return _step(q, k, v, lambda rows: (k_cache[rows], v_cache[rows]), *places, out)
@@ -410,6 +413,33 @@ def _step(
                 target[some] = a.lerp_(b.copy_(cache_out[some]), weight[some])
         else:
             _by_head(out[rows], share).copy_(own)
+    return out
+
+
+def join_segments(
+    a: Tensor,  # [rows, heads, head_dim]: attention over one segment of keys
+    a_lse: Tensor,  # [rows, heads], float32: log-sum-exp of its scaled scores
+    b: Tensor,  # [rows, heads, head_dim]: over another
+    b_lse: Tensor,  # [rows, heads], float32
+    out: Tensor | None = None,  # [rows, heads, head_dim]
+) -> Tensor:  # [rows, heads, head_dim]
+    """Attention over both segments: `(exp(a_lse) a + exp(b_lse) b) / (exp(a_lse) + exp(b_lse))`.
+
+    An infinite log-sum-exp, of either sign, is that of a segment without keys: its values count
+    nothing, whatever they are. Where neither has keys, the result is zero.
+    """
+    out = _out(a.shape, a, out)
+    lses = [one.masked_fill(one.isposinf(), -torch.inf) for one in (a_lse, b_lse)]
+    top = torch.maximum(*lses)
+    top.masked_fill_(top.isneginf(), 0)
+    shares = [torch.exp(one - top) for one in lses]
+    total = shares[0] + shares[1]
+    total.masked_fill_(total == 0, 1)
+    shares = [(one / total).unsqueeze(2) for one in shares]
+    for rows, wide in _blocks(a, _scratch(a, 2)):
+        for part, x, share in zip(wide, (a, b), shares):
+            part.copy_(x[rows]).mul_(share[rows]).masked_fill_(share[rows] == 0, 0)
+        out[rows] = wide[0].add_(wide[1])
     return out
 
 

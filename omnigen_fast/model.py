@@ -53,6 +53,7 @@ class StepGroups:
     max_rows: int
     cache_start: Tensor  # [groups], int32
     cache_len: Tensor  # [groups], int32: condition and the step's time token
+    spans: list[int]  # of the groups, see `ops.attention_step`
     cos: Tensor  # [groups * N, head_dim / 2], float32
     sin: Tensor  # [groups * N, head_dim / 2], float32
     residual: Tensor  # [groups * N, hidden]
@@ -622,6 +623,7 @@ class Transformer(nn.Module):
         config = self.config
         is_plain = keys.is_floating_point()
         attend = ops.attention_step if is_plain else ops.attention_step_8bit
+        more: tuple[Any, ...]
         for groups in passes:
             residual, space = groups.residual, groups.space
             qkv = block.project(residual, groups.delta if layer else None, space)
@@ -632,6 +634,7 @@ class Transformer(nn.Module):
                 both = qkv.unflatten(1, (-1, config.head_dim))[:, config.num_heads :]
                 k, v = groups.exchange(both).chunk(2, dim=1)
                 cu_keys = groups.exchange.cu_keys
+            more = (cu_keys, groups.spans) if is_plain else (cu_keys,)
             attended = attend(
                 q,
                 k,
@@ -642,7 +645,7 @@ class Transformer(nn.Module):
                 groups.cache_start,
                 groups.cache_len,
                 groups.max_rows,
-                cu_keys,
+                *more,
                 out=block.attended(space, len(residual)),
             )
             block.finish(residual, attended, groups.delta, space)

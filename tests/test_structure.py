@@ -88,6 +88,7 @@ ORDER = [
     "for_diffusers.calls",
     "for_diffusers.enable",
     "call",
+    "attention",
     "compilation",
     "running",
     "holdings",
@@ -164,6 +165,9 @@ ORDER = [
     "ray",
 ]
 USE_KERNELS = {
+    "memory.estimate",
+    "attention",
+    "holdings",
     "for_diffusers.enable",
     "call",
     "compilation",
