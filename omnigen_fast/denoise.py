@@ -20,7 +20,7 @@ from .parameters import PATCH_VALUES
 from .placement import Placement
 from .schedule import ALL_BRANCHES, StepKind
 from .sequence import lay_out
-from .step_values import PlacedBranch, StepValues, distinct_branches, span_of
+from .step_values import PassValues, PlacedBranch, StepValues, distinct_branches, span_of
 
 
 class Velocity(Protocol):

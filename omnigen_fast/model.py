@@ -622,8 +622,8 @@ class Transformer(nn.Module):
     ) -> None:
         config = self.config
         is_plain = keys.is_floating_point()
+        attend: Callable[..., Tensor]
         attend = ops.attention_step if is_plain else ops.attention_step_8bit
-        more: tuple[Any, ...]
         for groups in passes:
             residual, space = groups.residual, groups.space
             qkv = block.project(residual, groups.delta if layer else None, space)
