@@ -8,8 +8,7 @@ import torch
 
 from .config import ModelConfig
 from .errors import RequestError
-from .kernels import ops, winners
-from .kernels.library import LIBRARIES, Library, why_not
+from .kernels import library, ops, winners
 from .precision import AUTO, Precision
 
 
@@ -47,13 +46,13 @@ def attending(name: str) -> AbstractContextManager[object]:
     return ops.use(attention=chosen)
 
 
-def _library(name: str) -> Library | None:
-    return next((one for one in LIBRARIES if one == name), None)
+def _library(name: str) -> library.Library | None:
+    return next((one for one in library.LIBRARIES if one == name), None)
 
 
 def _why_not(
-    name: Library, precision: Precision, config: ModelConfig, device: torch.device
+    name: library.Library, precision: Precision, config: ModelConfig, device: torch.device
 ) -> str | None:
     if precision.quantised_cache is not None:
         return f"it reads no keys and values in {precision.quantised_cache}"
-    return why_not(name, device, precision.arithmetic_dtype, config.head_dim)
+    return library.why_not(name, device, precision.arithmetic_dtype, config.head_dim)

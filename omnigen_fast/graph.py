@@ -18,8 +18,7 @@ from torch import Tensor
 from .cache import ConditionCache
 from .denoise import Loop
 from .errors import first_line
-from .kernels import ops
-from .kernels.library import READS_SPANS
+from .kernels import library, ops
 from .schedule import StepKind
 from .step_values import StepValues
 
@@ -199,7 +198,7 @@ def _key(values: StepValues, cache: ConditionCache, mlp_rows: int) -> Hashable:
     )
     attention = ops.choice().attention
     places: Hashable = None
-    if attention in READS_SPANS:  # recorded with the step
+    if attention in library.READS_SPANS:  # recorded with the step
         places = tuple(
             (kind, tuple(each.cached for each in one.passes)) for kind, one in values.kinds.items()
         )

@@ -20,7 +20,6 @@ from .compilation import Compilation
 from .config import ModelConfig
 from .errors import BusyError, OmniGenError
 from .graph import StepGraphs
-from .kernels.winners import TRITON
 from .linear import Weight
 from .memory.device import held_bytes
 from .memory.plan import MemoryPlan
@@ -75,7 +74,7 @@ class Holdings:
         self.capture_steps = capture_steps and (group is None or group.capturable)
         self.placement = Placement(group)
         self.compilation = Compilation(compile)
-        self.attention = TRITON  # or the library that computes a step's
+        self.attention = "triton"  # or the library that computes a step's
         self.image_latents: OrderedDict[tuple[str, int | None], Tensor] = OrderedDict()
         self.host = HostMemory(device)
         self.cache = self._new_cache()

@@ -622,7 +622,6 @@ class Transformer(nn.Module):
     ) -> None:
         config = self.config
         is_plain = keys.is_floating_point()
-        attend: Callable[..., Tensor]
         attend = ops.attention_step if is_plain else ops.attention_step_8bit
         for groups in passes:
             residual, space = groups.residual, groups.space
@@ -634,7 +633,7 @@ class Transformer(nn.Module):
                 both = qkv.unflatten(1, (-1, config.head_dim))[:, config.num_heads :]
                 k, v = groups.exchange(both).chunk(2, dim=1)
                 cu_keys = groups.exchange.cu_keys
-            more = (cu_keys, groups.spans) if is_plain else (cu_keys,)
+            more = {"spans": groups.spans} if is_plain else {}
             attended = attend(
                 q,
                 k,
@@ -645,7 +644,8 @@ class Transformer(nn.Module):
                 groups.cache_start,
                 groups.cache_len,
                 groups.max_rows,
-                *more,
+                cu_keys,
+                **more,
                 out=block.attended(space, len(residual)),
             )
             block.finish(residual, attended, groups.delta, space)

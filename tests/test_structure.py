@@ -167,7 +167,6 @@ ORDER = [
 USE_KERNELS = {
     "memory.estimate",
     "attention",
-    "holdings",
     "for_diffusers.enable",
     "call",
     "compilation",
