@@ -282,10 +282,11 @@ def compare(**options: Any) -> None:
 
     A configuration consists of words joined by +: a dtype (bfloat16, float32), how weights are
     stored (int8, fp8, nf4), what layers multiply in (compute-int8, compute-fp8), how keys and
-    values are kept (cache-int8, cache-fp8), a choice of kernels (reference, triton, library),
-    memory switches (kv, no-kv, offload-kv, separate, joint, offload-model), a solver, reuse
-    (reuse-careful, reuse-fast) or a quality (exact, high, fast) with its own steps, as in
-    bfloat16+no-kv+separate, int8 or float32+high. int8+int8 is int8+compute-int8.
+    values are kept (cache-int8, cache-fp8), a choice of kernels (reference, triton; library, flash,
+    cudnn for the attention), memory switches (kv, no-kv, offload-kv, separate, joint,
+    offload-model), a solver, reuse (reuse-careful, reuse-fast) or a quality (exact, high, fast)
+    with its own steps, as in bfloat16+no-kv+separate, int8 or float32+high. int8+int8 is
+    int8+compute-int8.
     """
     from omnigen_fast.model_defaults import defaults_of
 

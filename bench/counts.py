@@ -24,7 +24,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from omnigen_fast.kernels import ops, reference
+from omnigen_fast.kernels import library, ops, reference
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -48,6 +48,7 @@ OURS = {
     "attention_step": ATTENTION,
     "attention_step_8bit": ATTENTION,
     "attention_prefill": ATTENTION,
+    "join_segments": ATTENTION,
     "rms_norm": NORMS,
     "modulate": NORMS,
     "rope_": ELEMENTWISE,
@@ -215,13 +216,19 @@ class Counter(TorchDispatchMode):
     def _wrap(self, name: str, run: Callable[..., Any]) -> Callable[..., Any]:
         signature = inspect.signature(getattr(reference, name))
 
-        def cost(result: Any, *args: Any, **more: Any) -> Operation:
-            return _ours(name, signature.bind(*args, **more).arguments, result)
+        def cost(result: Any, *args: Any, **more: Any) -> Sequence[Operation]:
+            given = signature.bind(*args, **more).arguments
+            attention = ops.choice().attention
+            if name == "attention_step" and attention in library.LIBRARIES:
+                return _by_library(attention, given)
+            return [_ours(name, given, result)]
 
         return self._fused(cost, run)
 
-    def _fused(self, cost: Callable[..., Operation], run: Callable[..., Any]) -> Callable[..., Any]:
-        """Counts a call of `run` as the operation `cost(result, *arguments)`."""
+    def _fused(
+        self, cost: Callable[..., Sequence[Operation]], run: Callable[..., Any]
+    ) -> Callable[..., Any]:
+        """Counts a call of `run` as the operations `cost(result, *arguments)`."""
 
         def counted(*args: Any, **more: Any) -> Any:
             self._inside = True
@@ -229,7 +236,7 @@ class Counter(TorchDispatchMode):
                 result = run(*args, **more)
             finally:
                 self._inside = False
-            self.operations.append(cost(result, *args, **more))
+            self.operations.extend(cost(result, *args, **more))
             return result
 
         return counted
@@ -300,11 +307,13 @@ def _product_flops(name: str, inputs: list[Tensor], output: Tensor) -> int:
     return 2 * output.numel() * first.shape[-1]
 
 
-def _sdpa(result: Tensor, query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Operation:
+def _sdpa(
+    result: Tensor, query: Tensor, key: Tensor, value: Tensor, **_: Any
+) -> Sequence[Operation]:
     """PyTorch's fused attention, which keeps no scores; [..., rows, head_dim] each."""
     read = sum(map(touched, (query, key, value)))
     flops = 2 * key.shape[-2] * (query.numel() + result.numel())
-    return Operation("scaled_dot_product_attention", ATTENTION, read, touched(result), flops)
+    return [Operation("scaled_dot_product_attention", ATTENTION, read, touched(result), flops)]
 
 
 def _ours(name: str, given: dict[str, Any], result: Any) -> Operation:
@@ -364,6 +373,35 @@ def _ours(name: str, given: dict[str, Any], result: Any) -> Operation:
                 pairs += ends[row] + (ends[row] <= row - start)
         flops = 4 * q.shape[1] * q.shape[2] * pairs
     return Operation(name, family, read, written, flops)
+
+
+def _by_library(name: str, given: dict[str, Any]) -> list[Operation]:
+    """A step's attention as `kernels.library` has it: calls for both segments, and joins.
+
+    FlashAttention takes all groups at once, after the starts in the cache have got one more place.
+    """
+    q, k, spans, found = given["q"], given["k"], given["spans"], []
+    groups = [spans[place : place + 6] for place in range(0, len(spans), 6)]
+    heads, head_dim = q.shape[1:]
+    row, lse, pair = touched(q[:1]), heads * _FLOAT, 2 * touched(k[:1])
+    if name == "flash":
+        starts = touched(given["cache_start"])
+        found += [Operation("pad", COPIES, starts, starts + _FLOAT)]
+        calls = [groups]
+    else:
+        calls = [[group] for group in groups]
+    for call in calls:
+        rows = sum(stop - start for start, stop, *_ in call)
+        for first in (2, 4):
+            seen = [group[first + 1] - group[first] for group in call]
+            places = {i for group in call for i in range(group[first], group[first + 1])}
+            pairs = sum((group[1] - group[0]) * count for group, count in zip(call, seen))
+            read = rows * row + len(places) * pair
+            written, flops = rows * (row + lse), 4 * heads * head_dim * pairs
+            found.append(Operation(f"{name} attention", ATTENTION, read, written, flops))
+        read = 2 * rows * (row + lse)
+        found.append(Operation("join_segments", ATTENTION, read, rows * row))
+    return found
 
 
 def _narrow_row(k: Tensor) -> int:
@@ -479,13 +517,16 @@ SIZES = {"1024 px": Size(1024, 1024), "512 px": Size(512, 512)}
 
 
 def summaries(config: ModelConfig | None = None) -> dict[str, Any]:
-    """Counts of all parts at full size, for every size and column."""
+    """Counts of all parts at full size, for every size and column; and by a library once."""
     config = config or full_config()
-    return {
+    found = {
         f"{name}, {column}": count(config, Task(size, images, 50)).summary()
         for name, size in SIZES.items()
         for images, column in enumerate(COLUMNS)
     }
+    with ops.use(attention="flash"):
+        one = count(config, Task(SIZES["1024 px"], 0, 50)).summary()
+    return found | {f"1024 px, {COLUMNS[0]}, flash attention": one}
 
 
 def rises(found: Any, committed: Any, where: str = "") -> list[str]:

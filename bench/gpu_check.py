@@ -3,10 +3,11 @@
     python -m bench.gpu_check [--budget 460] [--parts kernels,pictures] [--out FOLDER]
 
 Checks every kernel and a model of the real width against higher precision, captured steps against
-eager ones; times the kernels, and whole pictures by a random model of full size, beside diffusers
-where that is installed. Writes bench/results/<device>-<date>.json as it goes, prints a summary,
-and last the headline as one line of JSON. Ends with 1 if a result was wrong. Nothing is
-extrapolated: what the time did not suffice for is "not measured".
+eager ones; times the kernels, races libraries for a step's attention, and times whole pictures by a
+random model of full size, beside diffusers where that is installed. Writes
+bench/results/<device>-<date>.json as it goes, prints a summary, and last the headline as one line
+of JSON. Ends with 1 if a result was wrong. Nothing is extrapolated: what the time did not suffice
+for is "not measured".
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from pathlib import Path
 import torch
 
 from .common import RESULTS
-from .gpu import exact, operations, pictures, summary
+from .gpu import exact, operations, pictures, race, summary
 from .gpu.measure import environment
 from .gpu.run import CUT_OFF, FAILED, Part, Run, execute
+from .kernels import workload
 
 PARTS: dict[str, Part] = {
     "environment": environment,
@@ -33,6 +35,7 @@ PARTS: dict[str, Part] = {
     "pictures": pictures.pictures,
     "peer": pictures.peer,
     "operations": operations.operations,
+    "attention": race.race,
 }
 CORRECTNESS = ("kernels", "model")
 
@@ -44,6 +47,11 @@ def _arguments(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1, or cpu with --tiny")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, to test the check itself")
+    parser.add_argument(
+        "--keep-winners",
+        action="store_true",
+        help="write who won the attention into kernels/winners.py, which attention=auto follows",
+    )
     options = parser.parse_args(given)
     options.parts = options.parts.split(",")
     unknown = [name for name in options.parts if name not in PARTS]
@@ -92,6 +100,9 @@ def main(given: list[str] | None = None, started: float | None = None) -> int:
     run.save()
     print("\n".join(summary.lines(run.result)))
     print(f"wrote {path}")
+    won = run.parts.get("attention", {}).get("winners", {})
+    if options.keep_winners and won:
+        print(f"wrote {workload.keep_winners(name, won)}")
     print(json.dumps(run.result["headline"]))
     if run.result["state"] == "interrupted":
         return 130

@@ -31,7 +31,8 @@ from .models import Model, load
 from .report import aligned
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-_KERNELS = ("reference", "triton", "library")
+_ATTENTIONS = ("library", "flash", "cudnn")
+_KERNELS = ("reference", "triton", *_ATTENTIONS)
 _COMPUTES = {f"compute-{name}": name for name in PRODUCTS}
 _CACHES = {f"cache-{name}": name for name in CACHES}
 _NO_KV, _JOINT = "no-kv", "joint"
@@ -52,8 +53,8 @@ class Configuration:
 
     def choice(self) -> AbstractContextManager:
         """Selects its kernels inside a `with` block."""
-        if self.kernels == "library":
-            return ops.use(attention="library")
+        if self.kernels in _ATTENTIONS:
+            return ops.use(attention=self.kernels)
         return ops.use(self.kernels)
 
 

@@ -548,6 +548,7 @@ def attention_step(
     cu_keys: Tensor | None = None,  # [groups + 1], int32
     cos: Tensor | None = None,  # [rows, head_dim / 2], float32: of q's rotation, if it has none yet
     sin: Tensor | None = None,  # [rows, head_dim / 2], float32
+    spans: list[int] | None = None,  # [6 * groups], read by libraries alone
     out: Tensor | None = None,  # [rows, heads, head_dim]
 ) -> Tensor:  # [rows, heads, head_dim]
     """Launches the step's attention; see `reference.attention_step`.
@@ -558,7 +559,7 @@ def attention_step(
     Raises:
         TypeError, ValueError: see `contract.attention_step`.
     """
-    places = cu_rows, cache_start, cache_len, max_rows, cu_keys, cos, sin
+    places = cu_rows, cache_start, cache_len, max_rows, cu_keys, cos, sin, spans
     contract.attention_step(q, k, v, k_cache, v_cache, *places, fused=True)
     out = output_of(q, out)
     groups = cu_rows.shape[0] - 1

@@ -11,6 +11,8 @@ addresses are multiples of 16 bytes are read 16 bytes at a time, others more slo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -395,19 +397,22 @@ def attention_step(
     cu_keys: Tensor | None = None,
     cos: Tensor | None = None,
     sin: Tensor | None = None,
+    spans: Sequence[int] | None = None,
     fused: bool = False,
 ) -> None:
     """q [rows, heads, head_dim], k and v [keys, kv_heads, head_dim], k_cache and v_cache
     [cache rows, kv_heads, head_dim], all of one dtype; cu_rows and cu_keys [groups + 1],
     cache_start and cache_len [groups], int32; cos and sin [rows, head_dim / 2] float32, or neither.
-    Without cu_keys, keys are rows.
+    Without cu_keys, keys are rows. spans: six integers for each group, within q, k and k_cache.
 
     Raises:
         TypeError: wrong dtype.
-        ValueError: wrong shape, device, strides or head_dim.
+        ValueError: wrong shape, device, strides, head_dim or spans.
     """
     _attention_of_a_step(q, k, v, cu_rows, cu_keys, fused)
     _rotation_of_queries(q, cos, sin, fused)
+    if spans is not None:
+        _spans(spans, cu_rows.shape[0] - 1, (q.shape[0], k.shape[0], k_cache.shape[0]))
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         _rows(name, cache, 3, fused)
         _like(name, cache, "q", q)
@@ -445,6 +450,21 @@ def attention_step_8bit(
     _quantised_caches(k_cache, v_cache, k)
     places = cu_rows, cache_start, cache_len, max_rows, cu_keys
     _groups_of_a_step(q, k, v, k_cache, v_cache, *places, fused)
+
+
+def _spans(spans: Sequence[int], groups: int, ends: tuple[int, int, int]) -> None:
+    """Of each group first and last of its rows, of its keys, and of its cache rows."""
+    if len(spans) != 6 * groups:
+        raise ValueError(
+            f"spans must have six integers for each of {groups} groups, got {len(spans)}"
+        )
+    for place in range(0, len(spans), 2):
+        first, last = spans[place], spans[place + 1]
+        if not 0 <= first <= last <= ends[place // 2 % 3]:
+            raise ValueError(
+                f"spans must lie within {', '.join(map(str, ends))} rows, keys and cache rows, got "
+                f"{first} to {last} at {place}"
+            )
 
 
 def _attention_of_a_step(
@@ -496,6 +516,36 @@ def _groups_of_a_step(
         cached, longest = k_cache.shape[0], max_rows if cu_keys is None else k.shape[0]
         _near((("q", q, max_rows), ("k", k, longest), ("v", v, longest)))
         _near((("k_cache", k_cache, cached), ("v_cache", v_cache, cached)))
+
+
+def join_segments(a: Tensor, a_lse: Tensor, b: Tensor, b_lse: Tensor, fused: bool = False) -> None:
+    """a and b [rows, heads, head_dim], of one dtype; a_lse and b_lse [rows, heads], float32, or
+    float64 with float64.
+
+    Heads may lie apart, and log-sum-exps in any order.
+
+    Raises:
+        TypeError: wrong dtype.
+        ValueError: wrong shape, device or strides.
+    """
+    for name, x in (("a", a), ("b", b)):
+        _tensor(name, x, 3, _FUSED if fused else _FLOATS)
+        _like(name, x, "a", a)
+        _shape(name, x, a.shape)
+        if x.stride(2) != 1 and x.shape[2] != 1:
+            raise ValueError(
+                f"{name} must be contiguous inside a head, got strides {x.stride()}; .contiguous() "
+                "makes it so"
+            )
+    wide = torch.float64 if a.dtype == torch.float64 else torch.float32
+    for name, x in (("a_lse", a_lse), ("b_lse", b_lse)):
+        _tensor(name, x, 2, (wide,))
+        _beside(name, x, "a", a)
+        _shape(name, x, tuple(a.shape[:2]))
+    if fused and a.shape[0] * a.shape[1] >= 1 << 31:
+        raise ValueError(f"a must have less than 2^31 heads of rows, got shape {tuple(a.shape)}")
+    if fused and a.shape[2] > MAX_HIDDEN:
+        raise ValueError(f"a must have a head_dim of up to {MAX_HIDDEN}, got {a.shape[2]}")
 
 
 def attention_prefill(

@@ -324,13 +324,14 @@ def attention_step(
     cu_keys: Tensor | None = None,
     cos: Tensor | None = None,
     sin: Tensor | None = None,
+    spans: list[int] | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """See `reference.attention_step`."""
     head_dim = q.shape[2]
     library = None if _has_amx() else _libraries.get(head_dim)
     if not (_takes(library, head_dim, q) and (cos is None or _turns(cos, sin))):
-        given = cu_rows, cache_start, cache_len, max_rows, cu_keys, cos, sin
+        given = cu_rows, cache_start, cache_len, max_rows, cu_keys, cos, sin, spans
         return reference.attention_step(q, k, v, k_cache, v_cache, *given, out)
     assert library is not None
     out = torch.empty(q.shape, dtype=q.dtype) if out is None else out

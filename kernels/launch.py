@@ -26,8 +26,8 @@ class Launch:
         block_m: query rows of a program (attention), rows of a tile (scaled_mm_).
         block_n: keys of a block (attention), columns of a tile (scaled_mm_).
         block_k: depth of a tile (scaled_mm_).
-        block: columns (swiglu, dequantise_*_), pairs (rope_), values (quantise_cache_) or tokens
-            (guidance_step_) of a block.
+        block: columns (swiglu, dequantise_*_), pairs (rope_), values (quantise_cache_), tokens
+            (guidance_step_) or heads of rows (join_segments) of a block.
             The norms and all that quantises rows take a whole row.
         tensor_maps: whether whole blocks of keys come through Hopper's copy engine
             (attention_step on 9.0 and later); other rows use plain loads.
@@ -61,6 +61,7 @@ TABLE: dict[int, dict[str, Launch]] = {
         "rope_": Launch(num_warps=4, block=1024),
         "rope_cache_": Launch(num_warps=4, block=1024),
         "guidance_step_": Launch(num_warps=2, block=64),
+        "join_segments": Launch(num_warps=4, block=32),
         "dequantise_int8_": Launch(num_warps=4, block=2048),
         "dequantise_fp8_": Launch(num_warps=4, block=2048),
         "dequantise_nf4_": Launch(num_warps=4, block=4096),
@@ -95,6 +96,7 @@ TABLE: dict[int, dict[str, Launch]] = {
         "rope_": Launch(num_warps=4, block=1024),
         "rope_cache_": Launch(num_warps=4, block=1024),
         "guidance_step_": Launch(num_warps=2, block=64),
+        "join_segments": Launch(num_warps=4, block=32),
         "dequantise_int8_": Launch(num_warps=4, block=2048),
         "dequantise_fp8_": Launch(num_warps=4, block=2048),
         "dequantise_nf4_": Launch(num_warps=4, block=4096),
@@ -129,6 +131,7 @@ TABLE: dict[int, dict[str, Launch]] = {
         "rope_": Launch(num_warps=4, block=1024),
         "rope_cache_": Launch(num_warps=4, block=1024),
         "guidance_step_": Launch(num_warps=2, block=64),
+        "join_segments": Launch(num_warps=4, block=32),
         "dequantise_int8_": Launch(num_warps=4, block=2048),
         "dequantise_fp8_": Launch(num_warps=4, block=2048),
         "dequantise_nf4_": Launch(num_warps=4, block=4096),
@@ -163,6 +166,7 @@ TABLE: dict[int, dict[str, Launch]] = {
         "rope_": Launch(num_warps=4, block=1024),
         "rope_cache_": Launch(num_warps=4, block=1024),
         "guidance_step_": Launch(num_warps=2, block=64),
+        "join_segments": Launch(num_warps=4, block=32),
         "dequantise_int8_": Launch(num_warps=4, block=2048),
         "dequantise_fp8_": Launch(num_warps=4, block=2048),
         "dequantise_nf4_": Launch(num_warps=4, block=4096),
@@ -197,6 +201,7 @@ TABLE: dict[int, dict[str, Launch]] = {
         "rope_": Launch(num_warps=4, block=1024),
         "rope_cache_": Launch(num_warps=4, block=1024),
         "guidance_step_": Launch(num_warps=2, block=64),
+        "join_segments": Launch(num_warps=4, block=32),
         "dequantise_int8_": Launch(num_warps=4, block=2048),
         "dequantise_fp8_": Launch(num_warps=4, block=2048),
         "dequantise_nf4_": Launch(num_warps=4, block=4096),
@@ -235,6 +240,7 @@ TABLE: dict[int, dict[str, Launch]] = {
         "rope_": Launch(num_warps=4, block=1024),
         "rope_cache_": Launch(num_warps=4, block=1024),
         "guidance_step_": Launch(num_warps=2, block=64),
+        "join_segments": Launch(num_warps=4, block=32),
         "dequantise_int8_": Launch(num_warps=4, block=2048),
         "dequantise_fp8_": Launch(num_warps=4, block=2048),
         "dequantise_nf4_": Launch(num_warps=4, block=4096),

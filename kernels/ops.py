@@ -23,18 +23,19 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
 from types import SimpleNamespace
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
 import torch
 from torch import Tensor
 
-from . import contract, cpu, launch, reference
+from . import contract, cpu, launch, library, reference
 
 _log = logging.getLogger("omnigen_fast")
 
 _OLDEST = (8, 0)
 
 Kernels: TypeAlias = Literal["auto", "triton", "reference", "cpp"]
+Attention: TypeAlias = Literal["triton", "library", "flash", "cudnn"]
 
 
 @dataclass(frozen=True)
@@ -45,21 +46,25 @@ class Choice:
         kernels: "auto" for Triton where the device has it, "triton" for Triton or an error,
             "reference" for plain PyTorch everywhere, "cpp" as "auto", but on a CPU the operations
             in C++ that `cpu.prepare` has made ready.
-        attention: "triton", or "library" for PyTorch's attention (flash attention on CUDA) with
-            the segments joined by their log-sum-exp. The library's reads group lengths on the
-            host, so it waits for the device and can't be captured in a CUDA graph.
+        attention: who computes it where `kernels` is not "reference": "triton" for what `kernels`
+            says; "flash" or "cudnn" for a step's by that library (`library`), or an error;
+            "library" for all by the reference, whose fused kernels PyTorch chooses. The last reads
+            group lengths on the host, so it waits for the device and can't be captured in a CUDA
+            graph.
     """
 
     kernels: Kernels = "auto"
-    attention: Literal["triton", "library"] = "triton"
+    attention: Attention = "triton"
 
     def __post_init__(self) -> None:
         if self.kernels not in ("auto", "triton", "reference", "cpp"):
             raise ValueError(
                 f'kernels must be "auto", "triton", "reference" or "cpp", got {self.kernels!r}'
             )
-        if self.attention not in ("triton", "library"):
-            raise ValueError(f'attention must be "triton" or "library", got {self.attention!r}')
+        if self.attention not in get_args(Attention):
+            raise ValueError(
+                f'attention must be "triton", "library", "flash" or "cudnn", got {self.attention!r}'
+            )
 
 
 _DEFAULT = Choice()
@@ -74,7 +79,7 @@ def choice() -> Choice:
 @contextlib.contextmanager
 def use(
     kernels: Kernels | None = None,
-    attention: Literal["triton", "library"] | None = None,
+    attention: Attention | None = None,
 ) -> Iterator[Choice]:
     """Sets the implementation for the calls inside, in this thread or task only.
 
@@ -238,6 +243,28 @@ def _triton_library_attention() -> SimpleNamespace:
     return SimpleNamespace(**(vars(_triton()) | library))
 
 
+@lru_cache(maxsize=16)
+def _with_library(of: str, name: library.Library) -> SimpleNamespace:
+    """An implementation with a library's attention in a step: Triton's, C++'s, or plain."""
+    base = _implementation_of(of)
+    return SimpleNamespace(**(vars(base) | library.operations(name, base.join_segments)))
+
+
+def _implementation_of(kind: str) -> SimpleNamespace:
+    """See `_kind`."""
+    if kind == "triton":
+        return _triton()
+    return _CPP if kind == "cpp" else _REFERENCE
+
+
+@lru_cache(maxsize=4)
+def _shapes_of(attention: Attention) -> SimpleNamespace:
+    """What a run without values allocates where this computes the attention."""
+    if attention not in library.LIBRARIES:
+        return _SHAPES
+    return SimpleNamespace(**(vars(_SHAPES) | library.shapes(_SHAPES.attention_step)))
+
+
 @lru_cache(maxsize=1)
 def _interpreted() -> bool:
     """Whether the kernels run in the interpreter, on tensors of any device."""
@@ -274,14 +301,14 @@ def _why_not(device: int | None) -> str | None:
 def capturable(device: torch.device) -> bool:
     """Whether the operations on a device can be captured in a CUDA graph, as `use` has them now.
 
-    That takes the Triton kernels: reference and library attention read lengths on the host, so they
-    wait for the device.
+    That takes the Triton kernels: the reference, also as "library" attention, reads lengths on the
+    device from the host, so it waits.
     """
     chosen = _choice.get()
     return (
         device.type == "cuda"
         and chosen.kernels != "reference"
-        and chosen.attention == "triton"
+        and chosen.attention != "library"
         and _why_not(device.index) is None
     )
 
@@ -289,6 +316,14 @@ def capturable(device: torch.device) -> bool:
 @lru_cache(maxsize=1)
 def _notice(reason: str) -> None:
     _log.warning("The Triton kernels can't run here: %s. Plain PyTorch runs instead.", reason)
+
+
+def attention_rotates() -> bool:
+    """Whether the attention of a step, as `use` has it now, had better rotate its queries itself.
+
+    A library can't: it would take a copy of them.
+    """
+    return torch.compiler.is_compiling() or _choice.get().attention not in library.LIBRARIES
 
 
 def _implementation(x: Tensor) -> SimpleNamespace:
@@ -299,14 +334,24 @@ def _implementation(x: Tensor) -> SimpleNamespace:
     if not isinstance(x, Tensor):
         return _REFERENCE  # whose check says so
     if x.device.type == "meta":
-        return _SHAPES
-    if chosen.kernels in ("auto", "cpp"):
+        return _SHAPES if chosen.attention == "triton" else _shapes_of(chosen.attention)
+    of = _kind(x, chosen.kernels)
+    if chosen.attention in library.LIBRARIES:
+        return _with_library(of, chosen.attention)
+    if of == "triton" and chosen.attention == "library":
+        return _triton_library_attention()
+    return _implementation_of(of)
+
+
+def _kind(x: Tensor, kernels: Kernels) -> Literal["triton", "cpp", "reference"]:
+    """Who has the operations for a tensor that has values."""
+    if kernels in ("auto", "cpp"):
         if not x.is_cuda:
-            return _CPP if chosen.kernels == "cpp" and x.device.type == "cpu" else _REFERENCE
+            return "cpp" if kernels == "cpp" and x.device.type == "cpu" else "reference"
         reason = _why_not(x.device.index)
         if reason is not None:
             _notice(reason)
-            return _REFERENCE
+            return "reference"
     elif x.is_cuda:
         reason = _why_not(x.device.index)
         if reason is not None:
@@ -316,7 +361,7 @@ def _implementation(x: Tensor) -> SimpleNamespace:
             f"Triton kernels on {x.device.type} tensors need its interpreter: set "
             "TRITON_INTERPRET=1 in the environment before triton is first imported"
         )
-    return _triton() if chosen.attention == "triton" else _triton_library_attention()
+    return "triton"
 
 
 def _call(name: str, x: Tensor, *args: Any) -> Any:
@@ -444,12 +489,26 @@ def attention_step(
     cu_keys: Tensor | None = None,  # [groups + 1], int32: as cu_rows, of k and v where they differ
     cos: Tensor | None = None,  # [rows, head_dim / 2], float32: of q's rotation, if it has none yet
     sin: Tensor | None = None,  # [rows, head_dim / 2], float32
+    spans: list[int] | None = None,  # [6 * groups]: what the five tensors say, for libraries
     out: Tensor | None = None,  # [rows, heads, head_dim]
 ) -> Tensor:  # [rows, heads, head_dim]
     """See `reference.attention_step` and `contract.attention_step`."""
     run = _trace if torch.compiler.is_compiling() else _call
-    places = cu_rows, cache_start, cache_len, max_rows, cu_keys, cos, sin
+    places = cu_rows, cache_start, cache_len, max_rows, cu_keys, cos, sin, spans
     return run("attention_step", q, k, v, k_cache, v_cache, *places, out)
+
+
+@_operation("join")
+def join_segments(
+    a: Tensor,  # [rows, heads, head_dim]: attention over one segment of keys
+    a_lse: Tensor,  # [rows, heads], float32: log-sum-exp of its scaled scores
+    b: Tensor,  # [rows, heads, head_dim]: over another
+    b_lse: Tensor,  # [rows, heads], float32
+    out: Tensor | None = None,  # [rows, heads, head_dim]
+) -> Tensor:  # [rows, heads, head_dim]
+    """See `reference.join_segments` and `contract.join_segments`."""
+    run = _trace if torch.compiler.is_compiling() else _call
+    return run("join_segments", a, a_lse, b, b_lse, out)
 
 
 @_operation("attention_8bit")

@@ -192,10 +192,10 @@ def rope_(
     """
     by_head = qkv.unflatten(1, (heads + 2 * kv_heads, -1))
     turned = by_head[:, heads * keys_only : heads + kv_heads]
-    _rotate(turned, cos, sin, turned)
+    rotate(turned, cos, sin, turned)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
     """Heads [rows, heads, head_dim] rotated; `out` may be `x`."""
     half = cos.shape[1]
     for rows, (wide, rotated) in _blocks(x, _scratch(x, 2)):
@@ -320,6 +320,7 @@ def attention_step(
     cu_keys: Tensor | None = None,  # [groups + 1], int32: as cu_rows, of k and v where they differ
     cos: Tensor | None = None,  # [rows, head_dim / 2], float32: of q's rotation, if it has none yet
     sin: Tensor | None = None,  # [rows, head_dim / 2], float32
+    spans: list[int] | None = None,  # [6 * groups]: what the five tensors say, for libraries
     out: Tensor | None = None,  # [rows, heads, head_dim]
 ) -> Tensor:  # [rows, heads, head_dim]
     """Attention of a denoising step: every row sees its group's cache rows and its own group.
@@ -327,8 +328,10 @@ def attention_step(
     `softmax(q [K_cache, K]^T / sqrt(head_dim)) [V_cache, V]`, the two key segments joined by their
     log-sum-exp (Milakov & Gimelshein, 2018): no concatenation, no mask. Several groups may read
     the same cache rows. Without `cu_keys` a group's rows are those of q, k and v alike; with it, q
-    has some of the rows that k and v have. With `cos` and `sin`, q is first rotated as by `rope_`;
-    it stays as it is in memory.
+    has some of the rows that k and v have. `spans` says the same on the host, for a library that
+    takes lengths from there (`library`): of each group the first row and the one after the last,
+    then both of its keys, then both of its cache rows. With `cos` and `sin`, q is first rotated as
+    by `rope_`; it stays as it is in memory.
     """
     places = cu_rows, cache_start, cache_len, max_rows, cu_keys, cos, sin
     return _step(q, k, v, lambda rows: (k_cache[rows], v_cache[rows]), *places, out)
@@ -388,7 +391,7 @@ def _step(
         queries = q[rows]
         if cos is not None and sin is not None:
             # in the place of the result, which is written when the queries are done with
-            _rotate(queries, cos[rows], sin[rows], out[rows])
+            rotate(queries, cos[rows], sin[rows], out[rows])
             queries = out[rows]
         queries = _by_head(queries, share)
         views = [_by_head(t, 1).expand(share, -1, -1, -1) for t in (k[own_keys], v[own_keys])]
@@ -405,6 +408,33 @@ def _step(
                 target[some] = a.lerp_(b.copy_(cache_out[some]), weight[some])
         else:
             _by_head(out[rows], share).copy_(own)
+    return out
+
+
+def join_segments(
+    a: Tensor,  # [rows, heads, head_dim]: attention over one segment of keys
+    a_lse: Tensor,  # [rows, heads], float32: log-sum-exp of its scaled scores
+    b: Tensor,  # [rows, heads, head_dim]: over another
+    b_lse: Tensor,  # [rows, heads], float32
+    out: Tensor | None = None,  # [rows, heads, head_dim]
+) -> Tensor:  # [rows, heads, head_dim]
+    """Attention over both segments: `(exp(a_lse) a + exp(b_lse) b) / (exp(a_lse) + exp(b_lse))`.
+
+    An infinite log-sum-exp, of either sign, is that of a segment without keys: its values count
+    nothing, whatever they are. Where neither has keys, the result is zero.
+    """
+    out = _out(a.shape, a, out)
+    lses = [one.masked_fill(one.isposinf(), -torch.inf) for one in (a_lse, b_lse)]
+    top = torch.maximum(*lses)
+    top.masked_fill_(top.isneginf(), 0)
+    shares = [torch.exp(one - top) for one in lses]
+    total = shares[0] + shares[1]
+    total.masked_fill_(total == 0, 1)
+    shares = [(one / total).unsqueeze(2) for one in shares]
+    for rows, wide in _blocks(a, _scratch(a, 2)):
+        for part, x, share in zip(wide, (a, b), shares):
+            part.copy_(x[rows]).mul_(share[rows]).masked_fill_(share[rows] == 0, 0)
+        out[rows] = wide[0].add_(wide[1])
     return out
 
 

@@ -20,7 +20,7 @@ from .parameters import PATCH_VALUES
 from .placement import Placement
 from .schedule import ALL_BRANCHES, StepKind
 from .sequence import lay_out
-from .step_values import PlacedBranch, StepValues, distinct_branches, span_of
+from .step_values import PassValues, PlacedBranch, StepValues, distinct_branches, span_of
 
 
 class Velocity(Protocol):
@@ -152,6 +152,7 @@ class Loop:
                         max_rows=len(one.cos) // len(one.pictures),
                         cache_start=one.cache_start,
                         cache_len=one.cache_len,
+                        spans=_spans(one, exchange),
                         cos=one.cos,
                         sin=one.sin,
                         residual=residual[part],
@@ -253,3 +254,13 @@ class Loop:
         """Takes the values of another call of the same shapes, whose steps come from now on."""
         for mine, theirs in zip(self.values.tensors(), values.tensors()):
             mine.copy_(theirs)
+        for kind, passes in values.kinds.items():
+            self._groups[kind] = [
+                replace(groups, spans=_spans(one, groups.exchange))
+                for groups, one in zip(self._groups[kind], passes.passes)
+            ]
+
+
+def _spans(one: PassValues, exchange: RowExchange | None) -> list[int]:
+    """Of a pass, whose keys may come from other ranks too."""
+    return one.spans(None if exchange is None else exchange.tokens)

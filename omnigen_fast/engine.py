@@ -87,7 +87,7 @@ class Engine(Holdings):
             cache = self._new_cache(layers=1)
             running = Running(call, plan, cache, (), None, None)
         else:
-            with self.compilation.operations():
+            with self.operations():
                 running = self._prepared(call, plan, own_rows)
         self._running.append(running)
         return running
@@ -99,7 +99,7 @@ class Engine(Holdings):
             call = one.call
             if one.loop is None or one.runner is None or call.finished:
                 continue
-            with self.compilation.operations():
+            with self.operations():
                 for _ in range(call.schedule.per_step[call.steps_done]):
                     one.runner(call.schedule.kinds[call.steps_done])
             call.steps_done += 1
@@ -121,7 +121,7 @@ class Engine(Holdings):
             cache = running[0].cache
             assert isinstance(cache, ConditionCache)
             self._pack = Pack.of(self.model, cache, members, running[0].plan.mlp_rows)
-        with self.compilation.operations():
+        with self.operations():
             self._pack.step([one.call.schedule.first(one.call.steps_done) for one in running])
         for one in running:
             one.call.steps_done += 1

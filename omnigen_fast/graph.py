@@ -18,7 +18,7 @@ from torch import Tensor
 from .cache import ConditionCache
 from .denoise import Loop
 from .errors import first_line
-from .kernels import ops
+from .kernels import library, ops
 from .schedule import StepKind
 from .step_values import StepValues
 
@@ -196,4 +196,10 @@ def _key(values: StepValues, cache: ConditionCache, mlp_rows: int) -> Hashable:
     groups = tuple(
         (kind, tuple(each.pictures for each in one.passes)) for kind, one in values.kinds.items()
     )
-    return shapes, storage, groups, mlp_rows
+    attention = ops.choice().attention
+    places: Hashable = None
+    if attention in library.READS_SPANS:  # recorded with the step
+        places = tuple(
+            (kind, tuple(each.cached for each in one.passes)) for kind, one in values.kinds.items()
+        )
+    return shapes, storage, groups, mlp_rows, attention, places

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from .attention import attending, attention_for
 from .cache import ConditionCache
 from .call import Call
 from .compilation import Compilation
@@ -72,6 +74,7 @@ class Holdings:
         self.capture_steps = capture_steps and (group is None or group.capturable)
         self.placement = Placement(group)
         self.compilation = Compilation(compile)
+        self.attention = "triton"  # or the library that computes a step's
         self.image_latents: OrderedDict[tuple[str, int | None], Tensor] = OrderedDict()
         self.host = HostMemory(device)
         self.cache = self._new_cache()
@@ -190,6 +193,7 @@ class Holdings:
     def load(self, precision: Precision, resident: int) -> None:
         """Reads the weights, loaded adapters included; those that were there go first."""
         assert not self._running
+        attention_for(precision, self.config, self.device)  # refuses while nothing is changed
         self.graphs.clear()
         if self._store is not None:
             self._store.stop()
@@ -223,6 +227,7 @@ class Holdings:
     @isolated
     def to(self, device: torch.device) -> None:
         """Moves everything to a device; what is kept is dropped."""
+        attention_for(self.precision, self.config, device)
         self.host = HostMemory(device)
         self.store.to(device, self.host)
         self._fingerprint = None
@@ -235,6 +240,13 @@ class Holdings:
     def prepare_operations(self) -> None:
         """Has the operations ready that the model runs with where it is now."""
         self.compilation.prepare(self.config, self.precision.arithmetic_dtype, self.device)
+        self.attention = attention_for(self.precision, self.config, self.device)
+
+    @contextmanager
+    def operations(self) -> Iterator[None]:
+        """Inside, operations are those that `prepare_operations` has made ready."""
+        with self.compilation.operations(), attending(self.attention):
+            yield
 
     @isolated
     def take_vae(self, vae: Vae) -> None:

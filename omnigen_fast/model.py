@@ -53,6 +53,7 @@ class StepGroups:
     max_rows: int
     cache_start: Tensor  # [groups], int32
     cache_len: Tensor  # [groups], int32: condition and the step's time token
+    spans: list[int]  # of the groups, see `ops.attention_step`
     cos: Tensor  # [groups * N, head_dim / 2], float32
     sin: Tensor  # [groups * N, head_dim / 2], float32
     residual: Tensor  # [groups * N, hidden]
@@ -606,13 +607,17 @@ class Transformer(nn.Module):
             residual, space = groups.residual, groups.space
             qkv = block.project(residual, space)
             rotary = groups.cos, groups.sin
-            ops.rope_(qkv, *rotary, config.num_heads, config.num_kv_heads, keys_only=True)
+            left = ops.attention_rotates()
+            ops.rope_(qkv, *rotary, config.num_heads, config.num_kv_heads, keys_only=left)
             q, k, v = self._split(qkv)
             cu_keys = None
             if groups.exchange is not None:
                 both = qkv.unflatten(1, (-1, config.head_dim))[:, config.num_heads :]
                 k, v = groups.exchange(both).chunk(2, dim=1)
                 cu_keys = groups.exchange.cu_keys
+            more: dict[str, Any] = {"cos": groups.cos, "sin": groups.sin} if left else {}
+            if is_plain:
+                more["spans"] = groups.spans
             attended = attend(
                 q,
                 k,
@@ -624,7 +629,7 @@ class Transformer(nn.Module):
                 groups.cache_len,
                 groups.max_rows,
                 cu_keys,
-                *rotary,
+                **more,
                 out=block.attended(space, len(residual)),
             )
             block.finish(residual, attended, space)

@@ -188,6 +188,7 @@ def _joined_pass(
         cu_rows=torch.tensor(rows, dtype=torch.int32, device=step.device),
         cache_start=torch.cat([one.cache_start for one in passes]),
         cache_len=torch.cat([one.cache_len for one in passes]),
+        cached=tuple(each for one in passes for each in one.cached),
         cos=torch.cat([one.cos for one in passes]),
         sin=torch.cat([one.sin for one in passes]),
         step=step,

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from .attention import attention_for
 from .call import Call, Memory, scheduled, workload_of
 from .compilation import check_compile
 from .config import ModelConfig
@@ -126,6 +127,7 @@ class OmniGenPipeline(LoraMethods, DiffusersMethods):
         weights: str | None = None,
         compute: str | None = None,
         cache: str | None = None,
+        attention: str = AUTO,
         vae_dtype: str | torch.dtype = torch.float32,
         compile: bool | str | None = None,
         parallel: Parallel | None = None,
@@ -166,6 +168,10 @@ class OmniGenPipeline(LoraMethods, DiffusersMethods):
                 docs/precision.md). None for `dtype`.
             cache: in which form the condition's keys and values are kept: "int8" or "fp8" take half
                 the memory (see docs/precision.md). None for `dtype`.
+            attention: who computes that of a step: "triton", the kernels of this package (on a CPU,
+                plain PyTorch); "flash", PyTorch's flash attention; "cudnn", cuDNN's; the last two
+                in bfloat16 on a GPU, "flash" in any dtype on a CPU. "auto" is who was fastest on
+                this card, and "triton" where that was not measured (see docs/benchmarks.md).
             vae_dtype: of the VAE, float32 or bfloat16, which takes half the memory and is less
                 exact (see docs/precision.md).
             compile: run a CPU's operations in C++ that is built on this machine and kept in
@@ -183,7 +189,7 @@ class OmniGenPipeline(LoraMethods, DiffusersMethods):
         """
         checked_path("model_name", model_name)
         kind = _one_dtype(dtype, torch_dtype)
-        precision = check_precision(weights, kind, compute, cache)
+        precision = check_precision(weights, kind, compute, cache, attention)
         if variant is not None:
             check_inside("variant", variant)
         vae_kind = check_dtype(vae_dtype, "vae_dtype")
@@ -202,7 +208,9 @@ class OmniGenPipeline(LoraMethods, DiffusersMethods):
             place = locate(model_name, subfolder=subfolder, **hub)
             checkpoint = Checkpoint.open(place, variant)
             if weights is None:
-                precision = Precision.of(kind, checkpoint.form, compute, cache)
+                precision = Precision.of(kind, checkpoint.form, compute, cache, attention)
+            own = precision or Precision.of(kind, checkpoint.form, compute, cache, attention)
+            attention_for(own, checkpoint.config, target)  # refuses before anything is read
             words = read_defaults(checkpoint.folder).vocabulary
             processor = Processor.from_file(checkpoint.tokenizer_path, checkpoint.config, words)
             hub["revision"] = None  # names a commit of the model, not of the VAE
@@ -213,7 +221,6 @@ class OmniGenPipeline(LoraMethods, DiffusersMethods):
             vae = Vae.from_folder(vae_place, torch.device("cpu"), variant, vae_kind)
             budget = common_memory(memory, target, group)
             if precision is None:
-                own = Precision.of(kind, checkpoint.form, compute, cache)
                 precision = auto_precision(checkpoint, vae, own, target, budget)
             plan = first_plan(checkpoint, vae, precision, target, budget)
             if group is not None:
@@ -268,6 +275,11 @@ class OmniGenPipeline(LoraMethods, DiffusersMethods):
     def compiled(self) -> bool:
         """Whether a CPU's operations run in C++, see `compile` of `from_pretrained`."""
         return self.engine.compilation.active
+
+    @property
+    def attention(self) -> str:
+        """Who computes that of a step, see `from_pretrained`: "triton", "flash" or "cudnn"."""
+        return self.engine.attention
 
     @property
     def defaults(self) -> dict[str, int | float]:
@@ -614,9 +626,12 @@ class OmniGenPipeline(LoraMethods, DiffusersMethods):
     def _precision(self, dtype: str | torch.dtype | None, memory: Memory) -> Precision:
         """What a call runs in: its dtype, else its plan's, else what the weights are in."""
         if dtype is not None:
-            return self.engine.precision.with_dtype(check_dtype(dtype))
-        given = memory.precision if isinstance(memory, MemoryPlan) else None
-        return given or self.engine.precision
+            found = self.engine.precision.with_dtype(check_dtype(dtype))
+        else:
+            given = memory.precision if isinstance(memory, MemoryPlan) else None
+            found = given or self.engine.precision
+        attention_for(found, self.config, self.device)
+        return found
 
     def _start(self, request: Request, precision: Precision) -> Call:
         with naming_memory("before the first step", SMALLER):
@@ -759,19 +774,25 @@ def check_compute(compute: str | None, device: torch.device) -> None:
 
 
 def check_precision(
-    weights: str | None, dtype: torch.dtype, compute: str | None = None, cache: str | None = None
+    weights: str | None,
+    dtype: torch.dtype,
+    compute: str | None = None,
+    cache: str | None = None,
+    attention: str = AUTO,
 ) -> Precision | None:
     """What these arguments ask for; None for weights of "auto".
 
     Raises RequestError for anything else than names of forms, and for dtypes that differ.
     """
+    if not isinstance(attention, str):
+        raise RequestError(f"attention must be a name such as flash, got {brief(attention)}")
     for name, value in (("compute", compute), ("cache", cache), ("weights", weights)):
         if value is not None and not isinstance(value, str):
             raise RequestError(f"{name} must be a name such as int8, got {brief(value)}")
     if weights == AUTO:
-        Precision.of(dtype, None, compute, cache)
+        Precision.of(dtype, None, compute, cache, attention)
         return None
-    return Precision.of(dtype, weights, compute, cache)
+    return Precision.of(dtype, weights, compute, cache, attention)
 
 
 def _devices() -> list[str]:

@@ -18,13 +18,15 @@ AUTO = "auto"  # the planner chooses
 STORAGES = ("bfloat16", *FORMS)  # that a caller may name, from the one that changes weights least
 COMPUTES = ("bfloat16", *PRODUCTS)  # likewise
 CACHED = ("bfloat16", *CACHES)  # likewise
+LIBRARIES = ("flash", "cudnn")  # that can compute a step's attention
+ATTENTIONS = (AUTO, "triton", *LIBRARIES)
 
 
 @dataclass(frozen=True)
 class Precision:
-    """Names of a storage, two dtypes, and of what products are computed in.
+    """Names of a storage, two dtypes, of what products are computed in, and of who attends.
 
-    Each of the three is decided and counted on its own. Weights are stored in the dtype of the
+    Each of them is decided and counted on its own. Weights are stored in the dtype of the
     arithmetic, or the matrices of the layers in one of `forms.FORMS` and the others in that dtype.
     Products in 8 bits take weights in a form of their own, whatever the storage of the others.
     Attention reads keys and values in the dtype of the queries or in one of `forms.CACHES`.
@@ -36,6 +38,7 @@ class Precision:
     arithmetic: str  # of activations and products
     cache: str  # of the condition's keys and values
     compute: str | None = None  # of products in 8 bits (`forms.PRODUCTS`); None for the arithmetic
+    attention: str = AUTO  # of ATTENTIONS: who computes that of a step
 
     def __post_init__(self) -> None:
         if self.arithmetic not in _BYTES:
@@ -53,6 +56,16 @@ class Precision:
                 f"compute must be {', '.join(COMPUTES[:-1])} or {COMPUTES[-1]}, got "
                 f"{brief(self.compute)}"
             )
+        if self.attention not in ATTENTIONS:
+            raise RequestError(
+                f"attention must be {', '.join(ATTENTIONS[:-1])} or {ATTENTIONS[-1]}, got "
+                f"{brief(self.attention)}"
+            )
+        if self.attention in LIBRARIES and self.cache in CACHES:
+            raise RequestError(
+                f"attention={self.attention} reads no keys and values in {self.cache}; use "
+                f"attention=triton, or no cache={self.cache}"
+            )
         plain = not self.quantised and self.storage != self.arithmetic
         if plain or (self.cache not in CACHES and self.cache != self.arithmetic):
             raise RequestError(
@@ -68,6 +81,7 @@ class Precision:
         weights: str | None = None,
         compute: str | None = None,
         cache: str | None = None,
+        attention: str = AUTO,
     ) -> Precision:
         """One dtype for all, by name or as a `torch.dtype`; or weights, products, cache in others.
 
@@ -75,12 +89,13 @@ class Precision:
         """
         name = str(dtype).removeprefix("torch.")
         cache = name if cache is None else cache
-        return cls(name if weights is None else weights, name, cache).with_compute(compute)
+        found = cls(name if weights is None else weights, name, cache, attention=attention)
+        return found.with_compute(compute)
 
     def with_dtype(self, dtype: str | torch.dtype) -> Precision:
         """Arithmetic in another dtype, and plain weights and a plain cache too."""
         storage = self.storage if self.quantised else None
-        return Precision.of(dtype, storage, self.compute, self.quantised_cache)
+        return Precision.of(dtype, storage, self.compute, self.quantised_cache, self.attention)
 
     def with_compute(self, compute: str | None) -> Precision:
         """Products in this dtype, as a caller names it; None for that of the arithmetic.

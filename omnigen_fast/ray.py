@@ -46,6 +46,7 @@ class Arguments(BaseModel):
     cache: str | None = Field(
         None, description="Of the condition: int8 or fp8; by default as dtype."
     )
+    attention: str = Field("auto", description="triton, flash, cudnn or auto.")
     vae_dtype: str = Field("float32", description="float32 or bfloat16.")
     compile: bool | None = Field(
         None, description="On a CPU, run operations in C++; by default for large models."
@@ -160,6 +161,7 @@ def _load(arguments: Arguments) -> OmniGenPipeline:
         "weights": arguments.weights,
         "compute": arguments.compute,
         "cache": arguments.cache,
+        "attention": arguments.attention,
         "vae_dtype": arguments.vae_dtype,
         "compile": arguments.compile,
         "revision": arguments.revision,

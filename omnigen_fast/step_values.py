@@ -56,9 +56,19 @@ class PassValues:
     cu_rows: Tensor  # [groups + 1], int32
     cache_start: Tensor  # [groups], int32
     cache_len: Tensor  # [groups], int32
+    cached: tuple[tuple[int, int], ...]  # of each group: what the two say, on the host
     cos: Tensor  # [groups * N, head_dim / 2], float32
     sin: Tensor  # [groups * N, head_dim / 2], float32
     step: Tensor  # [groups], int64, of `StepValues.counters`
+
+    def spans(self, keys: int | None = None) -> list[int]:
+        """See `ops.attention_step`; each group has so many keys of its own, None for its rows."""
+        rows, found = len(self.cos) // len(self.pictures), []
+        keys = rows if keys is None else keys
+        for group, (first, length) in enumerate(self.cached):
+            found += [group * rows, (group + 1) * rows, group * keys, (group + 1) * keys]
+            found += [first, first + length]
+        return found
 
 
 @dataclass(frozen=True)
@@ -462,6 +472,7 @@ def _pass_values(
         cu_rows=integers([i * len(rows) for i in range(len(members) + 1)]),
         cache_start=integers([span.start for span in spans]),
         cache_len=integers([span.condition + 1 for span in spans]),
+        cached=tuple((span.start, span.condition + 1) for span in spans),
         cos=torch.cat([cos for cos, _ in tables]),
         sin=torch.cat([sin for _, sin in tables]),
         step=step,

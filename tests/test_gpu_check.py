@@ -85,7 +85,8 @@ def test_checks_say_how_exact(whole):
             assert row["why"] == "needs a GPU" and row["shape"] == "of the real model"
         else:
             assert row["status"] == "ok" and 0 <= row["error"] < 0.02, row
-    precision = result["parts"]["model"]["rows"][:2]
+    precision = result["parts"]["model"]["rows"][:3]
+    assert [row["check"].split()[0] for row in precision] == ["kernels,", "library", "flash"]
     assert all(0 < row["error"] <= row["bound"] * row["plain_error"] for row in precision)
 
 
@@ -114,6 +115,32 @@ def test_operations_are_timed_or_say_why_not(whole):
             assert row["status"] == "ok" and row["seconds"] > 0 and row["samples"] >= 5, row
 
 
+def test_the_attention_is_raced(whole):
+    """A CPU has no Triton to race, so nobody wins."""
+    _, result = whole
+    part = result["parts"]["attention"]
+    assert part["winners"] == {}
+    assert {(row["contender"], row["status"]) for row in part["rows"]} == {
+        ("flash", "ok"),
+        ("triton", "not measured"),
+    }
+    assert len(part["rows"]) == 6
+    assert all(0 < row["seconds"] <= row["again"] for row in part["rows"] if "seconds" in row)
+
+
+def test_winners_are_kept_only_if_that_is_asked(tmp_path, monkeypatch):
+    def won(run, found):
+        found.update(rows=[], winners={96: "flash"})
+
+    kept = []
+    monkeypatch.setitem(gpu_check.PARTS, "attention", won)
+    monkeypatch.setattr(gpu_check.workload, "keep_winners", lambda *given: kept.append(given))
+    check(tmp_path, "--parts", "attention")
+    assert not kept
+    check(tmp_path, "--parts", "attention", "--keep-winners")
+    assert kept == [("cpu", {96: "flash"})]
+
+
 def test_the_last_line_is_the_headline(tmp_path, capsys):
     check(tmp_path, "--parts", "environment")
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -125,7 +152,7 @@ def test_the_last_line_is_the_headline(tmp_path, capsys):
 def test_captured_steps_are_checked_and_timed(tmp_path, capturing):
     status, result = check(tmp_path, "--parts", "model,pictures")
     assert status == 0
-    rows = result["parts"]["model"]["rows"][2:]
+    rows = [row for row in result["parts"]["model"]["rows"] if "captured" in row["check"]]
     assert len(rows) == 3
     for row in rows:
         assert row["status"] == "ok" and row["equal"] == [True] * 6, row

@@ -88,6 +88,7 @@ ORDER = [
     "for_diffusers.calls",
     "for_diffusers.enable",
     "call",
+    "attention",
     "compilation",
     "running",
     "holdings",
@@ -165,6 +166,8 @@ ORDER = [
 ]
 USE_KERNELS = {
     "memory.device",  # what AMD calls a GPU, and whether it has kernels
+    "memory.estimate",
+    "attention",
     "for_diffusers.enable",
     "call",
     "compilation",

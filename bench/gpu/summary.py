@@ -67,6 +67,11 @@ def lines(result: dict[str, Any]) -> list[str]:
             said += [f"  {_check(row)}" for row in rows if name == "model" or row["status"] != OK]
         elif name == "operations":
             said += _table([_operation(row, rows) for row in rows])
+        elif name == "attention":
+            said += _table([_raced(row) for row in rows])
+            said += [
+                f"  fastest, head_dim {dim}: {one}" for dim, one in part.get("winners", {}).items()
+            ]
         elif name == "pictures":
             said += _table([_picture(row) for row in rows])
         elif name == "peer":
@@ -119,6 +124,13 @@ def _operation(row: dict[str, Any], rows: list[dict[str, Any]]) -> tuple[str, ..
             against = f"{best['seconds'] / row['seconds']:.2f}x the best of PyTorch"
             against += f" ({best['contender']})"
     return (*names, _time(row), f"{row['share_of_limit']:.0%} of the limit", against)
+
+
+def _raced(row: dict[str, Any]) -> tuple[str, ...]:
+    names = row["case"], row.get("contender", "")
+    if row["status"] != OK:
+        return _unmeasured(*names, row=row)
+    return (*names, f"{row['seconds'] * 1e6:.1f} us", f"again {row['again'] * 1e6:.1f} us")
 
 
 def _picture(row: dict[str, Any]) -> tuple[str, ...]:

@@ -229,6 +229,10 @@ def _arguments(case: Case) -> tuple:
         return qkv, angles, angles, HEADS, KV_HEADS, cache, cache, places
     if case.kernel == "attention_step":
         return *parts, cache, cache, cu, one, one, rows, None, angles, angles
+    if case.kernel == "join_segments":
+        sums = _zeros(HEADS, rows, dtype=torch.float32).t()  # as FlashAttention has them
+        joined = x.unflatten(1, (HEADS, head_dim))
+        return joined, sums, joined, sums
     if case.kernel == "attention_prefill":
         return *parts, cu, places.int(), rows
     if case.kernel == "guidance_step_":

@@ -4,9 +4,10 @@
 
 Every candidate must give the reference's result before it is timed; the fastest of each kernel
 takes the place of the one in `kernels/launch.py`, if it beats that by more than the noise between
-two measurements of the same configuration. Entries of other generations are left as they are, and
-so are the float32 attention's, which are for checks. Run `pytest tests/kernels` afterwards: what
-compiles for this GPU must also pass its limits there.
+two measurements of the same configuration. Then a step's attention is raced against PyTorch's
+libraries, and `kernels/winners.py` keeps who won on this card. Entries of other generations are
+left as they are, and so are the float32 attention's, which are for checks. Run `pytest
+tests/kernels` afterwards: what compiles for this GPU must also pass its limits there.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from unittest import mock
@@ -43,6 +45,9 @@ def candidates(kernel: str, capability: int | str) -> Iterator[Launch]:
                     yield Launch(num_warps, num_stages, block_m, block_n, tensor_maps=True)
                 if kernel == "attention_prefill" and not amd and capability >= 90:
                     yield Launch(num_warps, num_stages, block_m, block_n, one_loop=True)
+    elif kernel == "join_segments":
+        for num_warps, block in product((2, 4, 8), (16, 32, 64)):
+            yield Launch(num_warps, block=block)
     elif kernel == "guidance_step_":
         for num_warps, block in product((1, 2, 4), (32, 64, 128)):
             yield Launch(num_warps, block=block)
@@ -96,6 +101,28 @@ def tune(kernel: str, head_dim: int, now: Launch, device: torch.device) -> Launc
             best, best_seconds = candidate, took
             print(f"{label}: {candidate} {took * 1e6:.1f} us")
     return best
+
+
+def raced(
+    head_dims: Iterable[int], entries: dict[str, Launch], device: torch.device
+) -> dict[int, str]:
+    """Who computes a step's attention fastest, by head_dim; Triton with these configurations."""
+    found: dict[int, str] = {}
+    for head_dim in head_dims:
+        with mock.patch.object(launch, "choose", partial(_configuration, entries)):
+            result = workload.race(device, size_of(head_dim))
+        for name, one in result.items():
+            took = f"{one.best * 1e6:.1f} us" if one.seconds else f"not measured: {one.why}"
+            print(f"attention_step, head_dim {head_dim}, by {name}: {took}")
+        fastest = workload.fastest(result)
+        if fastest is not None:
+            found[head_dim] = fastest
+        torch.cuda.empty_cache()
+    return found
+
+
+def _configuration(entries: dict[str, Launch], kernel: str, x: object, head_dim: int = 0) -> Launch:
+    return entries[f"{kernel}/{head_dim}/16" if head_dim else kernel]
 
 
 def written(chosen: Launch) -> str:
@@ -178,10 +205,19 @@ def main(arguments: list[str] | None = None) -> int:
         if options.head_dim in (None, head_dim):
             entries[key] = tune(kernel, head_dim, now, device)
             torch.cuda.empty_cache()
+    fastest: dict[int, str] = {}
+    if options.kernel in (None, "attention_step"):
+        dims = [one for one in HEAD_DIMS if options.head_dim in (None, one)]
+        fastest = raced(dims, entries, device)
     if options.dry_run:
         for key, chosen in entries.items():
             print(f"{key}: {written(chosen)}")
+        for head_dim, name in fastest.items():
+            print(f"attention_step, head_dim {head_dim}: {name}")
     else:
+        if fastest:
+            card = torch.cuda.get_device_name(device)
+            print(f"wrote {workload.keep_winners(card, fastest)}")
         path = Path(launch.__file__)
         if isinstance(capability, str):
             text = rewritten_amd(path.read_text(), launch.AMD | {capability: entries})

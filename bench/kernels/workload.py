@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
+from pathlib import Path
 
 import torch
+import torch.nn.attention
 import torch.nn.functional as F
-from omnigen_fast.kernels import ops, reference
+from omnigen_fast.kernels import ops, reference, winners
 from omnigen_fast.kernels.contract import cache_width
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -25,6 +27,9 @@ from omnigen_fast.graph import capture_cuda
 from omnigen_fast.quantised import quantised
 
 KERNELS, REFERENCE, COMPILED = "kernels", "reference", "reference, compiled"
+# A step's attention by a library through our own door, by its name there.
+LIBRARIES = {"flash": "flash, joined", "cudnn": "cuDNN, joined"}
+UNAVAILABLE = ("No available kernel", "can't run on")  # what errors of absent libraries say
 
 
 @dataclass(frozen=True)
@@ -216,6 +221,7 @@ def contenders_of(name: str, on_gpu: bool) -> list[str]:
     if name == "rms_norm":
         names.append("F.rms_norm")
     if name == "attention_step":
+        names += [label for one, label in LIBRARIES.items() if on_gpu or one == "flash"]
         for label in _backends(on_gpu):
             names += [f"concatenate, {label}", f"ready K/V, {label}"]
     return names
@@ -479,6 +485,19 @@ def attention_step(size: Size, make: _Maker) -> Case:
     cu_rows = make.integers(*range(0, size.rows + 1, size.noise))
     args = (q, k, v, *caches, cu_rows, make.integers(*firsts), make.integers(*size.cached))
     contenders = _both("attention_step", *args, size.noise)
+    spans: list[int] = []
+    for group, (first, count) in enumerate(zip(firsts, size.cached)):
+        own = [group * size.noise, (group + 1) * size.noise]
+        spans += [*own, *own, first, first + count]
+    on_gpu = make.device.type == "cuda"
+
+    def by_library(name: str) -> Tensor:
+        with ops.use("triton" if on_gpu else None, attention=name):
+            return ops.attention_step(*args, size.noise, spans=spans)
+
+    for one, label in LIBRARIES.items():
+        if on_gpu or one == "flash":
+            contenders[label] = partial(by_library, one)
 
     def joined(part: Tensor, cache: Tensor, group: int) -> Tensor:
         rows = slice(group * size.noise, (group + 1) * size.noise)
@@ -503,7 +522,7 @@ def attention_step(size: Size, make: _Maker) -> Case:
                 by_head(out[rows]).copy_(F.scaled_dot_product_attention(by_head(q[rows]), *pair))
         return out
 
-    for label, backend in _backends(make.device.type == "cuda").items():
+    for label, backend in _backends(on_gpu).items():
         contenders[f"concatenate, {label}"] = lambda one=backend: library(one, True)
         contenders[f"ready K/V, {label}"] = lambda one=backend: library(one, False)
     starts = [group * size.noise for group in range(groups)]
@@ -517,6 +536,20 @@ def attention_step(size: Size, make: _Maker) -> Case:
         flops,
         torch.tensor(starts, device=make.device),
         frozenset(name for name in contenders if name.startswith("ready")),
+    )
+
+
+def join_segments(size: Size, make: _Maker) -> Case:
+    shape = size.rows, size.heads, size.hidden // size.heads
+    a, b = make.random(*shape), make.random(*shape)
+    # as FlashAttention has them, heads first
+    a_lse, b_lse = (make.random(*shape[1::-1], dtype=torch.float32).t() for _ in "ab")
+    args = a, a_lse, b, b_lse
+    return Case(
+        "join_segments",
+        _both("join_segments", *args),
+        lambda: reference.join_segments(*(x.double() for x in args)),
+        3 * a.nbytes + 2 * a_lse.nbytes,
     )
 
 
@@ -586,6 +619,7 @@ CASES = {
     "dequantise_nf4_": _dequantise("nf4"),
     "guidance_step_": guidance,
     "attention_step": attention_step,
+    "join_segments": join_segments,
     "attention_step_8bit": attention_step_8bit,
     "attention_prefill": attention_prefill,
 }
@@ -595,3 +629,104 @@ def build(name: str, device: torch.device, size: Size | None = None) -> Case:
     """A case with fresh random inputs in bfloat16: of full size on a GPU, small elsewhere."""
     size = size or (FULL if device.type == "cuda" else SMALL)
     return CASES[name](size, _Maker(device, torch.bfloat16))
+
+
+@dataclass(frozen=True)
+class Raced:
+    """A contender of a race, held to float64 and then timed twice."""
+
+    seconds: tuple[float, float] | None  # None where it did not run
+    why: str = ""
+
+    @property
+    def best(self) -> float:
+        return float("inf") if self.seconds is None else min(self.seconds)
+
+    @property
+    def noise(self) -> float:
+        return 0.0 if self.seconds is None else abs(self.seconds[0] - self.seconds[1])
+
+
+def race(device: torch.device, size: Size | None = None) -> dict[str, Raced]:
+    """A step's attention by Triton and each library, and FlashAttention 3 and 4 where installed.
+
+    Contenders alternate, so that a clock that changes is the same for all. One that is wrong does
+    not run.
+    """
+    case = build("attention_step", device, size)
+    named = {"triton": KERNELS, **LIBRARIES}
+    runs = {one: (label, None) for one, label in named.items() if label in case.contenders}
+    if device.type == "cuda":
+        impls = torch.nn.attention.list_flash_attention_impls()
+        runs |= {f"flash, {one}": (LIBRARIES["flash"], one) for one in impls}
+    else:
+        del runs["triton"]  # in the interpreter
+    found: dict[str, Raced] = {}
+    times: dict[str, list[float]] = {one: [] for one in runs}
+    for turn in range(2):
+        for one, (label, impl) in runs.items():
+            if one in found:
+                continue
+            try:
+                with _flash_by(impl):
+                    if not turn:
+                        check(case, label)
+                    times[one].append(seconds(case.contenders[label], device))
+            except Exception as error:  # absent, refused, or wrong: each is a reason
+                found[one] = Raced(None, str(error).partition("\n")[0] or type(error).__name__)
+    for one, took in times.items():
+        if one not in found:
+            found[one] = Raced((took[0], took[1]))
+    return {one: found[one] for one in runs}
+
+
+@contextlib.contextmanager
+def _flash_by(impl: str | None) -> Iterator[None]:
+    """Makes an implementation PyTorch's flash attention inside; None for the one that is."""
+    if impl is None:
+        yield
+        return
+    torch.nn.attention.activate_flash_attention_impl(impl)
+    try:
+        yield
+    finally:
+        torch.nn.attention.restore_flash_attention_impl()
+
+
+def fastest(raced: dict[str, Raced]) -> str | None:
+    """Who of `winners` is fastest, by more than noise if it isn't Triton; None without Triton.
+
+    FlashAttention 3 and 4 are no choice: they are PyTorch's flash attention where the caller
+    activates them.
+    """
+    triton = raced.get("triton", Raced(None))
+    if triton.seconds is None:
+        return None
+    best = min(LIBRARIES, key=lambda one: raced.get(one, Raced(None)).best)
+    faster = raced.get(best, Raced(None))
+    noise = max(triton.noise, faster.noise)
+    return best if faster.best < triton.best - noise else "triton"
+
+
+_BEGIN, _END = "# winners: begin\n", "# winners: end\n"
+
+
+def with_winners(text: str, table: dict[str, dict[int, str]]) -> str:
+    """The text of `winners.py` with another table."""
+    before, _, rest = text.partition(_BEGIN)
+    _, _, after = rest.partition(_END)
+    head = "WINNERS: dict[str, dict[int, str]] = {"
+    lines = [head] if table else [head + "}"]
+    for card, found in sorted(table.items()):
+        entries = ", ".join(f'{head_dim}: "{one}"' for head_dim, one in sorted(found.items()))
+        lines.append(f'    "{card}": {{{entries}}},')
+    lines += ["}"] * bool(table)
+    return before + _BEGIN + "\n".join(lines) + "\n" + _END + after
+
+
+def keep_winners(card: str, found: dict[int, str]) -> Path:
+    """Writes a card's winners into the package, which `attention="auto"` follows."""
+    path = Path(winners.__file__)
+    table = winners.WINNERS | {card: winners.WINNERS.get(card, {}) | found}
+    path.write_text(with_winners(path.read_text(), table))
+    return path

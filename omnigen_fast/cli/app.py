@@ -42,6 +42,7 @@ def app(
     weights: str | None,
     compute: str | None,
     cache: str | None,
+    attention: str,
     vae_dtype: str,
     compile: bool | None,
     local_files_only: bool,
@@ -63,7 +64,7 @@ def app(
         number = serve(
             model,
             {"device": device, "dtype": dtype, "weights": weights, "compute": compute}
-            | {"cache": cache, "vae_dtype": vae_dtype, "compile": compile}
+            | {"cache": cache, "attention": attention, "vae_dtype": vae_dtype, "compile": compile}
             | {"local_files_only": local_files_only},
             host,
             port,

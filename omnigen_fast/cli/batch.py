@@ -152,8 +152,8 @@ def _run(
 
 
 def _load(options: dict[str, Any], loras: list[tuple[str, float]]) -> OmniGenPipeline:
-    names = ["device", "dtype", "compile", "revision", "cache_dir", "local_files_only", "memory"]
-    names += RECORDED_PRECISION
+    names = ["device", "dtype", "attention", "compile", "revision", "cache_dir"]
+    names += ["local_files_only", "memory", *RECORDED_PRECISION]
     chosen = {name: options[name] for name in names}
     return load_pipeline(options["model"], options["vae_path"], loras, **chosen)
 

@@ -47,6 +47,12 @@ _OPTIONS = {
         "--cache",
         help="How the condition's keys and values are kept: int8 or fp8; default: --dtype.",
     ),
+    "attention": click.option(
+        "--attention",
+        default="auto",
+        show_default=True,
+        help="Who computes that of a step: triton, flash, cudnn or auto.",
+    ),
     "vae_dtype": click.option(
         "--vae-dtype", default="float32", show_default=True, help="float32 or bfloat16."
     ),

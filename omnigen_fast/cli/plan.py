@@ -9,7 +9,7 @@ from ..fewer_steps import QUALITIES, preset
 from ..guidance import typical_schedule
 from ..memory.plan import PROMPT_TOKENS, Switches, typical_workload
 from ..parallel.layout import MAX_RANKS
-from ..precision import AUTO, CACHED, COMPUTES, STORAGES, Precision, check_capability
+from ..precision import ATTENTIONS, AUTO, CACHED, COMPUTES, STORAGES, Precision, check_capability
 from ..request import checked_side
 from .config_file import given_options
 from .failure import failure
@@ -102,6 +102,13 @@ from .sizes import aspect_option, chosen_sides
     help="How the condition's keys and values are kept; default: --dtype.",
 )
 @click.option(
+    "--attention",
+    default=AUTO,
+    show_default=True,
+    type=click.Choice(ATTENTIONS),
+    help="Who computes that of a step.",
+)
+@click.option(
     "--vae-dtype",
     default="float32",
     show_default=True,
@@ -140,6 +147,7 @@ def plan(
     weights: str,
     compute: str | None,
     cache: str | None,
+    attention: str,
     vae_dtype: str,
     separate_cfg_infer: bool | None,
     use_kv_cache: bool | None,
@@ -192,7 +200,7 @@ def plan(
             budget = less_margin(profile.memory_bytes) if budget is None else budget
         check_capability(compute, profile.capability)
         stored = None if weights in (STORAGES[0], AUTO) else weights
-        precision = Precision.of(dtype, stored, compute, cache)
+        precision = Precision.of(dtype, stored, compute, cache, attention)
         vae = VaeShape(value_bytes=4 if vae_dtype == "float32" else 2)
         switches = Switches(
             use_kv_cache=use_kv_cache,

@@ -14,6 +14,7 @@ from functools import cached_property, lru_cache
 from ..config import LATENT_CHANNELS, VAE_SCALE, ModelConfig
 from ..config import tokens as tokens_of
 from ..forms import COMPUTED
+from ..kernels import winners
 from ..parameters import (
     PATCH_VALUES,
     buffer_bytes,
@@ -21,7 +22,7 @@ from ..parameters import (
     parameter_shapes,
     stored_bytes,
 )
-from ..precision import Precision
+from ..precision import AUTO, LIBRARIES, Precision
 from ..profiles import Profile
 from ..schedule import ALL_BRANCHES, StepKind
 from ..solvers import MULTISTEP
@@ -284,7 +285,24 @@ class ByteEstimate:
                 several |= len(passes) > 1
         # the velocities, and once more where those of several passes meet
         streams = rows * (self.unit + PATCH_VALUES * value * (1 + several)) + rotary
-        return self.workspace_bytes(longest, plan.mlp_rows) + streams + self.state_bytes
+        space = self.workspace_bytes(longest, plan.mlp_rows) + self.library_bytes(longest)
+        return space + streams + self.state_bytes
+
+    def library_bytes(self, rows: int) -> int:
+        """What a library's attention of a pass takes: two outputs and their log-sum-exps."""
+        if not self.by_library:
+            return 0
+        return 2 * rows * (self.unit + self.config.num_heads * _FLOAT)
+
+    @cached_property
+    def by_library(self) -> bool:
+        """Whether a library computes a step's attention, or might if that is left to the card."""
+        name = self.precision.attention
+        if name == AUTO:
+            cards = self.profile.device_names
+            found = {winners.winner(one, self.config.head_dim) for one in cards}
+            return bool(found & {*LIBRARIES}) and self.precision.quantised_cache is None
+        return name in LIBRARIES
 
     def workspace_bytes(self, rows: int, mlp_rows: int) -> int:
         """As `model.Workspace`."""

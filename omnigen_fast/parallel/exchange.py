@@ -110,6 +110,7 @@ class RowExchange:
 
     def __init__(self, group: Group, share: Share, groups: int, space: ExchangeSpace) -> None:
         layout, tokens = share.layout, share.tokens
+        self.tokens = tokens  # of each group, whose keys and values come together here
         self._group, self._parts, self._rows = group, layout.rows, share.rows
         most = layout.most_rows(tokens)
         row = space.sent.shape[1:]

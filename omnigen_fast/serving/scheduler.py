@@ -520,7 +520,8 @@ class Scheduler:
         work, start = job.start, time.monotonic()
         if not self._under_way() and engine.cache.nbytes < job.plan.kept_bytes // 2:
             engine.cache.clear()  # a smaller plan has left room for one request alone
-        entries = job.call.entries(job.plan)
+        with engine.operations():  # which name what is kept
+            entries = job.call.entries(job.plan)
         found = sum(entry in engine.cache for entry in entries)
         if isinstance(engine, Leading):
             assert job.arguments is not None

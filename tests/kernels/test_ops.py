@@ -86,6 +86,12 @@ def arguments(name: str, dtype: torch.dtype = torch.float32) -> dict:
             **narrow,
             "cache_rows": torch.tensor([8, 1, 0, 4, 3, 7], device=DEVICE),
         },
+        "join_segments": {
+            "a": q_k_v["q"],
+            "a_lse": random(HEADS, ROWS, seed=15).t(),
+            "b": random(ROWS, HEADS, HEAD_DIM, dtype=dtype, seed=16),
+            "b_lse": random(ROWS, HEADS, seed=17),
+        },
         "attention_step_8bit": {
             **q_k_v,
             **narrow,
@@ -290,6 +296,23 @@ def test_library_attention_goes_around_the_kernels():
         assert chosen.swiglu is swiglu.swiglu
 
 
+@pytest.mark.parametrize("name", ("flash", "cudnn"))
+def test_a_library_has_a_steps_attention_alone(name):
+    from omnigen_fast.kernels import attention, join, library
+
+    for kernels, base in (("triton", ops._triton()), ("auto", ops._REFERENCE), ("cpp", ops._CPP)):
+        with ops.use(kernels, attention=name):
+            chosen = ops._implementation(random(1) if DEVICE == "cpu" else torch.zeros(1))
+        changed = {key for key, run in vars(chosen).items() if run is not getattr(base, key)}
+        assert changed == {"attention_step", "attention_step_8bit"}
+        assert chosen.attention_step.func is library.attention_step
+        assert chosen.attention_step.args == (name, base.join_segments)
+    assert ops._triton().join_segments is join.join_segments
+    assert ops._triton().attention_prefill is attention.attention_prefill
+    with ops.use("reference", attention=name):
+        assert ops._implementation(random(1)) is ops._REFERENCE
+
+
 def test_use_ends_with_its_block():
     before = ops.choice()
     with ops.use("reference"), ops.use(attention="library") as inner:
@@ -297,7 +320,7 @@ def test_use_ends_with_its_block():
     assert ops.choice() == before == ops.Choice()
     with pytest.raises(ValueError, match=r"kernels must be .* got 'cuda'"), ops.use("cuda"):
         pass
-    with pytest.raises(ValueError, match="attention must be"), ops.use(attention="flash"):
+    with pytest.raises(ValueError, match="attention must be"), ops.use(attention="flash2"):
         pass
 
 
@@ -385,6 +408,9 @@ def test_only_the_kernels_can_be_captured():
         for arguments in ({"kernels": "reference"}, {"attention": "library"}):
             with ops.use(**arguments):
                 assert not ops.capturable(gpu), arguments
+        for attention in ("flash", "cudnn"):
+            with ops.use(attention=attention):
+                assert ops.capturable(gpu)
         with ops.use("triton"):
             assert ops.capturable(gpu)
             assert not ops.capturable(torch.device("cpu"))  # in the interpreter
@@ -600,6 +626,12 @@ REFUSED = [
         lambda x: x.new_zeros(x.numel() + 1)[1:].view(x.shape),
         ValueError,
     ),
+    ("join_segments", "a_lse", lambda x: x.double(), TypeError),
+    ("join_segments", "b_lse", lambda x: x[:-1], ValueError),
+    ("join_segments", "b", lambda x: x[:-1], ValueError),
+    ("join_segments", "b", lambda x: x.double(), TypeError),
+    ("join_segments", "b", doubled, ValueError),
+    ("join_segments", "a", lambda x: x[0], ValueError),
     ("modulate", "step", lambda x: x[0], ValueError),
     ("modulate", "step", lambda x: x.int(), TypeError),
     ("modulate", "step", lambda x: x[:0], ValueError),

@@ -106,6 +106,10 @@ def cases():
     k, v = (draw(ROWS, KV_HEADS, HEAD_DIM) for _ in range(2))
     kept = [torch.zeros(ROWS + 3, cache_width(KV_HEADS, HEAD_DIM), dtype=torch.int8) for _ in "kv"]
     yield "quantise_cache_", (k, v, *kept, places), None, [k, v], kept
+    parts = [draw(ROWS, HEADS, HEAD_DIM) for _ in "ab"]
+    lses, joined = [draw(ROWS, HEADS) for _ in "ab"], torch.empty(ROWS, HEADS, HEAD_DIM)
+    arguments = (parts[0], lses[0], parts[1], lses[1])
+    yield "join_segments", arguments, joined, [*parts, *lses], [joined]
     latents, prediction = draw(2, 4, 8, 12), draw(3, 24, 16)
     arguments = (latents, prediction, draw(3), torch.tensor([0, 1, 3], dtype=torch.int32))
     arguments += (draw(4), steps[:2].clone(), 2)

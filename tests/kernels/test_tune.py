@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 import torch
 from numerics import DEVICE
-from omnigen_fast.kernels import launch
+from omnigen_fast.kernels import launch, ops, winners
 
 FOLDER = Path(__file__).parents[2] / "bench" / "kernels"
 
@@ -143,6 +143,7 @@ CASES = (
     "dequantise_nf4_",
     "guidance_step_",
     "attention_step",
+    "join_segments",
     "attention_step_8bit",
     "attention_prefill",
 )
@@ -161,6 +162,56 @@ def test_benchmarks_check_before_they_time(tune, name):
     case.contenders[workload.KERNELS] = lambda: right() * 1.05
     with pytest.raises(AssertionError, match=f"{name}: kernels is off"):
         workload.check(case, workload.KERNELS)
+
+
+def test_who_wins(tune):
+    import workload
+
+    def won(**seconds):
+        raced = {one: workload.Raced(took) for one, took in seconds.items()}
+        return workload.fastest(raced)
+
+    assert won(triton=(2.0, 2.1), flash=(1.0, 1.0), cudnn=(1.5, 1.5)) == "flash"
+    assert won(triton=(2.0, 2.1), flash=None, cudnn=(1.5, 1.5)) == "cudnn"
+    assert won(triton=(2.0, 2.1), flash=(1.95, 2.0)) == "triton"  # within noise
+    assert won(triton=(2.0, 2.0), flash=(1.9, 2.2)) == "triton"
+    assert won(triton=(2.0, 2.0), flash=(3.0, 3.0), cudnn=None) == "triton"
+    assert won(triton=None, flash=(1.0, 1.0)) is None
+    assert won(flash=(1.0, 1.0)) is None
+
+
+def test_the_winners_are_read_back(tune, tmp_path):
+    import workload
+
+    text = Path(winners.__file__).read_text()
+    assert workload.with_winners(text, winners.WINNERS) == text
+    copy = tmp_path / "winners.py"
+    copy.write_text(text)
+    with mock.patch.object(winners, "__file__", str(copy)):
+        workload.keep_winners("NVIDIA H200", {96: "cudnn", 64: "flash"})
+        with mock.patch.object(winners, "WINNERS", {"NVIDIA H200": {96: "cudnn", 64: "flash"}}):
+            workload.keep_winners("NVIDIA A10", {96: "triton"})
+            workload.keep_winners("NVIDIA H200", {96: "triton"})
+    found: dict = {}
+    exec(copy.read_text(), found)
+    assert found["WINNERS"] == {"NVIDIA H200": {64: "flash", 96: "triton"}}
+    assert found["winner"]("NVIDIA H200", 64) == "flash"
+    assert found["winner"]("NVIDIA H200", 128) == found["winner"]("NVIDIA L4", 96) == "triton"
+
+
+def test_a_race_holds_its_contenders_to_float64(tune):
+    """On a CPU, where its flash attention runs alone; a wrong one has no time."""
+    import workload
+
+    with mock.patch.object(workload, "seconds", return_value=1.0):
+        found = workload.race(torch.device("cpu"), tiny())
+        assert found == {"flash": workload.Raced((1.0, 1.0))}
+        real = ops.attention_step
+        with mock.patch.object(
+            ops, "attention_step", lambda *args, **more: 1.1 * real(*args, **more)
+        ):
+            (wrong,) = workload.race(torch.device("cpu"), tiny()).values()
+    assert wrong.seconds is None and "flash, joined is off" in wrong.why
 
 
 def test_without_a_gpu_it_says_so():

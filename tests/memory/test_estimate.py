@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 from dry_run import CONFIG, as_edit, peaks, random_case
+from omnigen_fast.kernels import ops
 
 from omnigen_fast import profiles
 from omnigen_fast.config import released_sizes
@@ -64,6 +65,25 @@ def test_bytes_are_those_of_the_pipeline(seed):
             predicted = total_bytes(terms) - estimate.bytes.context_bytes
             fixed = total_bytes(term for term in terms if term.name in FIXED)
             assert predicted - fixed == pytest.approx(counted - fixed, rel=0.02), (phase, plan)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_bytes_of_a_librarys_attention(seed):
+    """Two outputs and their log-sum-exps beside a pass, likewise to 2 %."""
+    rng = random.Random(seed)
+    for _ in range(6):
+        call, plan = random_case(rng, None, None, None)
+        with ops.use(attention="flash"):
+            counted = peaks(call, plan)["denoise"]
+        predicted = []
+        for attention in ("flash", "triton"):
+            precision = replace(call.precision, attention=attention)
+            estimate = Estimate(CONFIG, VaeShape(), precision, call.workload(), A800)
+            terms = list(estimate.bytes.denoise(plan))
+            fixed = total_bytes(term for term in terms if term.name in FIXED)
+            predicted.append(total_bytes(terms) - estimate.bytes.context_bytes - fixed)
+        assert predicted[0] == pytest.approx(counted - fixed, rel=0.02), plan
+        assert predicted[1] < predicted[0]
 
 
 def test_operations_of_a_step():
