@@ -123,7 +123,7 @@ def attention_step(
         return out
     if cos is not None and sin is not None:
         # in the place of the result, which is written when the queries are done with
-        reference.rotate(q, cos, sin, out)
+        reference._rotate(q, cos, sin, out)
         q = out
     if _takes_packed(name, q):
         keys = (cu_rows, max_rows) if cu_keys is None else (cu_keys, k.shape[0])

@@ -192,10 +192,10 @@ def rope_(
     """
     by_head = qkv.unflatten(1, (heads + 2 * kv_heads, -1))
     turned = by_head[:, heads * keys_only : heads + kv_heads]
-    rotate(turned, cos, sin, turned)
+    _rotate(turned, cos, sin, turned)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
     """Heads [rows, heads, head_dim] rotated; `out` may be `x`."""
     half = cos.shape[1]
     for rows, (wide, rotated) in _blocks(x, _scratch(x, 2)):
@@ -391,7 +391,7 @@ def _step(
         queries = q[rows]
         if cos is not None and sin is not None:
             # in the place of the result, which is written when the queries are done with
-            rotate(queries, cos[rows], sin[rows], out[rows])
+            _rotate(queries, cos[rows], sin[rows], out[rows])
             queries = out[rows]
         queries = _by_head(queries, share)
         views = [_by_head(t, 1).expand(share, -1, -1, -1) for t in (k[own_keys], v[own_keys])]
