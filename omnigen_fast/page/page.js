@@ -159,16 +159,20 @@ const omnigen = (() => {
 
   // The mask: strokes on a canvas of image 1's own size, sent as a black and white PNG
 
-  const mask = {ready: false, strokes: [], erase: false, sent: null, x: .5, y: .5};
+  const mask = {image: null, ready: false, strokes: [], erase: false, sent: null, x: .5, y: .5};
   const brush = () => Number(by("mask-brush").value) / 200;  // its radius, of the longer side
   function hint(text) {
     by("mask-hint").textContent = text;
     by("mask-tools").hidden = by("mask-stage").hidden = !mask.ready;
   }
   function maskOf(image) {
-    Object.assign(mask, {ready: false, strokes: [], sent: null});
-    if (!by("mask-hint")) return;
-    const shown = by("mask-image");
+    Object.assign(mask, {image, ready: false, strokes: [], sent: null});
+    showImage();
+  }
+  function showImage() {
+    if (!by("mask-hint")) return;  // Gradio makes what is folded away when it is unfolded
+    by("mask-editor").dataset.ready = "";
+    const shown = by("mask-image"), image = mask.image;
     if (!image?.url) {
       hint("Give image 1, and it can be painted on here.");
       return;
@@ -181,6 +185,7 @@ const omnigen = (() => {
         : "Image 1 is too large to paint on; give one of 16 megapixels at most.");
       [canvas.width, canvas.height] = mask.ready
         ? [shown.naturalWidth, shown.naturalHeight] : [1, 1];
+      drawMask();
     };
     shown.onerror = () => hint("The browser can't show image 1; give a PNG, JPEG or WebP file.");
     hint("Loading image 1");
@@ -199,10 +204,11 @@ const omnigen = (() => {
     context.stroke();
   }
   function drawMask() {
+    mask.sent = null;
+    if (!by("mask-canvas")) return;
     const context = by("mask-canvas").getContext("2d");
     context.clearRect(0, 0, context.canvas.width, context.canvas.height);
     mask.strokes.forEach((stroke) => drawStroke(context, stroke, 0));
-    mask.sent = null;
   }
   function begin(x, y) {
     mask.strokes.push({erase: mask.erase, radius: brush(), points: [[x, y]]});
@@ -228,7 +234,7 @@ const omnigen = (() => {
   }
   async function maskFile() {
     const canvas = by("mask-canvas");
-    if (!mask.ready || !mask.strokes.some((stroke) => !stroke.erase)) return null;
+    if (!canvas || !mask.ready || !mask.strokes.some((stroke) => !stroke.erase)) return null;
     if (mask.sent) return mask.sent;
     const whole = document.createElement("canvas");
     [whole.width, whole.height] = [canvas.width, canvas.height];
@@ -314,6 +320,8 @@ const omnigen = (() => {
   let due = false;
   function mend() {
     due = false;
+    const editor = by("mask-editor");
+    if (editor && !("ready" in editor.dataset)) showImage();
     for (const title of document.querySelectorAll("button.label-wrap"))
       title.setAttribute("aria-expanded", title.classList.contains("open"));
     for (const empty of document.querySelectorAll("div.empty[aria-label]:not([role])"))

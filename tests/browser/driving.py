@@ -103,6 +103,13 @@ def upload(page: Page, number: int, file: Path) -> None:
     expect(page.locator(f"#image-{number} img")).to_be_visible()
 
 
+def load(page: Page, file: Path) -> None:
+    """Chooses a picture whose settings are loaded."""
+    with page.expect_file_chooser() as chooser:
+        page.locator("#load").click()
+    chooser.value.set_files(file)
+
+
 def done(page: Page, server: Server, before: set[Path]) -> Path:
     """Waits for the end; the one file that was saved, which is the one that is shown."""
     expect(page.locator("#status")).to_contain_text("Done: ")

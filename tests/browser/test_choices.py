@@ -7,7 +7,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from driving import CAT, TAG, done, fill, generate, opened, prompt, ready, refused, upload, usable
+from driving import (
+    CAT,
+    TAG,
+    done,
+    fill,
+    generate,
+    load,
+    opened,
+    prompt,
+    ready,
+    refused,
+    upload,
+    usable,
+)
 from PIL import Image
 from playwright.sync_api import Page, expect
 
@@ -45,8 +58,7 @@ def test_edit_with_a_mask(page, server):
     prompt(page).fill(f"{TAG.format(1)} Make it black.")
     paint(page)
     page.locator("#generate").click()
-    expect(page.locator("#status")).to_contain_text("Done: ")
-    (path,) = (one for one in server.saved() - before if re.search(r"\d\.png$", one.name))
+    path = done(page, server, before)
     record = read_record(path)
     mask = np.array(Image.open(find_mask(record, path)).convert("L"))
     assert mask.shape == Image.open(CAT).size[::-1]
@@ -144,11 +156,12 @@ def test_settings_of_a_picture(page, server, context, tmp_path):
     fill(page, guidance=3.5, steps=2)
     choose(page, "lora", "style")
     choose(page, "quality", "fast")
+    expect(page.locator("#steps input")).to_have_value("14")
     fill(page, steps=2)
     generate(page, f"{TAG.format(1)} Make it black.")
     path = done(page, server, before)
     other = opened(context.new_page(), server.address)
-    other.locator("#load input[type=file]").set_input_files(path)
+    load(other, path)
     expect(other.locator("#status")).to_contain_text(
         "Settings loaded; upload its input image again"
     )
@@ -164,7 +177,7 @@ def test_settings_of_a_picture(page, server, context, tmp_path):
     assert done(other, server, before).read_bytes() != b""
     (again,) = (one for one in server.saved() - before if "input" not in one.name)
     assert (np.array(Image.open(again)) == np.array(Image.open(path))).all()
-    other.locator("#load input[type=file]").set_input_files(CAT)
+    load(other, CAT)
     refused(other, "cat.png carries no request")
     expect(prompt(other)).to_have_value(f"{TAG.format(1)} Make it black.")
 
@@ -216,7 +229,7 @@ def test_settings_of_every_format(page, tmp_path, name):
             + ["--size", "32", "--steps", "1", "--quiet", "--out", str(out)]
         )
     assert not ended.value.code
-    page.locator("#load input[type=file]").set_input_files(out)
+    load(page, out)
     expect(prompt(page)).to_have_value("A dog.")
     expect(page.locator("#seed input")).to_have_value("9")
     expect(page.locator("#width input")).to_have_value("32")
