@@ -326,6 +326,8 @@ const omnigen = (() => {
       title.setAttribute("aria-expanded", title.classList.contains("open"));
     for (const empty of document.querySelectorAll("div.empty[aria-label]:not([role])"))
       empty.setAttribute("role", "img");
+    for (const list of document.querySelectorAll("[role=listbox]:not([aria-label])"))
+      list.setAttribute("aria-label", "Choices");
     // what Gradio itself has to say, such as of a file that is too large
     for (const told of document.querySelectorAll("[data-testid=toast-text]:not([data-said])")) {
       told.dataset.said = "";

@@ -68,6 +68,7 @@ def test_fits_and_is_accessible(sized, server):
     """At first, with everything open and filled, and after a picture."""
     fits(sized)
     accessible(sized)
+    sized.evaluate("document.activeElement.blur(); scrollTo(0, 0)")
     expect(sized.locator("#generate")).to_be_in_viewport(ratio=1)
     place = sized.locator("#prompt").bounding_box()
     button = sized.locator("#generate").bounding_box()
@@ -83,6 +84,7 @@ def test_fits_and_is_accessible(sized, server):
     fits(sized)
     accessible(sized)
     sized.locator("#width input").fill("100")
+    sized.locator("#use-input-size input").uncheck()
     sized.locator("#generate").click()
     expect(sized.locator("#status [role=alert]")).to_be_in_viewport()
     accessible(sized)
