@@ -6,10 +6,8 @@ from collections.abc import Iterator
 from urllib.parse import urlsplit
 
 import pytest
-
-playwright = pytest.importorskip("playwright.sync_api")
-
-from driving import BROWSER, BROWSER_OPTIONS, WAIT, Server, opened, started  # noqa: E402
+from driving import BROWSER, BROWSER_OPTIONS, WAIT, Server, opened, started
+from playwright.sync_api import expect, sync_playwright
 
 
 @pytest.fixture(scope="session")
@@ -22,8 +20,8 @@ def server(tmp_path_factory) -> Iterator[Server]:
 @pytest.fixture(scope="session")
 def chromium() -> Iterator:
     assert BROWSER, "chromium is missing; install it, on Debian with: apt-get install chromium"
-    with playwright.sync_playwright() as driver:
-        playwright.expect.set_options(timeout=WAIT)
+    with sync_playwright() as driver:
+        expect.set_options(timeout=WAIT)
         yield driver.chromium.launch(executable_path=BROWSER, args=BROWSER_OPTIONS, timeout=WAIT)
 
 
