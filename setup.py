@@ -20,6 +20,8 @@ setup(
             "models/*/*",
             "models/*/inputs/*",
             "models/*/vae/*",
+            "page/page.css",
+            "page/page.js",
         ],
         "omnigen_fast.bench": ["counts.json"],
         "omnigen_fast.bench.kernels": ["pipes.json"],

@@ -24,5 +24,11 @@ def page_fields(**changes: Any) -> list[Any]:
         "negative_prompt": DEFAULT_NEGATIVE_PROMPT,
         "memory": "auto",
         "quality": "exact",
+        "mask": None,
+        "mask_blur": 0,
+        "pictures": 1,
+        "seeds": "",
+        "lora": "none",
+        "lora_strength": 1,
     }
     return list((fields | changes).values())

@@ -119,8 +119,12 @@ class Call:
     fields: Mapping[str, Kind]
 
 
-def parse_call(body: bytes, calls: Mapping[int, Call], queued: bool) -> tuple[str, bytes]:
-    """The session of a call, and the call as Gradio may see it: with known fields alone.
+def parse_call(
+    body: bytes, calls: Mapping[int, Call], queued: bool
+) -> tuple[str, bytes, list[str]]:
+    """The session of a call, the call as Gradio may see it, and the files that it names.
+
+    Gradio sees known fields alone.
 
     Raises Refusal for anything that the page itself does not send.
     """
@@ -143,8 +147,10 @@ def parse_call(body: bytes, calls: Mapping[int, Call], queued: bool) -> tuple[st
     for value, (name, kind) in zip(data, fields.items()):
         if not kind.is_right(value):
             raise Refusal(400, f"{name} must be {kind.what}, got {_shown(value)}")
-    known_fields = {"data": list(map(_file_alone, data)), "fn_index": index}
-    return session, json.dumps({**known_fields, "session_hash": session}).encode()
+    alone = list(map(_file_alone, data))
+    files = [value["path"] for value in alone if isinstance(value, dict)]
+    known = {"data": alone, "fn_index": index, "session_hash": session}
+    return session, json.dumps(known).encode(), files
 
 
 def _file_alone(value: Any) -> Any:

@@ -7,6 +7,7 @@ and checked before Gradio sees it. All else gets a sentence.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -30,7 +31,9 @@ from .bodies import (
     replay,
     upload_limit,
 )
+from .files import Files
 from .line import Line
+from .users import REALM, Users
 
 Send = Callable[[Message], Awaitable[None]]
 Scope = dict[str, Any]
@@ -48,8 +51,10 @@ _PLAIN = re.compile(
 )
 _HEARTBEAT = re.compile(rf"{_API}/heartbeat/({SESSION.pattern})")
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{43}")
+_WRONG_SECONDS = 1.0  # that a wrong password waits for its answer
 # Headers that Gradio reads addresses, ranges and tokens from.
 _UNTRUSTED = {b"range", b"if-range", b"x-gradio-server", b"x-direct-url", b"forwarded"}
+_UNTRUSTED |= {b"authorization"}
 _SAFETY = [
     (b"x-content-type-options", b"nosniff"),
     (b"content-security-policy", b"frame-ancestors 'self'"),
@@ -66,7 +71,9 @@ class Gate:
         calls: what the page's buttons send, by Gradio's number of the action.
         line: of jobs and sessions.
         folder: of uploads and shown pictures; nothing else is served as a file.
+        files: whose each file in it is.
         port: names the cookie, which browsers share among the ports of a host.
+        users: who may ask for anything; None for anyone.
     """
 
     def __init__(
@@ -76,11 +83,15 @@ class Gate:
         calls: Mapping[int, Call],
         line: Line,
         folder: Path,
+        files: Files,
         port: int,
+        users: Users | None = None,
     ) -> None:
+        self._users = users
         self._app, self._hosts, self._calls, self._line = app, hosts, calls, line
         self._folder = Path(os.path.realpath(folder))
-        self._kept = set(_files(self._folder))  # the examples' images
+        self._files = files
+        self._kept = set(_files(self._folder))  # the examples' images, for everyone
         self._cookie = f"omnigen_fast_{port}"
         self._joined: set[str] = set()  # sessions that asked for something
         self._heartbeats = self._uploads = self._buffered = 0
@@ -112,6 +123,8 @@ class Gate:
         here = scope["server"][0] if scope.get("server") else None
         if problem := self._hosts.problem(headers, here):
             raise Refusal(403, problem)
+        if self._users is not None:
+            await self._check_user(self._users, headers.get("authorization"), answer)
         scope = {**scope, "headers": self._trusted(scope["headers"])}
         path, method = scope["path"], scope["method"]
         token = _token(headers.get("cookie", ""), self._cookie)
@@ -119,7 +132,7 @@ class Gate:
         scope["query_string"] = b""
         if path == f"{_API}/upload":
             _only(method, "POST")
-            await self._upload(scope, headers, receive, answer)
+            await self._upload(scope, headers, token, receive, answer)
         elif path in (f"{_API}/queue/join", f"{_API}/run/predict"):
             _only(method, "POST")
             await self._call(scope, headers, token, receive, answer)
@@ -134,7 +147,7 @@ class Gate:
             await self._heartbeat(scope, match[1], token, receive, answer)
         elif path.startswith(f"{_API}/file="):
             _only(method, "GET", "HEAD")
-            self._check_file(path.removeprefix(f"{_API}/file="))
+            self._check_file(path.removeprefix(f"{_API}/file="), token)
             await self._app(scope, receive, answer)
         elif _PLAIN.fullmatch(path) and ".." not in path:
             _only(method, "GET", *["HEAD"] * (path == "/"))
@@ -158,6 +171,14 @@ class Gate:
             kept.append((name, value))
         return kept
 
+    async def _check_user(self, users: Users, sent: str | None, answer: _Answer) -> None:
+        if sent is not None and users.know(sent):
+            return
+        if sent is not None:
+            await asyncio.sleep(_WRONG_SECONDS)
+        answer.headers.append((b"www-authenticate", REALM.encode()))
+        raise Refusal(401, "this page asks for a user and a password; reload it to give them")
+
     def _check_owner(self, session: str, token: str | None) -> None:
         if not self._line.owns(session, token):
             raise Refusal(403, "this session is another page's; reload the page")
@@ -172,8 +193,11 @@ class Gate:
     ) -> None:
         queued = scope["path"].endswith("join")
         sent = await self._receive_call(headers.get("content-length"), receive)
-        session, body = parse_call(sent, self._calls, queued)
+        session, body, named = parse_call(sent, self._calls, queued)
         self._check_owner(session, token)
+        for path in named:
+            if self._is_of_others(Path(os.path.realpath(path)), token):
+                raise Refusal(403, "this file is another page's, or was removed; upload it again")
         if queued:
             self._joined.add(session)
         scope["headers"] = [
@@ -204,7 +228,12 @@ class Gate:
             self._buffered -= taken
 
     async def _upload(
-        self, scope: Scope, headers: Mapping[str, str], receive: Body, answer: _Answer
+        self,
+        scope: Scope,
+        headers: Mapping[str, str],
+        token: str | None,
+        receive: Body,
+        answer: _Answer,
     ) -> None:
         if self._uploads >= MAX_UPLOADS:
             raise Refusal(503, f"{MAX_UPLOADS} files are being uploaded; try again in a minute")
@@ -224,7 +253,8 @@ class Gate:
             with body:
                 form.finish()
                 self._make_room()
-                await self._app(scope, replay(body, receive), answer)
+                written = _Written(answer, lambda path: self._files.give(path, token))
+                await self._app(scope, replay(body, receive), written)
         finally:
             self._uploads -= 1
 
@@ -258,13 +288,21 @@ class Gate:
         finally:
             self._heartbeats -= 1
 
-    def _check_file(self, path: str) -> None:
+    def _is_of_others(self, real: Path, token: str | None) -> bool:
+        """Whether a file in the folder is neither an example's nor this browser's."""
+        if self._folder not in real.parents or real in self._kept:
+            return False
+        return not self._files.is_of(str(real), token)
+
+    def _check_file(self, path: str, token: str | None) -> None:
         try:
             real = Path(os.path.realpath(path))
         except (OSError, ValueError):
             real = Path("/")
         if self._folder not in real.parents or not real.is_file():
             raise Refusal(403, "only uploaded and shown pictures are served as files")
+        if self._is_of_others(real, token):
+            raise Refusal(403, "this picture is another page's; open it where it was made")
 
     def _make_room(self) -> None:
         """Removes the oldest files for one more upload; those of the examples stay."""
@@ -288,6 +326,28 @@ class Gate:
     def idle(self) -> set[str]:
         """Sessions that asked for something, but have no job and no watcher."""
         return self._joined - self._line.sessions()
+
+
+class _Written:
+    """ASGI's `send` for an upload, which Gradio answers by a list of paths: tells of them first."""
+
+    def __init__(self, send: Send, tell: Callable[[str], None]) -> None:
+        self._send, self._tell, self._body = send, tell, b""
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.body":
+            self._body += message.get("body", b"")
+            if not message.get("more_body", False):
+                for path in self._paths():
+                    self._tell(path)
+        await self._send(message)
+
+    def _paths(self) -> list[str]:
+        try:
+            found = json.loads(self._body)
+        except ValueError:
+            return []
+        return [one for one in found if isinstance(one, str)] if isinstance(found, list) else []
 
 
 class _Answer:
@@ -328,7 +388,7 @@ class _Answer:
         ]
         start = {"type": "http.response.start", "status": refusal.status}
         self.begun = True
-        await self._send({**start, "headers": [*headers, *_SAFETY]})
+        await self._send({**start, "headers": [*headers, *_SAFETY, *self.headers]})
         await self._send({"type": "http.response.body", "body": body, "more_body": True})
         if receive is not None:
             await receive.drain()

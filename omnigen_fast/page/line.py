@@ -51,6 +51,11 @@ class Line:
                 self._owners.popitem(last=False)
         return owner == token
 
+    def owner(self, session: str | None) -> str | None:
+        """The client that may act for a session."""
+        with self._moved:
+            return None if session is None else self._owners.get(session)
+
     def watchers(self, session: str) -> int:
         """The number of those who watch a session."""
         return self._watchers[session]
@@ -87,6 +92,22 @@ class Line:
             with self._moved:
                 self._places.remove(mine)
                 self._moved.notify_all()
+
+    def again(self, job: Job, following: Job) -> bool:
+        """Puts the next job of a request at the end of the line, where the last one has ended.
+
+        So a request for many pictures holds up nobody for longer than one picture. False if the
+        request was told to stop meanwhile.
+        """
+        with self._moved:
+            if job.told or self._closed:
+                return False
+            place = next(place for place in self._places if place.job is job)
+            self._places.remove(place)
+            place.job = following
+            self._places.append(place)
+            self._moved.notify_all()
+        return True
 
     def wait(self, job: Job) -> Iterator[int]:
         """Yields the number of jobs before this one when it changes, until its turn or a stop."""

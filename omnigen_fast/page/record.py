@@ -146,25 +146,30 @@ def png_info(record: Record) -> PngInfo:
     return saving(record.text(), ".png")["pnginfo"]
 
 
-def read_record(path: str | os.PathLike[str]) -> Record:
+def read_record(path: str | os.PathLike[str], name: str | None = None) -> Record:
     """Reads the request from a PNG, JPEG or WebP file.
+
+    Args:
+        path: of the file.
+        name: by which messages call it; without one, its path.
 
     Raises:
         RequestError: another kind of file, or it carries no request or a damaged one.
     """
+    shown = str(path) if name is None else name
     if not os.path.isfile(path):
         what = "is a folder" if os.path.isdir(path) else "does not exist"
         raise RequestError(
-            f"{path} {what}; give a PNG file that omnigen-fast wrote, or a JPEG or WebP file"
+            f"{shown} {what}; give a PNG file that omnigen-fast wrote, or a JPEG or WebP file"
         )
     with open(path, "rb") as file:
-        text = read_text(file, str(path))
+        text = read_text(file, shown)
     try:
         fields = json.loads(text, parse_constant=_no_constant)
         return _parse(fields)
     except (ValueError, RecursionError) as error:  # JSON's own errors are ValueErrors
         raise RequestError(
-            f"{path}: the request in it is damaged ({error}); give the options without --from"
+            f"{shown}: the request in it is damaged ({error}); give the options without --from"
         ) from error
 
 

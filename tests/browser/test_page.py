@@ -2,130 +2,30 @@
 
 from __future__ import annotations
 
-import io
-import os
 import re
-import shutil
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import httpx
 import pytest
+from driving import (
+    CAT,
+    COFFEE,
+    TAG,
+    done,
+    fill,
+    generate,
+    opened,
+    prompt,
+    ready,
+    refused,
+    upload,
+    usable,
+)
 from PIL import Image
-from playwright.sync_api import BrowserContext, Page, expect, sync_playwright
+from playwright.sync_api import expect
 
-from omnigen_fast.page.demo import INPUTS, SIDE, STEPS
 from omnigen_fast.page.record import find_images, read_record
-
-GOLDEN = Path(__file__).parents[1] / "golden"
-CAT = GOLDEN / "images/cat.png"
-WAIT = (
-    int(os.environ.get("PAGE_WAIT", 120)) * 1000
-)  # ms, for anything: a busy machine is slow, not wrong
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
-SCREENSHOT = "PAGE_SCREENSHOT"  # where to write one, of the model that ships
-BROWSER_OPTIONS = [
-    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-]
-
-
-@dataclass(frozen=True)
-class Server:
-    """The page's process: where it listens, and where it saves."""
-
-    address: str
-    folder: Path
-
-    def saved(self) -> set[Path]:
-        return set(self.folder.glob("*.png"))
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory) -> Iterator[Server]:
-    start = tmp_path_factory.mktemp("start")
-    (start / "tiny").symlink_to(GOLDEN / "tiny")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    model = "shapes" if SCREENSHOT in os.environ else "tiny"
-    options = {"model": model, "device": "cpu", "dtype": "float32", "port": port}
-    process = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "omnigen_fast.app", "--local-files-only"),
-            *(f"--{name}={value}" for name, value in options.items()),
-        ],
-        cwd=start,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    line = process.stdout.readline()
-    assert line == f"The page is at http://127.0.0.1:{port}/\n"
-    yield Server(line.split()[-1], start / "omnigen-pictures")
-    process.terminate()
-    process.wait(60)
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory) -> Iterator[BrowserContext]:
-    assert BROWSER, "chromium is missing; install it, on Debian with: apt-get install chromium"
-    with sync_playwright() as playwright:
-        context = playwright.chromium.launch_persistent_context(
-            tmp_path_factory.mktemp("profile"),
-            executable_path=BROWSER,
-            args=BROWSER_OPTIONS,
-            viewport={"width": 1240, "height": 1000},
-            timeout=WAIT,
-        )
-        context.set_default_timeout(WAIT)
-        expect.set_options(timeout=WAIT)
-        yield context
-        context.close()
-
-
-@pytest.fixture
-def page(server, browser) -> Iterator[Page]:
-    """The page, filled for a small picture. It may ask its own server only."""
-    page, hosts = browser.new_page(), set()
-    page.on("request", lambda request: hosts.add(urlsplit(request.url).netloc))
-    page.goto(server.address)
-    fill(page, width=64, height=64, steps=3, max_input_size=64)
-    yield page
-    page.close()
-    assert hosts - {""} == {urlsplit(server.address).netloc}
-
-
-def fill(page: Page, **numbers: float) -> None:
-    for name, value in numbers.items():
-        page.locator(f"#{name.replace('_', '-')} input").fill(str(value))
-
-
-def generate(page: Page, prompt: str) -> None:
-    page.locator("#prompt textarea").fill(prompt)
-    page.locator("#generate").click()
-
-
-def done(page: Page, server: Server, before: set[Path]) -> Path:
-    """Waits for the end; the one file that was saved, which is the one that is shown."""
-    expect(page.locator("#status")).to_contain_text("Done: ")
-    (path,) = {one for one in server.saved() - before if "input" not in one.name}
-    shown = page.locator("#saved").locator("input, textarea")
-    expect(shown).to_have_value(f"{path.parent.name}/{path.name}")
-    expect(page.locator("#result img")).to_have_attribute("src", re.compile(path.name))
-    source = page.locator("#result img").get_attribute("src")
-    assert page.request.get(source).body() == path.read_bytes()
-    return path
-
-
-def usable(page: Page) -> None:
-    expect(page.locator("#generate")).to_be_enabled()
-    expect(page.locator("#stop")).to_be_disabled()
 
 
 def test_generate(page, server):
@@ -152,8 +52,7 @@ def test_generate(page, server):
 
 def test_edit_with_an_upload(page, server):
     before = server.saved()
-    page.locator("#image-1 input[type=file]").set_input_files(CAT)
-    expect(page.locator("#image-1 img")).to_be_visible()
+    upload(page, 1, CAT)
     page.locator("#use-input-size input").check()
     generate(page, "<img><|image_1|></img> Make the cat black.")
     path = done(page, server, before)
@@ -263,6 +162,7 @@ def test_reload_while_it_runs(page, server):
     generate(page, "A cat on a sofa.")
     expect(page.locator("#status")).to_contain_text("Step ")
     page.reload()
+    ready(page)
     usable(page)
     expect(page.locator("#status")).not_to_contain_text("Step")
     fill(page, width=64, height=64, steps=3, max_input_size=64)
@@ -271,15 +171,16 @@ def test_reload_while_it_runs(page, server):
     assert read_record(path).prompts == ("A dog on a sofa.",)
 
 
-def test_two_users(page, browser, server):
+def test_two_users(page, context, server):
     """The second waits, sees that it does, and can give up or stay."""
     before = server.saved()
     fill(page, width=256, height=256, steps=1000)
     generate(page, "A cat on a sofa.")
     expect(page.locator("#status")).to_contain_text("Step ")
-    other = browser.new_page()
-    other.goto(server.address)
-    fill(other, width=64, height=64, steps=3)
+    other = opened(context.new_page(), server.address)
+    # nothing of the first one's: no fields, no pictures
+    expect(prompt(other)).to_have_value("")
+    expect(other.locator("#pictures img")).to_have_count(0)
     for stays in (False, True):
         generate(other, "A dog on a sofa.")
         expect(other.locator("#status")).to_contain_text("Waiting: 1 before this one")
@@ -293,40 +194,122 @@ def test_two_users(page, browser, server):
     other.close()
 
 
-def test_example_fills_the_fields_and_runs(page, server):
+def test_example_fills_the_fields_and_a_second_click_runs_it(page, server):
     before = server.saved()
     page.locator("#examples").get_by_text("Remove the cup.").click()
+    expect(prompt(page)).to_have_value(f"{TAG.format(1)} Remove the cup.")
+    expect(page.locator("#image-1 img")).to_be_visible()
+    expect(page.locator("#use-input-size input")).to_be_checked()
+    expect(prompt(page)).to_be_in_viewport()
+    expect(page.locator("#generate")).to_be_in_viewport()
+    assert server.saved() == before
+    expect(page.locator("#status")).to_have_text("")
+    page.locator("#generate").click()
     path = done(page, server, before)
     record = read_record(path)
     assert record.prompts == ("<img><|image_1|></img> Remove the cup.",)
     assert record.arguments["use_input_image_size_as_output"]
     assert record.arguments["num_inference_steps"] == 3
-    expect(page.locator("#prompt textarea")).to_have_value(record.prompts[0])
 
 
 def test_memory_table(page):
-    page.locator("#prompt textarea").fill("A cat on a sofa.")
+    prompt(page).fill("A cat on a sofa.")
     page.locator("#memory-section").get_by_text("Memory").first.click()
     page.locator("#plan").click()
-    expect(page.locator("#plans").get_by_role("gridcell", name="chosen")).to_be_visible()
+    expect(page.locator("#plans").get_by_role("cell", name="chosen")).to_be_visible()
+    expect(page.locator("#legend")).to_contain_text("what Generate would run now")
     memory = page.locator("#memory input")
-    for given, message in (("1KiB", "this request needs at least"), ("a lot", "got 'a lot'")):
+    for given, message in (
+        ("1KiB", "this request needs at least"),
+        ("a lot", "got 'a lot'"),
+        ("12", 'for 12 GiB write "12GiB"'),
+    ):
         memory.fill(given)
         memory.press("Enter")
         page.locator("#plan").click()
         expect(page.get_by_role("alert").filter(has_text=message)).to_be_visible()
 
 
-@pytest.mark.skipif(SCREENSHOT not in os.environ, reason=f"{SCREENSHOT}=FILE.png makes it")
-def test_screenshot(page, server):
-    """The page after a picture, for the documentation."""
+def test_a_refused_request_keeps_what_is_shown(page, server):
+    """Seed, picture and file, and every field."""
     before = server.saved()
-    page.locator("#image-1 input[type=file]").set_input_files(INPUTS / "circle-triangle.png")
-    fill(page, width=SIDE, height=SIDE, max_input_size=SIDE, steps=STEPS)
-    page.locator("#use-input-size input").check()
-    page.locator("#prompt textarea").fill("<img><|image_1|></img> Make the triangle purple.")
+    generate(page, "A cat on a sofa.")
+    path = done(page, server, before)
+    source = page.locator("#result img").get_attribute("src")
+    fill(page, width=100)
     page.locator("#generate").click()
-    done(page, server, before)
-    page.mouse.move(0, 0)
-    picture = Image.open(io.BytesIO(page.screenshot(full_page=True)))
-    picture.quantize(128).save(os.environ[SCREENSHOT], optimize=True)
+    refused(page, "width must be a multiple of 16, got 100; the nearest are 96 and 112")
+    expect(page.locator("#status")).to_be_in_viewport()
+    seed = str(read_record(path).arguments["seed"])
+    expect(page.locator("#seed input")).to_have_value(seed)
+    expect(page.locator("#result img")).to_have_attribute("src", source)
+    expect(page.locator("#saved").locator("input, textarea")).to_have_value(
+        f"{path.parent.name}/{path.name}"
+    )
+    expect(page.locator("#width input")).to_have_value("100")
+
+
+def test_ctrl_enter_in_the_prompt_starts(page, server):
+    before = server.saved()
+    prompt(page).fill("A cat on a sofa")
+    prompt(page).press_sequentially(", asleep.")
+    prompt(page).press("Control+Enter")
+    assert read_record(done(page, server, before)).prompts == ("A cat on a sofa, asleep.",)
+
+
+def test_tags_come_and_go_with_their_images(page, server):
+    one, two = TAG.format(1), TAG.format(2)
+    prompt(page).fill("Put the cat beside the cup.")
+    upload(page, 1, CAT)
+    expect(prompt(page)).to_have_value(f"{one} Put the cat beside the cup.")
+    page.locator("#image-3 input[type=file]").set_input_files(COFFEE)  # not the next one
+    expect(page.locator("#image-2 img")).to_be_visible()
+    expect(page.locator("#image-3 img")).to_have_count(0)
+    expect(prompt(page)).to_have_value(f"{one} {two} Put the cat beside the cup.")
+    page.locator("#image-1").get_by_label("Remove image", exact=False).click()
+    expect(page.locator("#image-2 img")).to_have_count(0)
+    expect(page.locator("#image-1 img")).to_have_attribute("src", re.compile("coffee"))
+    expect(prompt(page)).to_have_value(f"{one} Put the cat beside the cup.")
+    before = server.saved()
+    page.locator("#generate").click()
+    path = done(page, server, before)
+    ((found,),) = find_images(read_record(path), path)
+    assert Path(found).read_bytes() == COFFEE.read_bytes()
+
+
+def test_fields_survive_a_reload(page, server):
+    upload(page, 1, CAT)
+    prompt(page).fill(f"{TAG.format(1)} Make it black.")
+    fill(page, guidance=3.5, seed=77, pictures_count=2, seeds="4, 5")
+    page.locator("#randomize input").uncheck()
+    page.locator("#use-input-size input").check()
+    page.wait_for_function("sessionStorage.length > 0")
+    page.reload()
+    ready(page)
+    expect(prompt(page)).to_have_value(f"{TAG.format(1)} Make it black.")
+    expect(page.locator("#image-1 img")).to_be_visible()
+    for name, value in {
+        "width": "64",
+        "guidance": "3.5",
+        "seed": "77",
+        "steps": "3",
+        "pictures-count": "2",
+    }.items():
+        expect(page.locator(f"#{name} input")).to_have_value(value)
+    expect(page.locator("#seeds").locator("input, textarea")).to_have_value("4, 5")
+    expect(page.locator("#randomize input")).not_to_be_checked()
+    expect(page.locator("#use-input-size input")).to_be_checked()
+    before = server.saved()
+    fill(page, seeds="", pictures_count=1)
+    page.locator("#generate").click()
+    assert read_record(done(page, server, before)).arguments["seed"] == 77
+
+
+def test_what_is_refused_before_it_is_a_call_is_said_beside_generate(page, tmp_path):
+    """A file that is too large."""
+    huge = tmp_path / "huge.png"
+    with open(huge, "wb") as file:
+        file.truncate((64 << 20) + (1 << 20))
+    page.locator("#image-1 input[type=file]").set_input_files(huge)
+    expect(page.locator("#notice")).to_contain_text(re.compile("exceeds .* 64"))
+    expect(page.locator("#notice")).to_be_in_viewport()

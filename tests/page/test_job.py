@@ -31,7 +31,7 @@ from omnigen_fast.page.job import (
     save,
     sentence,
 )
-from omnigen_fast.page.record import find_images, read_record
+from omnigen_fast.page.record import find_images, find_mask, read_record
 from omnigen_fast.request import DEFAULT_NEGATIVE_PROMPT
 from omnigen_fast.vae.preview import Preview, expected
 
@@ -108,6 +108,70 @@ class TestFields:
     def test_what_only_the_page_gets_wrong(self, given, message):
         with pytest.raises(RequestError, match=message):
             replace(FIELDS, **given).call()
+
+    @pytest.mark.parametrize(
+        ("given", "seeds"),
+        [
+            ({}, [7]),
+            ({"pictures": 3.0}, [7, 8, 9]),
+            ({"seeds": " 4, 5\n-6 ;7,"}, [4, 5, -6, 7]),
+            ({"seeds": "18446744073709551615"}, [(1 << 64) - 1]),
+            ({"seeds": "1 2", "pictures": 2.0}, [1, 2]),
+            ({"seeds": None, "pictures": None}, [7]),
+        ],
+    )
+    def test_a_call_for_each_seed(self, given, seeds):
+        calls = replace(FIELDS, **given).calls()
+        assert [call["seed"] for call in calls] == seeds
+        assert all(call | {"seed": 7} == FIELDS.call() for call in calls)
+
+    def test_each_picture_draws_its_own_seed(self):
+        calls = replace(FIELDS, randomize=True, pictures=8.0).calls()
+        assert len({call["seed"] for call in calls}) > 1
+
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            ({"pictures": 0.0}, "pictures must be from 1 to 16, got 0"),
+            ({"pictures": 17.0}, "pictures must be from 1 to 16, got 17"),
+            ({"pictures": 1.5}, "pictures must be from 1 to 16, got 1.5"),
+            ({"seeds": "1, two"}, "seeds must be integers such as 1, 2, 3, got 'two'"),
+            ({"seeds": "1.5"}, "seeds must be integers"),
+            ({"seeds": "1," * 17}, "at most 16 seeds are taken, got 17"),
+            ({"seeds": "1 2", "pictures": 3.0}, "2 seeds are listed for 3 pictures"),
+            ({"image_1": "/none.png"}, "image 1 is no longer on the server; upload it again"),
+            ({"mask": "/none.png"}, "the mask is no longer on the server; paint it again"),
+        ],
+    )
+    def test_lists_counts_and_files_that_are_gone(self, given, message):
+        with pytest.raises(RequestError) as caught:
+            replace(FIELDS, **given).calls()
+        assert message in str(caught.value)
+
+    def test_a_mask_is_of_the_size_of_its_image(self, pipe, tmp_path):
+        mask = tmp_path / "mask.png"
+        size = Image.open(CAT).size
+        drawn = Image.new("L", size)
+        drawn.paste(255, (0, 0, size[0] // 2, size[1]))
+        drawn.save(mask)
+        fields = replace(EDIT, mask=str(mask), mask_blur=2.0)
+        (expected_image,) = pipe(
+            EDIT.prompt,
+            [CAT],
+            num_inference_steps=3,
+            guidance_scale=2.5,
+            img_guidance_scale=1.6,
+            max_input_image_size=32,
+            use_input_image_size_as_output=True,
+            mask_image=str(mask),
+            mask_blur=2,
+            seed=7,
+            progress=False,
+        )
+        end = course(pipe, fields)[-1]
+        np.testing.assert_array_equal(np.array(end.image), np.array(expected_image))
+        path = save(end.image, fields.call(), str(TINY), "float32", tmp_path / "pictures")
+        assert find_mask(read_record(path), path) == str(path.with_name(f"{path.stem}-mask.png"))
 
     @pytest.mark.parametrize("given", BAD.values(), ids=BAD)
     def test_errors_are_those_of_python(self, pipe, given):
@@ -246,6 +310,18 @@ class TestSave:
             self.save(tmp_path)
         assert not list(tmp_path.iterdir())
 
+    def test_what_the_weights_are(self, tmp_path):
+        loading = {"weights": "int8", "vae_path": "v", "revision": None, "device": "cpu"}
+        loras = ["/x/style:0.5"]
+        path = save(
+            *(self.IMAGE, FIELDS.call(), "some/model", "float32", tmp_path),
+            loras=loras,
+            loading=loading,
+        )
+        record = read_record(path)
+        assert record.loras == tuple(loras) and record.vae_path == "v"
+        assert record.precision == {"weights": "int8"} and record.revision is None
+
     @pytest.mark.parametrize("quality", QUALITIES)
     def test_made_again_to_the_same_bytes(self, pipe, tmp_path, quality):
         fields = replace(EDIT, quality=quality)
@@ -312,7 +388,8 @@ def test_examples_of_the_gallery_run(pipe, one):
 
 def test_without_gradio_one_line_says_what_to_do(monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
-    monkeypatch.delitem(sys.modules, "omnigen_fast.page.ui", raising=False)
+    for name in ("components", "actions", "ui", "serve"):
+        monkeypatch.delitem(sys.modules, f"omnigen_fast.page.{name}", raising=False)
     result = CliRunner().invoke(main, ["app"])
     assert result.exit_code == 1
     assert result.output == (
@@ -337,3 +414,16 @@ def test_the_page_gives_no_more_memory_than_there_is(pipe, monkeypatch):
     for call in (lambda: course(pipe, greedy), lambda: memory_table(pipe, greedy.call())):
         with pytest.raises(MemoryBudgetError):
             call()
+
+
+def test_a_limit_is_for_every_picture(pipe):
+    """What the page was started with holds, whatever a visitor asks for."""
+    least = min(float(row[1]) for row in memory_table(pipe, FIELDS.call()))
+    limit = int(least * 1e9 / 2)
+    for memory in ("auto", "999TiB"):
+        call = replace(FIELDS, memory=memory).call()
+        with pytest.raises(MemoryBudgetError):
+            memory_table(pipe, call, limit)
+        with pytest.raises(MemoryBudgetError):
+            list(Job(pipe, call, limit=limit).run())
+    assert memory_table(pipe, FIELDS.call(), 1 << 60) == memory_table(pipe, FIELDS.call())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import http.client
+import io
 import json
 import os
 import re
@@ -20,15 +22,40 @@ from pathlib import Path
 import pytest
 from golden_cases import GOLDEN, TINY
 from page_fields import page_fields
+from PIL import Image
 
 from omnigen_fast.page.bodies import MAX_CALL_BYTES, MAX_UPLOAD_BYTES
-from omnigen_fast.page.record import read_record
+from omnigen_fast.page.embedded import saving
+from omnigen_fast.page.record import Record, read_record, recorded_arguments
 
 pytest.importorskip("gradio")
 pytestmark = pytest.mark.early
 
 CAT = GOLDEN / "images/cat.png"
+GENERATE, EXAMPLE, STOP, PLANS, LOAD = 0, 1, 3, 4, 7  # Gradio's numbers of the page's actions
 WAIT = 120  # seconds; a busy machine is slow, not wrong
+# The request that a picture carries.
+RECORD = Record(
+    model="tiny",
+    prompts=("A cat.",),
+    input_images=((),),
+    negative_prompts=None,
+    arguments=recorded_arguments(
+        {
+            "height": 32,
+            "width": 32,
+            "num_inference_steps": 2,
+            "guidance_scale": 2.5,
+            "use_img_guidance": True,
+            "img_guidance_scale": 1.6,
+            "max_input_image_size": 32,
+            "use_input_image_size_as_output": False,
+            "num_images_per_prompt": 1,
+            "seed": 0,
+            "dtype": "float32",
+        }
+    ),
+).text()
 # Shorter times than in use, so that the tests need not wait for those.
 START = """
 import sys
@@ -77,6 +104,11 @@ class Server:
 
     def join(self, session: str, call: int = 0, **changes) -> Answer:
         body = {"data": data(**changes), "fn_index": call, "session_hash": session}
+        return self.ask("POST", "/gradio_api/queue/join", body)
+
+    def load(self, session: str, file) -> Answer:
+        """Asks for the settings that a picture carries."""
+        body = {"data": [file], "fn_index": LOAD, "session_hash": session}
         return self.ask("POST", "/gradio_api/queue/join", body)
 
     def events(self, session: str, path: str = "/gradio_api/queue/data") -> str:
@@ -247,6 +279,68 @@ class TestHosts:
             assert b'"https://page.example"' in connection.getresponse().read()
 
 
+class TestUsers:
+    @pytest.fixture(scope="class")
+    def guarded(self, tmp_path_factory) -> Iterator[Server]:
+        folder = tmp_path_factory.mktemp("guarded")
+        (folder / "users").write_text("ann:a secret\nbob:pass:word\n")
+        quick = "from omnigen_fast.page import gate; gate._WRONG_SECONDS = 0.2"
+        with started(folder, "--auth", "users", more=quick) as one:
+            yield one
+
+    def login(self, text: str) -> dict[str, str]:
+        return {"Authorization": f"Basic {base64.b64encode(text.encode()).decode()}"}
+
+    @pytest.mark.parametrize("path", ["/", "/config", "/gradio_api/file=/x", "/nothing"])
+    def test_without_a_password_there_is_nothing(self, guarded, path):
+        answer = guarded.ask("GET", path)
+        answer.refused(401)
+        assert answer.headers["www-authenticate"].startswith("Basic realm=")
+        assert "set-cookie" not in answer.headers
+
+    @pytest.mark.parametrize("user", ["ann:a secret", "bob:pass:word"])
+    def test_with_one_there_is_the_page(self, guarded, user):
+        assert guarded.ask("GET", "/", **self.login(user)).status == 200
+
+    @pytest.mark.parametrize(
+        "user", ["ann:pass:word", "ann:", ":", "", "ann", "eve:a secret", "ann:a secret "]
+    )
+    def test_wrong_ones_wait_and_are_refused(self, guarded, user):
+        start = time.monotonic()
+        guarded.ask("GET", "/", **self.login(user)).refused(401)
+        assert time.monotonic() - start >= 0.2
+
+    @pytest.mark.parametrize(
+        "header", ["Basic", "Basic !!!", "Basic /w==", "Bearer x", "Basic " + "A" * 20_000, "\xff"]
+    )
+    def test_what_is_no_login(self, guarded, header):
+        guarded.ask("GET", "/", Authorization=header).refused(401)
+
+    def test_uploads_and_calls_need_one_too(self, guarded):
+        body = {"data": data(), "fn_index": GENERATE, "session_hash": "a"}
+        guarded.ask("POST", "/gradio_api/queue/join", body).refused(401)
+        guarded.upload(b"x").refused(401)
+        user = self.login("ann:a secret")
+        assert guarded.ask("POST", "/gradio_api/queue/join", body, **user).status == 200
+
+    def test_from_the_environment(self, tmp_path):
+        with started(tmp_path, OMNIGEN_PAGE_AUTH="eve:x") as one:
+            one.ask("GET", "/").refused(401)
+            assert one.ask("GET", "/", **self.login("eve:x")).status == 200
+
+    def test_open_to_others_without_a_password_is_one_line(self, tmp_path):
+        with started(tmp_path, "--host", "127.0.0.1") as one:
+            pass
+        assert (tmp_path / "errors").read_text() == ""
+        other = tmp_path / "other"
+        other.mkdir()
+        with started(other, "--host", "0.0.0.0") as one:
+            assert one.ask("GET", "/").status == 200
+        (line,) = (other / "errors").read_text().splitlines()
+        assert line.startswith("Warning: with --host 0.0.0.0, whoever reaches this machine")
+        assert "--auth FILE or OMNIGEN_PAGE_AUTH" in line
+
+
 @pytest.mark.parametrize(
     "proxies",
     [
@@ -326,10 +420,10 @@ class TestBodies:
             ({"fn_index": None}, "is no action"),
             ({"fn_index": 10**300}, "is no action"),
             ({"fn_index": 3}, "is no action"),  # stop, which is not queued
-            ({"data": []}, "list of 16 fields"),
-            ({"data": None}, "list of 16 fields"),
-            ({"data": {"prompt": "x"}}, "list of 16 fields"),
-            ({"data": [*data(), None]}, "list of 16 fields"),
+            ({"data": []}, "list of 22 fields"),
+            ({"data": None}, "list of 22 fields"),
+            ({"data": {"prompt": "x"}}, "list of 22 fields"),
+            ({"data": [*data(), None]}, "list of 22 fields"),
             ({"session_hash": None}, "session_hash"),
             ({"session_hash": 7}, "session_hash"),
             ({"session_hash": ""}, "session_hash"),
@@ -344,6 +438,12 @@ class TestBodies:
                     "guidance_scale": ("nan", "x" * 10_000),
                     "randomize": ("yes", 1, None or []),
                     "memory": ({}, [], 8),
+                    "mask": ("/etc/passwd", [], 7, {"path": 7}),
+                    "mask_blur": ("3", {}, True),
+                    "pictures": ("3", [], True, 10**400),
+                    "seeds": (7, [1, 2], {}),
+                    "lora": (7, ["style"], {"path": "x"}),
+                    "lora_strength": ("1", [], True),
                 }.items()
                 for value in values
             ),
@@ -351,6 +451,7 @@ class TestBodies:
             ({"data": data(image_1={"path": "a\0.png"})}, "must be uploaded"),
             ({"data": data(image_1={"path": "\ud800"})}, "must be uploaded"),
             ({"data": data(image_1={"path": "x" * 100_000})}, "must be uploaded"),
+            ({"data": data(mask={"path": "http://127.0.0.1/a.png"})}, "must be uploaded"),
         ],
         ids=lambda value: None if isinstance(value, str) else str(value)[:48],
     )
@@ -381,6 +482,11 @@ class TestBodies:
             ({"memory": "9" * 5000 + "GiB"}, "memory"),
             ({"memory": "\ud800"}, "memory"),
             ({"negative_prompt": "\ud800"}, "negative_prompt"),
+            ({"pictures": 1e9}, "pictures must be"),
+            ({"pictures": 1.5}, "pictures must be"),
+            ({"seeds": "1," * 100_000}, "at most 16 seeds"),
+            ({"seeds": "9" * 5000}, "seeds must be integers"),
+            ({"seeds": "\ud800"}, "seeds must be integers"),
         ],
         ids=lambda value: None if isinstance(value, str) else str(value)[:32],
     )
@@ -391,6 +497,55 @@ class TestBodies:
             events = server.events(session)
             assert 'role=\\"alert' in events and words in events
             assert "it failed (" not in events
+
+    @pytest.mark.parametrize("field", ["image_1", "mask"])
+    def test_a_picture_that_costs_too_much_is_refused_in_time(self, server, field):
+        """A mask of 1 x 65,000 pixels, and one of 100 megapixels in 100 KB."""
+        (cat,) = json.loads(server.upload(CAT.read_bytes()).body)
+        for size in ((1, 65_000), (20_000, 20_000)):
+            written = io.BytesIO()
+            Image.new("1", size, 1).save(written, "png")
+            (path,) = json.loads(server.upload(written.getvalue(), "m.png").body)
+            files = {"image_1": {"path": cat}} | {field: {"path": path}}
+            start, session = time.monotonic(), f"dear{field}{size[0]}"
+            prompt = "<img><|image_1|></img> Make it black."
+            assert server.join(session, prompt=prompt, **files).status == 200
+            events = server.events(session)
+            assert 'role=\\"alert' in events and "it failed (" not in events
+            assert time.monotonic() - start < WAIT
+
+    @pytest.mark.parametrize(
+        "content",
+        [b"", b"x", CAT.read_bytes(), b"\x89PNG\r\n\x1a\n" + b"\xff" * 100, bytes(1 << 20)],
+        ids=["empty", "text", "plain", "damaged", "zeros"],
+    )
+    def test_settings_from_what_carries_none(self, server, content):
+        (path,) = json.loads(server.upload(content, "a.png").body)
+        session = f"load{len(content)}"
+        assert server.load(session, {"path": path}).status == 200
+        events = server.events(session)
+        assert 'role=\\"alert' in events and "it failed (" not in events
+        assert str(server.temporary) not in events
+
+    @pytest.mark.parametrize("change", [{"height": 10**400}, {"seed": 10**300}, {"steps": 1e999}])
+    def test_settings_that_no_browser_can_hold(self, server, change):
+        fields = json.loads(RECORD) | {
+            {"steps": "num_inference_steps"}.get(name, name): one for name, one in change.items()
+        }
+        written = io.BytesIO()
+        Image.new("RGB", (8, 8)).save(written, "png", **saving(json.dumps(fields), ".png"))
+        (path,) = json.loads(server.upload(written.getvalue(), "a.png").body)
+        session = f"hold{min(change)}"
+        assert server.load(session, {"path": path}).status == 200
+        events = server.events(session)
+        assert "it failed (" not in events
+        assert ("no page can use" in events or "damaged" in events) == ("seed" not in change)
+
+    @pytest.mark.parametrize("lora", ["../style", "/etc/passwd", str(GOLDEN / "lora"), "x" * 9999])
+    def test_no_lora_by_its_path(self, server, lora):
+        session = f"lora{len(lora)}"
+        assert server.join(session, lora=lora).status == 200
+        assert "the LoRA must be one of none" in server.events(session)
 
     @pytest.mark.parametrize(
         ("body", "words"),
@@ -526,10 +681,13 @@ class TestPaths:
                     {"path": "/proc/self/environ", "orig_name": "a.png", **meta},
                 ]
             ):
-                for call in (0, 2, 4):
-                    session = f"file{i}{call}"
-                    assert server.join(session, call, image_1=file).status == 200
-                    assert '"success":false' in server.events(session)
+                for call in (0, 4):
+                    for field in ("image_1", "mask"):
+                        session = f"file{i}{call}{field}"
+                        assert server.join(session, call, **{field: file}).status == 200
+                        assert '"success":false' in server.events(session)
+                assert server.load(f"load{i}", file).status == 200
+                assert '"success":false' in server.events(f"load{i}")
             with pytest.raises(TimeoutError):
                 bait.accept()
         assert not list(server.temporary.rglob(CAT.name + "*environ*"))
@@ -555,6 +713,35 @@ class TestSessions:
         assert server.ask("POST", "/gradio_api/run/predict", stop, Cookie=mine).status == 200
         events = server.ask("GET", data_path, Cookie=mine).body.decode()
         assert "Stopped" in events
+
+    def test_files_of_others(self, server):
+        """Who knows the path of an upload or a picture of another browser gets neither."""
+        mine, theirs = (
+            server.ask("GET", "/").headers["set-cookie"].split(";")[0] for _ in range(2)
+        )
+        kind = "multipart/form-data; boundary=edge"
+        form = part("a.png", CAT.read_bytes() + b" mine") + b"--edge--\r\n"
+        answer = server.ask("POST", "/gradio_api/upload", form, Content_Type=kind, Cookie=mine)
+        (upload,) = json.loads(answer.body)
+        body = {"data": data(seed=41), "fn_index": GENERATE, "session_hash": "owner"}
+        join = "/gradio_api/queue/join"
+        assert server.ask("POST", join, body, Cookie=mine).status == 200
+        events = server.ask("GET", "/gradio_api/queue/data?session_hash=owner", Cookie=mine).body
+        (picture,) = set(re.findall(rb'"path":"([^"]+-41[^"/]*\.png)"', events))
+        for path in (upload, picture.decode()):
+            file = f"/gradio_api/file={path}"
+            assert server.ask("GET", file, Cookie=mine).status == 200
+            for cookie in (theirs, "a=b"):
+                assert "another page's" in server.ask("GET", file, Cookie=cookie).refused(403)
+                for field in ("image_1", "mask"):
+                    body = {"data": data(**{field: {"path": path}}), "fn_index": GENERATE}
+                    body["session_hash"] = f"thief{len(cookie)}"
+                    answer = server.ask("POST", join, body, Cookie=cookie)
+                    assert "another page's" in answer.refused(403)
+                body = {"data": [{"path": path}], "fn_index": LOAD}
+                body["session_hash"] = f"thief{len(cookie)}"
+                answer = server.ask("POST", join, body, Cookie=cookie)
+                assert "another page's" in answer.refused(403)
 
     def test_stopping_a_job_of_another_one(self, server):
         assert server.join("worker", steps=30).status == 200
@@ -759,6 +946,10 @@ class TestStart:
             (["--allowed-host", "a b"], "a host must be a name"),
             (["--allowed-host", "a:80"], "a host must be a name"),
             (["--model", "none/such/x"], "none/such/x"),
+            (["--auth", "none"], "--auth none does not exist"),
+            (["--memory", "12"], 'for 12 GiB write "12GiB"'),
+            (["--lora", "none.safetensors"], "none.safetensors"),
+            (["--lora", "a:heavy"], "is not a weight"),
         ],
     )
     def test_options(self, options, words):
