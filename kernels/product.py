@@ -18,6 +18,7 @@ from torch import Tensor
 from . import contract, launch
 
 _GROUP = 8  # tiles of rows that are walked together
+_ADDED = 128  # columns of a tile at most that is added to what is there
 
 
 @triton.jit
@@ -94,7 +95,9 @@ def scaled_mm_(
     (rows, width), columns = values.shape, weight.shape[0]
     if rows and columns:
         chosen = launch.choose("scaled_mm_", values)
-        tiles = triton.cdiv(rows, chosen.block_m) * triton.cdiv(columns, chosen.block_n)
+        # what it is added to takes registers, too: more than there are beside sums of 256 columns
+        block_n = min(chosen.block_n, _ADDED) if accumulate else chosen.block_n
+        tiles = triton.cdiv(rows, chosen.block_m) * triton.cdiv(columns, block_n)
         scaled_mm_kernel[(tiles,)](
             values,
             scales,
@@ -110,7 +113,7 @@ def scaled_mm_(
             ACCUMULATOR=tl.int32 if values.dtype == torch.int8 else tl.float32,
             ACCUMULATE=accumulate,
             BLOCK_M=chosen.block_m,
-            BLOCK_N=chosen.block_n,
+            BLOCK_N=block_n,
             BLOCK_K=chosen.block_k,
             GROUP=_GROUP,
             num_warps=chosen.num_warps,

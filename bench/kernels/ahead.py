@@ -83,12 +83,13 @@ class Case:
     capability: int | str  # or AMD's architecture
     tensor_maps: bool = False
     form: str = ""  # of values in 8 bits: int8 or fp8
+    added: bool = False  # whether a product is added to what is there
 
     @property
     def id(self) -> str:
         head = f"-d{self.head_dim}" if self.head_dim else ""
         maps = "-maps" if self.tensor_maps else ""
-        form = f"-{self.form}" if self.form else ""
+        form = (f"-{self.form}" if self.form else "") + "-added" * self.added
         target = self.capability if isinstance(self.capability, str) else f"sm_{self.capability}"
         return f"{self.kernel}{head}{maps}{form}-{self.dtype}-{target}"
 
@@ -105,7 +106,7 @@ class Case:
     def is_bounded(self) -> bool:
         """Whether `bounds` counts its main loop."""
         plain_attention = self.uses_matrix_units and not self.form
-        return plain_attention or self.kernel == "scaled_mm_"
+        return plain_attention or (self.kernel == "scaled_mm_" and not self.added)
 
 
 @dataclass(frozen=True)
@@ -168,9 +169,9 @@ def cases_of(generation: int | str, has_fp8: bool) -> Iterator[Case]:
             for form in CACHES:
                 yield Case(kernel, HEAD_DIM, "bf16", generation, form=form)
         elif kernel in _QUANTISED:
-            yield Case(kernel, 0, "bf16", generation, form="int8")
-            if has_fp8:
-                yield Case(kernel, 0, "bf16", generation, form="fp8")
+            for form in ("int8", "fp8") if has_fp8 else ("int8",):
+                for added in (False, True) if kernel == "scaled_mm_" else (False,):
+                    yield Case(kernel, 0, "bf16", generation, form=form, added=added)
         else:
             for dtype in _DTYPES:
                 yield Case(kernel, 0, dtype, generation)
@@ -213,7 +214,7 @@ def _arguments(case: Case) -> tuple:
         if case.kernel == "scaled_mm_":
             weight = _zeros(HIDDEN, HIDDEN, dtype=form)
             weight_scales = _zeros(HIDDEN, dtype=torch.float32)
-            return values, scales, weight, weight_scales, x, True
+            return values, scales, weight, weight_scales, x, case.added
     if case.kernel == "modulate":
         table = _zeros(50, HIDDEN, dtype=dtype)
         return x, table, table, torch.zeros(1, dtype=torch.int64), 1e-6

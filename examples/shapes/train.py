@@ -334,7 +334,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the model and the run")
     parser.add_argument("--steps", type=int, default=4600, help="of the transformer")
-    parser.add_argument("--further-steps", type=int, default=1300, help="of it on what people write")
+    parser.add_argument(
+        "--further-steps", type=int, default=1300, help="of it on what people write"
+    )
     parser.add_argument(
         "--start", type=Path, help="a trained model: its VAE and transformer are trained further"
     )
