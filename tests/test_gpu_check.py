@@ -174,7 +174,7 @@ def test_a_capture_that_changes_the_result_is_found(tmp_path, capture_by):
     capture_by(late)
     status, result = check(tmp_path, "--parts", "model")
     assert status == 1
-    assert [row["status"] for row in result["parts"]["model"]["rows"]] == ["ok"] * 2 + [
+    assert [row["status"] for row in result["parts"]["model"]["rows"]] == ["ok"] * 3 + [
         "failed"
     ] * 3
 

@@ -48,9 +48,6 @@ EXAMPLES = (
     DemoExample(
         "text to image", "a large purple circle in the bottom left corner, black background"
     ),
-    DemoExample(
-        "text to image", "Hello! Could I have a pink circle with a big green star, please?"
-    ),
     DemoExample("recolour", f"{_ONE} Make the triangle purple.", ("circle-triangle",)),
     DemoExample("remove", f"{_ONE} Remove the circle.", ("circle-triangle",)),
     DemoExample("add", f"{_ONE} Add a small blue square at the top left.", ("star",)),

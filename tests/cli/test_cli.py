@@ -309,6 +309,7 @@ class TestArguments:
                 "compute": "int8",
                 "cache": "fp8",
                 "vae_dtype": "bfloat16",
+                "attention": "auto",
                 "compile": True,
                 "revision": "v1",
                 "cache_dir": "cache",
