@@ -107,6 +107,7 @@ def test_no_config_of_the_developers_own():
     """A command of a test, or of a process that it starts, finds none."""
     folder = Path(os.environ["XDG_CONFIG_HOME"])
     assert folder.is_dir() and Path.home() / ".config" != folder
+    assert not config_file.default_path().exists()
     assert not list(folder.glob("omnigen*"))  # other libraries may keep theirs there
     if sys.platform == "linux":
         assert folder in config_file.default_path().parents

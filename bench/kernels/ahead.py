@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -431,12 +431,13 @@ def _ctas(limits: Limits, registers: int, warps: int, shared: int, columns: int)
     )
 
 
-def main() -> None:
+def report(cases: Iterable[Case], compile_case: Callable[[Case], Any]) -> None:
+    """Compiles those cases that the command line names, or all; prints each as a line of JSON."""
     ids = sys.argv[1:]
-    for case in cases():
+    for case in cases:
         if ids and case.id not in ids:
             continue
-        line = {"id": case.id}
+        line: dict[str, Any] = {"id": case.id}
         try:
             line["compiled"] = asdict(compile_case(case))
         except Exception as error:
@@ -446,4 +447,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     os.environ.pop("TRITON_INTERPRET", None)
-    main()
+    report(cases(), compile_case)

@@ -2,15 +2,13 @@
 
 As `ahead`, with the same arguments of the same launchers:
 
-    python -m bench.kernels.ahead_amd PART PARTS  # every PARTS-th case from PART on, as JSON lines
+    python -m bench.kernels.ahead_amd ID...  # the cases of these ids, or all: a JSON line each
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -170,17 +168,6 @@ def _products(code: list[str]) -> dict[str, int]:
     return dict(Counter(name[0] for name in names if name))
 
 
-def main() -> None:
-    part, parts = int(sys.argv[1]), int(sys.argv[2])
-    for case in list(cases())[part::parts]:
-        line: dict = {"id": case.id}
-        try:
-            line["compiled"] = asdict(compile_case(case))
-        except Exception as error:
-            line["error"] = f"{type(error).__name__}: {error}"
-        print(json.dumps(line), flush=True)
-
-
 if __name__ == "__main__":
     os.environ.pop("TRITON_INTERPRET", None)
-    main()
+    ahead.report(cases(), compile_case)

@@ -93,6 +93,11 @@ class Part:
     weights: Tensor  # of the squared errors; broadcasts to noisy, 1 on average
 
 
+def own_words(task: Task, rng: random.Random) -> str:
+    """One of the wordings of `tasks`."""
+    return task.words(rng)
+
+
 class Sampler:
     """Parts of training steps; `words` gives a task's prompt, `implied` goes to `Pool.task`."""
 
@@ -102,7 +107,7 @@ class Sampler:
         latents: Tensor,
         processor: Processor,
         seed: int,
-        words: _Words = lambda task, rng: task.words(rng),
+        words: _Words = own_words,
         implied: float = 0.0,
     ) -> None:
         self._pool, self._latents, self._processor = pool, latents, processor
@@ -391,7 +396,7 @@ def _train(
     *,
     steps: int,
     start: Path | None = None,
-    words: _Words = lambda task, rng: task.words(rng),
+    words: _Words = own_words,
     implied: float = 0.0,
     rate: float = 1.0,
     others: int = CONDITIONS,

@@ -106,6 +106,24 @@ Picture = ABCMeta.__new__(
 )
 
 
+def _sent(self: gr.Dropdown, value: Any) -> Any:
+    """What was sent, on the list or not.
+
+    The request's own checks report what is not; Gradio's refusal would put a traceback into the log
+    and all that was sent into its message.
+    """
+    return value
+
+
+# As `Picture`, of gr.Dropdown.
+Choice = ABCMeta.__new__(
+    type(gr.Dropdown),
+    "Choice",
+    (gr.Dropdown,),
+    {"__module__": __name__, "is_template": True, "preprocess": _sent},
+)
+
+
 def cached(path: Path) -> str | None:
     """The copy of a picture that the page shows; None where there is no room for one."""
     with suppress(OSError):

@@ -20,7 +20,7 @@ from ..model_defaults import read_defaults
 from ..request import DEFAULT_NEGATIVE_PROMPT
 from .actions import NAMES, Actions
 from .bodies import IMAGE, NUMBER, SWITCH, TEXT, Call, Kind, choice
-from .components import Blocks, Picture, gr
+from .components import Blocks, Choice, Picture, gr
 from .gallery import TIPS, Example, Gallery, gallery
 from .job import MAX_PICTURES
 from .loras import NONE
@@ -301,7 +301,7 @@ def _number(label: str, value: float, name: str, step: float = 1) -> gr.Number:
 
 
 def _choice(label: str, values: Any, name: str) -> gr.Dropdown:
-    return gr.Dropdown(list(values), value=values[0], label=label, elem_id=name, min_width=110)
+    return Choice(list(values), value=values[0], label=label, elem_id=name, min_width=110)
 
 
 def _examples(examples: tuple[Example, ...]) -> str:

@@ -178,6 +178,8 @@ class TestStep:
     def test_queries_to_be_rotated(self, case, head_dim, form):
         """As with queries that `rope_` has rotated; of the reference to the bit."""
         args = turning(quantised_step(*STEPS[case], 2, 2, head_dim, torch.bfloat16, form))
+        if len(args[0]) > 1:  # the worst roundings of a single row are chance
+            check_step(*args)
         plain, kernel = reference.attention_step_8bit, attention_8bit.attention_step_8bit
         assert torch.equal(plain(*args), plain(*turned(args, reference.rope_)))
         torch.testing.assert_close(kernel(*args), kernel(*turned(args, rope.rope_)))

@@ -5,14 +5,10 @@ Needs no GPU: Triton compiles for any, and its package brings the disassembler.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterable
-from pathlib import Path
 
 import pytest
+from machine_code import compile_selected
 from omnigen_fast.kernels import launch, ops
 
 from bench.kernels import ahead, bounds
@@ -20,9 +16,6 @@ from bench.kernels import ahead, bounds
 pytestmark = pytest.mark.early
 
 CASES = list(ahead.cases())
-_ROOT = Path(__file__).parents[2]
-_PROCESSES = 2
-_FEW = 40  # cases, which one process compiles: the second would take as long to start
 
 
 def quick_cases() -> set[str]:
@@ -51,30 +44,7 @@ def parameters(cases: Iterable[ahead.Case]) -> list:
 @pytest.fixture(scope="module")
 def compiled(request) -> dict[str, ahead.Compiled | str]:
     """The machine code of the tests' cases, or the error, from as many processes as cores here."""
-    tests = [one for one in request.session.items if one.path == request.path]
-    ids = sorted(
-        {one.callspec.params["case"].id for one in tests if "compiled" in one.fixturenames}
-    )
-    processes = _PROCESSES if len(ids) > _FEW else 1
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-m", ahead.__name__, *ids[part::processes]],
-            cwd=_ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        for part in range(processes)
-    ]
-    results = {}
-    for worker in workers:
-        out, err = worker.communicate(timeout=840)
-        assert worker.returncode == 0, err
-        for line in map(json.loads, out.splitlines()):
-            code = line.get("compiled")
-            results[line["id"]] = ahead.Compiled.read(code) if code else line["error"]
+    results = compile_selected(request, ahead.__name__, ahead.Compiled.read)
     request.config.compiled_table = table(results)
     return results
 

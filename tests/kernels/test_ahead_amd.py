@@ -5,20 +5,13 @@ Needs no GPU. None of this has run on a card.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from machine_code import compile_selected
 from omnigen_fast.kernels import launch, ops
 
 from bench.kernels import ahead_amd
 
 CASES = list(ahead_amd.cases())
-_ROOT = Path(__file__).parents[2]
-_PROCESSES = 2
 
 # What Triton writes, shortened: a loop inside a loop, and a branch forward.
 _ASSEMBLY = """
@@ -95,28 +88,9 @@ def test_other_architectures_take_the_nearest(architecture, entry):
 
 
 @pytest.fixture(scope="module")
-def compiled() -> dict[str, ahead_amd.Compiled | str]:
-    """Each case's machine code, or the error, from as many processes as there are cores here."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-m", ahead_amd.__name__, str(part), str(_PROCESSES)],
-            cwd=_ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        for part in range(_PROCESSES)
-    ]
-    results = {}
-    for worker in workers:
-        out, err = worker.communicate(timeout=1500)
-        assert worker.returncode == 0, err
-        for line in map(json.loads, out.splitlines()):
-            code = line.get("compiled")
-            results[line["id"]] = ahead_amd.Compiled(**code) if code else line["error"]
-    return results
+def compiled(request) -> dict[str, ahead_amd.Compiled | str]:
+    """The machine code of the tests' cases, or the error."""
+    return compile_selected(request, ahead_amd.__name__, lambda code: ahead_amd.Compiled(**code))
 
 
 def _ends(case: ahead_amd.Case) -> tuple[str, ...]:

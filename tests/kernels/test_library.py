@@ -11,7 +11,7 @@ import pytest
 import torch
 from numerics import DEVICE, DTYPES, assert_earned, double, inside, integers, name, poisoned, random
 from omnigen_fast.kernels import contract, join, library, ops, reference
-from test_attention import PARTS, STEPS, some_rows, step_arguments
+from test_attention import PARTS, STEPS, some_rows, step_arguments, turned, turning
 
 pytestmark = pytest.mark.slow
 
@@ -144,6 +144,18 @@ def test_step_of_some_rows_and_grouped_heads(heads, kv_heads):
     with ops.use(attention="flash"):
         for more in ({}, {"spans": spans_of(args)}):
             assert_earned(ops.attention_step(*args, **more), reference.attention_step(*args), exact)
+
+
+@needs_cpu
+@pytest.mark.parametrize("case", ("one row", "mixed", "shared"))
+def test_queries_that_are_still_to_be_rotated(case):
+    """As with those that `rope_` has rotated, and they stay as they are."""
+    args = turning(steps(case, 96))
+    before = args[0].clone()
+    with ops.use(attention="flash"):
+        found = ops.attention_step(*args)
+        assert torch.equal(found, ops.attention_step(*turned(args, reference.rope_)))
+    assert torch.equal(args[0], before)
 
 
 def cudnns(q, k, v, bias, compute_log_sumexp, *rest):

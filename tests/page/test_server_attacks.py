@@ -545,8 +545,14 @@ class TestBodies:
     def test_no_lora_by_its_path(self, server, lora):
         session = f"lora{len(lora)}"
         assert server.join(session, lora=lora).status == 200
-        events = server.events(session)  # refused by Gradio, or behind it by our own check
-        assert "not in the list of choices" in events or "the LoRA must be one of none" in events
+        assert "the LoRA must be one of none" in server.events(session)
+
+    @pytest.mark.parametrize("quality", ["best", "x" * 9999])
+    def test_no_quality_beside_the_list(self, server, quality):
+        session = f"quality{len(quality)}"
+        assert server.join(session, quality=quality).status == 200
+        events = server.events(session)
+        assert "quality must be" in events and "x" * 300 not in events
 
     @pytest.mark.parametrize(
         ("body", "words"),
