@@ -103,7 +103,8 @@ class TestErrors:
                 "a red circle above a blue square",
                 "a small yellow triangle and a large green circle",
                 "a purple square on a white background",
-                "two things: an orange star, a blue ring",
+                # in words that it knows: another's picture turns on the last bit of a rounding
+                "a large yellow star and a small blue circle",
             ],
             "height": 64,
             "width": 64,

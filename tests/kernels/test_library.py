@@ -265,7 +265,7 @@ def test_no_cache_rows_at_all():
 def test_spans_must_fit():
     args = steps("mixed")
     good = spans_of(args)
-    contract.attention_step(*args, None, good)
+    contract.attention_step(*args, None, None, None, good)
     for wrong, said in (
         (good[:-1], "six integers for each of 4 groups, got 23"),
         ([*good[:1], 999, *good[2:]], "within 193, 193 and"),
@@ -273,7 +273,7 @@ def test_spans_must_fit():
         ([*good[:4], -1, *good[5:]], "got -1 to 70 at 4"),
     ):
         with pytest.raises(ValueError, match="spans must") as error:
-            contract.attention_step(*args, None, wrong)
+            contract.attention_step(*args, None, None, None, wrong)
         assert said in str(error.value).replace("193, 193, ", "193, 193 and ")
 
 
