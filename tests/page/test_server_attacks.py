@@ -328,6 +328,7 @@ class TestUsers:
             one.ask("GET", "/").refused(401)
             assert one.ask("GET", "/", **self.login("eve:x")).status == 200
 
+    @pytest.mark.slow
     def test_open_to_others_without_a_password_is_one_line(self, tmp_path):
         with started(tmp_path, "--host", "127.0.0.1") as one:
             pass
@@ -902,6 +903,7 @@ class TestEnd:
         assert one.process.returncode in (-number, 128 + number)
         assert not list(one.temporary.glob("omnigen-fast-*"))
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
     def test_while_a_picture_is_made_and_others_wait(self, tmp_path, number):
         with started(tmp_path) as one:
