@@ -199,8 +199,12 @@ const omnigen = (() => {
     context.lineCap = context.lineJoin = "round";
     context.beginPath();
     const part = points.slice(Math.max(0, from - 1));
+    if (part.length === 1) {  // a line to where it begins is none
+      context.arc(part[0][0] * width, part[0][1] * height, radius * long, 0, 2 * Math.PI);
+      context.fill();
+      return;
+    }
     part.forEach(([x, y], i) => context[i ? "lineTo" : "moveTo"](x * width, y * height));
-    if (part.length === 1) context.lineTo(part[0][0] * width, part[0][1] * height);
     context.stroke();
   }
   function drawMask() {

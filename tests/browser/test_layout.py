@@ -147,6 +147,7 @@ def test_a_mask_is_painted_by_keyboard(server, context):
     page = opened(context.new_page(), server.address)
     upload(page, 1, CAT)
     page.locator("#mask-section > button").click()
+    expect(page.locator("#mask-canvas")).to_be_visible()
     page.locator("#mask-canvas").focus()
     for key in ("ArrowLeft", "ArrowUp", "Space", "ArrowRight", "Space"):
         page.keyboard.press(key)

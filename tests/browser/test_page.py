@@ -311,5 +311,5 @@ def test_what_is_refused_before_it_is_a_call_is_said_beside_generate(page, tmp_p
     with open(huge, "wb") as file:
         file.truncate((64 << 20) + (1 << 20))
     page.locator("#image-1 input[type=file]").set_input_files(huge)
-    expect(page.locator("#notice")).to_contain_text(re.compile("exceeds .* 64"))
+    expect(page.locator("#notice")).to_contain_text(re.compile("exceed .* 64"))
     expect(page.locator("#notice")).to_be_in_viewport()
