@@ -105,6 +105,7 @@ def test_examples_say_that_they_need_the_weights(page):
             assert ("OmniGen-v1" in code) == text.lstrip().startswith(NEEDS_WEIGHTS), code
 
 
+@pytest.mark.slow_for("*generate --gpus *")
 @pytest.mark.parametrize("command", commands())
 def test_commands_are_right(command, tmp_path, monkeypatch):
     """They run where that takes no weights; of the others, all options exist and are valid."""

@@ -70,6 +70,7 @@ def test_memory_settings_change_no_picture(folder):
     assert abs(one - other).max() <= 8  # bfloat16 sums in another order
 
 
+@pytest.mark.slow
 def test_lora_script(folder):
     run("lora", str(TINY), str(GOLDEN / "lora"))
     one, other = (np.asarray(Image.open(path)) for path in sorted(folder.iterdir()))

@@ -13,7 +13,7 @@ import json
 import random
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,16 +42,20 @@ from .words import write_tokenizer
 
 _Words = Callable[[Task, random.Random], str]
 
-CONDITIONS, DRAWS = 16, 2  # in a part of a step; draws of time and noise for each condition
+DRAWS = 2  # of time and noise for each condition
+# Conditions of each part of a step; "other" is one of `_OTHERS`.
+PARTS = {"text": 16, "edit": 16, "other": 16, "negative": 4}
 # How often the last part of a step's batch is of each kind.
 _OTHERS = {"subject": 0.32, "compose": 0.26, "mask": 0.12, "pair": 0.20, "images": 0.10}
 WORDS_DECIDE = 0.15  # the time until which a picture's content comes from its condition
 EARLY = 0.6  # share of draws with times before it
 ASKED_WEIGHT = 4.0  # what a latent counts that shows what was asked, beyond one that does not
 ASKED_FROM = 0.2  # deviations of a latent by which it shows something
-FURTHER_RATE = 0.4  # of the full learning rate, at which the further training begins
+FURTHER_RATE = 0.5  # of the full learning rate, at which the further training begins
 FURTHER_IMPLIED = 0.4  # see Pool.task
-FURTHER_OTHERS = 8  # conditions of the last part of its steps: what those ask for is known
+# Conditions of each part of its steps: there is much to learn from "text", little from what needs
+# few words.
+FURTHER_PARTS = {"text": 20, "edit": 12, "other": 6, "negative": 4}
 LONGEST_STEP = 20.0  # seconds; whatever is beyond it the machine was stopped or asleep
 _LONG = tuple(round(64 ** (i / 31), 4) for i in range(32))  # no picture here is long enough
 
@@ -230,7 +234,7 @@ def train_transformer(
     steps: int,
     threads: int = 1,
     rate: float = 1.0,
-    others: int = CONDITIONS,
+    sizes: Mapping[str, int] = PARTS,
     spent: float = 0.0,
     save: Callable[[float], None] = lambda spent: None,
 ) -> list[float]:
@@ -242,7 +246,7 @@ def train_transformer(
             tensors are so small that cores which share an operation wait for one another most of
             the time.
         rate: the fraction of the full learning rate at which it begins.
-        others: conditions of the last part of a step.
+        sizes: conditions of each part of a step.
         spent: minutes that an earlier run took.
         save: called every two minutes and at the end with the minutes spent.
     """
@@ -253,12 +257,12 @@ def train_transformer(
     while used < 1:
         kinds = list(_OTHERS)
         other = sampler.rng.choices(kinds, [_OTHERS[kind] for kind in kinds])[0]
-        parts = {"text": CONDITIONS, "edit": CONDITIONS, other: others, "negative": CONDITIONS // 4}
+        parts = {other if kind == "other" else kind: size for kind, size in sizes.items()}
         batches = {kind: sampler.batch(kind, size) for kind, size in parts.items()}
         total = sum(parts.values())
         weights = {kind: size / total for kind, size in parts.items()}
-        # the longest part first
-        kinds = [other, "edit", "text", "negative"]
+        # the longest part first, the short ones together
+        kinds = sorted(parts, key=parts.__getitem__, reverse=True)
         running = [
             workers.submit(backward, network, batches[kind], weights[kind]) for kind in kinds
         ]
@@ -340,7 +344,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the model and the run")
     parser.add_argument("--steps", type=int, default=4600, help="of the transformer")
     parser.add_argument(
-        "--further-steps", type=int, default=1300, help="of it on what people write"
+        "--further-steps", type=int, default=2600, help="of it on what people write"
     )
     parser.add_argument(
         "--start", type=Path, help="a trained model: its VAE and transformer are trained further"
@@ -384,7 +388,7 @@ def main() -> None:
         words=words,
         implied=FURTHER_IMPLIED,
         rate=FURTHER_RATE,
-        others=FURTHER_OTHERS,
+        sizes=FURTHER_PARTS,
     )
 
 
@@ -399,7 +403,7 @@ def _train(
     words: _Words = own_words,
     implied: float = 0.0,
     rate: float = 1.0,
-    others: int = CONDITIONS,
+    sizes: Mapping[str, int] = PARTS,
 ) -> None:
     """Trains the transformer of a model folder, or goes on with it."""
     tokenizer = folder / "tokenizer.json"
@@ -431,7 +435,7 @@ def _train(
         steps=steps,
         threads=arguments.threads,
         rate=rate,
-        others=others,
+        sizes=sizes,
         spent=spent,
         save=save,
     )
