@@ -19,6 +19,7 @@ from examples.shapes import (
     scenes,
     tasks,
     train,
+    wordings,
     words,
 )
 from examples.shapes.layer import Layer, Layout
@@ -368,6 +369,21 @@ def test_shipped_model_follows_prompts(pipe, kind, group):
         for i, reading in enumerate(readings)
     ]
     assert evaluate.fraction(others) < enough
+
+
+@pytest.mark.slow
+@needs_model
+def test_shipped_model_understands_what_people_write(pipe):
+    """Words in an order that no sentence of its training has; whole figures in docs/shapes.md."""
+    scores = wordings.run(
+        pipe,
+        seeds=1,
+        num_inference_steps=evaluate.STEPS,
+        guidance_scale=evaluate.GUIDANCE,
+        img_guidance_scale=evaluate.IMAGE_GUIDANCE,
+    )
+    right, whole = wordings.summary(scores)
+    assert right >= wordings.RIGHT and whole >= wordings.WHOLE
 
 
 @pytest.mark.slow

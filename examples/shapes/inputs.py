@@ -35,7 +35,8 @@ TARGETS = (
         ),
         "meadow",
     ),
-    Scene((Thing("circle", "purple", "large", BOTTOM_LEFT),), "black"),
+    # without a place, it takes the first: tasks.places_of
+    Scene((Thing("star", "red", "large", TOP_LEFT),), "black"),
     Scene((_CIRCLE, replace(_TRIANGLE, colour="purple")), "gray"),
     Scene((_TRIANGLE,), "gray"),
     Scene((_STAR, Thing("square", "blue", "small", TOP_LEFT)), "black"),

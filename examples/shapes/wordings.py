@@ -22,6 +22,7 @@ from .scenes import BACKGROUNDS, COLOURS, SHAPES, SIDE, SIZES, Scene, Thing, ren
 from .tasks import Stated
 
 SEEDS = 5
+RIGHT, WHOLE = 0.92, 0.80  # of stated attributes and of pictures: how many a model has to get right
 _BATCH = 10
 _PLACES = {"tl": 0, "tr": 1, "bl": 2, "br": 3}
 _SIDES = {"top": ("row", 0), "bottom": ("row", 2), "left": ("column", 0), "right": ("column", 1)}

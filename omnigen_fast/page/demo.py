@@ -45,9 +45,7 @@ EXAMPLES = (
         "A large blue triangle at the top left and a small red star at the bottom right "
         "on a meadow background.",
     ),
-    DemoExample(
-        "text to image", "a large purple circle in the bottom left corner, black background"
-    ),
+    DemoExample("text to image", "Please draw a big red star on black."),
     DemoExample("recolour", f"{_ONE} Make the triangle purple.", ("circle-triangle",)),
     DemoExample("remove", f"{_ONE} Remove the circle.", ("circle-triangle",)),
     DemoExample("add", f"{_ONE} Add a small blue square at the top left.", ("star",)),
