@@ -68,6 +68,7 @@ class TestOutside:
             for one in found:
                 assert (one[~mask] == IMAGE.pixels[~mask]).all()
 
+    @pytest.mark.slow
     def test_whole_calls_of_any_size(self, pipe):
         """200 pictures with their masks and seams, from the first step to the bytes."""
         rng = np.random.default_rng(1)

@@ -228,6 +228,7 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
 
+@pytest.mark.slow_for("1-0")
 @pytest.mark.parametrize(("threads", "status"), [(1, 0), (2, 4)])
 def test_a_forked_child_computes_or_says_why_not(threads, status):
     """After streamed layers, whose copies run in a thread that the child has not."""

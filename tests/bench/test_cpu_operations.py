@@ -33,7 +33,7 @@ def test_operations(monkeypatch, capsys, tmp_path):
         torch.set_num_threads(threads)
     *lines, last = capsys.readouterr().out.splitlines()
     result = json.loads(last)
-    assert len(result["operations"]) == len(lines) == 9
+    assert len(result["operations"]) == len(lines) == 7
     for row in result["operations"]:
         assert row["reference"] > 0 and row["cpp"] > 0
     assert result["operations"][0]["flops"] == 4 * 64 * 74 * 8 * 96

@@ -24,6 +24,7 @@ def test_a_cpu_measures_nothing(capsys, monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow_for("1.05-0")
 @pytest.mark.parametrize(("factor", "status"), [(1.05, 0), (1.2, 1)])
 def test_a_wrong_estimate_is_found(monkeypatch, tmp_path, factor, status):
     """An allocator that reserved so many times what was predicted."""

@@ -113,6 +113,7 @@ def test_a_run(tmp_path, monkeypatch):
     assert (tmp_path / "load.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_a_server_answers_both_tasks():
     with serve_load.served((), str(TINY), "float32") as client:
         for task in ("text", "edit"):

@@ -172,6 +172,7 @@ class TestStep:
         check_step(*some_rows(args, PARTS))
         check_step(*turning(some_rows(args, PARTS)))
 
+    @pytest.mark.slow_except("mixed-96-int8", "long-64-fp8")
     @forms
     @pytest.mark.parametrize("head_dim", (64, 96, 128))
     @pytest.mark.parametrize("case", STEPS)

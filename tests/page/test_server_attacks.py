@@ -29,7 +29,7 @@ from omnigen_fast.page.embedded import saving
 from omnigen_fast.page.record import Record, read_record, recorded_arguments
 
 pytest.importorskip("gradio")
-pytestmark = pytest.mark.early
+pytestmark = [pytest.mark.early, pytest.mark.slow]
 
 CAT = GOLDEN / "images/cat.png"
 GENERATE, EXAMPLE, STOP, PLANS, LOAD = 0, 1, 3, 4, 7  # Gradio's numbers of the page's actions

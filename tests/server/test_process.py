@@ -95,6 +95,7 @@ def started(*options: str, port: int = 0, log=subprocess.DEVNULL, small_disk: bo
         process.stdout.close()
 
 
+@pytest.mark.slow
 def test_a_full_disk_then_sigterm_under_load():
     """The log can't be written, nor an upload; then every accepted request is answered."""
     with (
