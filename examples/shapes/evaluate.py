@@ -294,8 +294,8 @@ fixed: a word that it does not know tells it nothing.
 
 {chr(10).join(rows)}
 
-The tests require at least {", ".join(f"{goal:.0%} in {name}" for name, goal in TARGETS.items())}; of
-free wordings {wordings.RIGHT:.0%} of the attributes and {wordings.WHOLE:.0%} of the pictures.
+The tests require at least {", ".join(f"{goal:.0%} in {name}" for name, goal in TARGETS.items())};
+of free wordings {wordings.RIGHT:.0%} of the attributes and {wordings.WHOLE:.0%} of the pictures.
 
 ![Prompts, input images and outputs of the demo](demo.png)
 """
