@@ -27,6 +27,7 @@ FOLDER = "omnigen"  # in ComfyUI's models, and its key in extra_model_paths.yaml
 LORAS = "loras"
 PUBLISHED = "Shitao/OmniGen-v1"
 OWN = "as stored"  # of weights: the form of the file
+OF_DTYPE = "dtype"  # of products and of the cache: that of the arithmetic
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _SUFFIXES = (".safetensors", ".json")
 _CONFIGS = ("config.json", "transformer/config.json")  # the original's layout, diffusers'
@@ -176,7 +177,14 @@ class Model:
 
 
 def load(
-    where: str, dtype: str, weights: str, compute: str | None, vae_dtype: str, memory: str
+    where: str,
+    dtype: str,
+    weights: str,
+    compute: str,
+    vae_dtype: str,
+    memory: str,
+    cache: str,
+    attention: str,
 ) -> Model:
     """Opens a model; its layers are read by the first call, when ComfyUI has made room.
 
@@ -184,9 +192,11 @@ def load(
         where: folder or hub id.
         dtype: see `OmniGenPipeline.from_pretrained`; so are the others.
         weights: likewise, or `OWN`.
-        compute: likewise.
+        compute: likewise, or `OF_DTYPE`.
         vae_dtype: likewise.
         memory: an amount that calls may take at most, or "auto".
+        cache: see `OmniGenPipeline.from_pretrained`, or `OF_DTYPE`.
+        attention: likewise.
     """
     cap = parse_memory(memory)
     pipe = OmniGenPipeline.from_pretrained(
@@ -194,7 +204,9 @@ def load(
         device=model_management.get_torch_device(),
         dtype=dtype,
         weights=None if weights in (OWN, AUTO) else weights,
-        compute=compute,
+        compute=None if compute == OF_DTYPE else compute,
+        cache=None if cache == OF_DTYPE else cache,
+        attention=attention,
         vae_dtype=vae_dtype,
         memory=replace(MemoryPlan.plain(0), vae_resident=False),
     )

@@ -15,12 +15,13 @@ from ..forms import FORMS
 from ..images import to_rgb
 from ..memory.overview import report
 from ..page.demo import INPUTS
-from ..precision import AUTO, COMPUTES
+from ..precision import ATTENTIONS, AUTO, CACHED, COMPUTES
 from ..request import DEFAULT_NEGATIVE_PROMPT, MAX_BLUR, MAX_STEPS
 from .call import call_arguments, comfy_images
 from .memory import potential_budget, reserve
 from .models import (
     LORAS,
+    OF_DTYPE,
     OWN,
     Model,
     find_model,
@@ -70,9 +71,9 @@ class LoadModel(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "compute",
-                    options=["dtype", *COMPUTES],
-                    default="dtype",
-                    tooltip="What the layers multiply in: dtype, or 8 bits for speed.",
+                    options=[OF_DTYPE, *COMPUTES],
+                    default=OF_DTYPE,
+                    tooltip=f"What the layers multiply in: {OF_DTYPE}, or 8 bits for speed.",
                 ),
                 io.Combo.Input(
                     "dtype", options=_DTYPES, default="bfloat16", tooltip="Of the arithmetic."
@@ -85,6 +86,24 @@ class LoadModel(io.ComfyNode):
                     default="auto",
                     tooltip="How much of the device's memory to use at most: an amount such as "
                     "8GiB, or auto for what ComfyUI has free.",
+                ),
+                # optional: workflows from before these two were there have neither
+                io.Combo.Input(
+                    "cache",
+                    options=[OF_DTYPE, *CACHED],
+                    default=OF_DTYPE,
+                    optional=True,
+                    tooltip="How the condition's keys and values are kept: in "
+                    f"{OF_DTYPE}, or in 8 bits for half the memory.",
+                ),
+                io.Combo.Input(
+                    "attention",
+                    options=list(ATTENTIONS),
+                    default=AUTO,
+                    optional=True,
+                    tooltip="Who computes that of a step: triton, this package's kernels; flash or "
+                    "cudnn, PyTorch's; auto: who was fastest on this card, triton where that was "
+                    "not measured.",
                 ),
             ],
             outputs=[_MODEL.Output(display_name="model")],
@@ -106,10 +125,13 @@ class LoadModel(io.ComfyNode):
         dtype: str,
         vae_dtype: str,
         memory: str,
+        cache: str = OF_DTYPE,
+        attention: str = AUTO,
     ) -> io.NodeOutput:
-        products = None if compute == "dtype" else compute
         where = find_model(model, hub_id)
-        return io.NodeOutput(load(where, dtype, weights, products, vae_dtype, memory))
+        return io.NodeOutput(
+            load(where, dtype, weights, compute, vae_dtype, memory, cache, attention)
+        )
 
 
 class LoadLora(io.ComfyNode):

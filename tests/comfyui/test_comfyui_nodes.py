@@ -13,6 +13,7 @@ from golden_cases import TINY
 
 from omnigen_fast import OmniGenPipeline
 from omnigen_fast.errors import CheckpointError, OmniGenError, RequestError
+from omnigen_fast.forms import CACHES
 from omnigen_fast.request import DEFAULT_NEGATIVE_PROMPT
 
 pytestmark = pytest.mark.early
@@ -155,6 +156,10 @@ def test_models_of_comfyuis_folder_are_listed(comfy, nodes):
         ({"memory": "12"}, 'for 12 GiB write "12GiB"'),
         ({"weights": "int3"}, "int3"),
         ({"dtype": "float16"}, "float16 overflows"),
+        ({"cache": "nf4"}, "cache must be bfloat16, int8 or fp8, got 'nf4'"),
+        ({"attention": "fastest"}, "attention must be auto, triton, flash or cudnn"),
+        ({"attention": "cudnn"}, 'attention="cudnn" can\'t be had on cpu'),
+        ({"attention": "flash", "cache": "int8"}, "attention=flash reads no keys and values in"),
     ],
 )
 def test_models_that_cant_be_loaded(load, given, words):
@@ -188,6 +193,40 @@ def test_weights_are_stored_as_asked(load, generate, weights):
     pipe = OmniGenPipeline.from_pretrained(TINY, weights=weights)
     assert model.pipe.engine.precision == pipe.engine.precision
     assert torch.equal(generate(model)[0], own(pipe))
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_keys_and_values_are_kept_as_asked(load, generate, pipe, cache):
+    model = load(cache=cache)
+    kept = OmniGenPipeline.from_pretrained(TINY, dtype="float32", cache=cache)
+    assert model.pipe.engine.precision == kept.engine.precision
+    found = generate(model)[0]
+    assert torch.equal(found, own(kept)) and not torch.equal(found, own(pipe))
+
+
+def test_who_attends_is_as_asked(load, generate):
+    model = load(attention="flash")
+    assert model.pipe.engine.precision.attention == "flash"
+    flash = OmniGenPipeline.from_pretrained(TINY, dtype="float32", attention="flash")
+    assert torch.equal(generate(model)[0], own(flash))
+
+
+def test_auto_keeps_the_other_settings(load):
+    found = load(weights="auto", dtype="bfloat16", cache="int8", attention="triton")
+    precision = found.pipe.engine.precision
+    assert (precision.cache, precision.attention) == ("int8", "triton")
+
+
+@pytest.mark.parametrize("name", workflow.NAMES)
+def test_workflows_without_the_optional_settings_run_as_by_default(nodes, name):
+    flow = workflow.read(name)
+    (key,) = (key for key, node in flow.items() if node["class_type"] == LOAD)
+    given = flow[key]["inputs"]
+    full = nodes[LOAD].execute(**given).args[0].pipe.engine.precision
+    assert given.pop("cache") == "dtype" and given.pop("attention") == "auto"
+    workflow.check(flow, nodes)
+    assert nodes[LOAD].execute(**given).args[0].pipe.engine.precision == full
+    assert nodes[LOAD].fingerprint_inputs(**given) is None
 
 
 def test_auto_chooses_by_what_comfyui_has_free(load):
@@ -473,6 +512,29 @@ def test_the_plan_runs_nothing(load, nodes, comfy):
     explained = nodes[PLAN].execute(model, **{**given, "explain": True}).args[0]
     assert "seconds predicted" in explained
     assert model.pipe.engine.store.resident == 0 and not comfy.manager.current
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_the_plan_counts_the_cache_as_it_is_kept(load, nodes, cache):
+    given = {**defaults(nodes[PLAN]), "prompt": "A cat.", "width": 64, "height": 64}
+    plain = nodes[PLAN].execute(load(), **given).args[0]
+    kept = nodes[PLAN].execute(load(cache=cache), **given).args[0]
+    words = f"KV cache on device in {cache}"
+    assert words in kept and words not in plain
+
+
+def test_the_plan_is_by_who_attends(load, nodes, monkeypatch):
+    planned = []
+    plan = OmniGenPipeline.plan
+
+    def noted(self, **arguments):
+        planned.append(plan(self, **arguments))
+        return planned[-1]
+
+    monkeypatch.setattr(OmniGenPipeline, "plan", noted)
+    given = {**defaults(nodes[PLAN]), "prompt": "A cat.", "width": 64, "height": 64}
+    assert "plan (predicted" in nodes[PLAN].execute(load(attention="flash"), **given).args[0]
+    assert [one.estimate.precision.attention for one in planned] == ["flash"]
 
 
 def test_example_images_are_those_of_the_bundled_model(nodes):

@@ -20,6 +20,7 @@ from click.testing import CliRunner
 from comfyui_process import running
 from golden_cases import GOLDEN, TINY
 from PIL import Image
+from playwright.sync_api import sync_playwright
 
 from omnigen_fast import OmniGenPipeline
 from omnigen_fast.cli.main import main
@@ -111,6 +112,39 @@ def test_every_node_is_there(comfyui):
     }
     models = nodes["OmniGenFastLoadModel"]["input"]["required"]["model"][1]["options"]
     assert models == ["tiny", "Shitao/OmniGen-v1", "shapes"]
+    assert set(nodes["OmniGenFastLoadModel"]["input"]["optional"]) == {"cache", "attention"}
+
+
+@pytest.fixture(scope="module")
+def page(comfyui):
+    """ComfyUI's page, once its nodes are there."""
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
+    assert browser, "chromium is missing; install it, on Debian with: apt-get install chromium"
+    with sync_playwright() as driver:
+        opened = driver.chromium.launch(executable_path=browser, args=["--no-sandbox"])
+        found = opened.new_page(viewport={"width": 1600, "height": 1000})
+        found.set_default_timeout(120_000)
+        found.goto(f"http://127.0.0.1:{comfyui.port}/")
+        found.wait_for_function("window.app?.graph && window.LiteGraph?.registered_node_types")
+        found.wait_for_function(f"'{GENERATE}' in LiteGraph.registered_node_types")
+        yield found
+        opened.close()
+
+
+@pytest.mark.parametrize("settings", ["all", "without those that are optional"])
+@pytest.mark.parametrize("name", (*NAMES, "plan"))
+def test_the_page_queues_what_it_loads(page, name, settings):
+    drawn = json.loads((FLOWS / f"{name}.json").read_text())
+    if settings != "all":  # as a page has stored it that did not know them
+        (load,) = (node for node in drawn["nodes"] if node["type"] == "OmniGenFastLoadModel")
+        load["inputs"] = [one for one in load["inputs"] if one.get("shape") != 7]
+        del load["widgets_values"][-2:]
+    page.evaluate("drawn => app.loadGraphData(drawn)", drawn)
+    queued = page.evaluate("async () => (await app.graphToPrompt()).output")
+    for node in queued.values():
+        if node["class_type"] == "PreviewAny":
+            del node["inputs"]["preview"]  # a widget that only the page has, for the text
+    assert queued == flow(name)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -128,6 +162,16 @@ def test_a_batch_is_one_tensor(comfyui, shapes):
     found = pixels(comfyui.pictures(comfyui.finished(comfyui.queue(prompt)), one(prompt, SAVE)))
     wanted = expected(shapes, prompt)
     assert len(found) == 2 and all(map(np.array_equal, found, wanted))
+
+
+@pytest.mark.parametrize("settings", [{"cache": "int8"}, {"attention": "flash"}])
+def test_optional_settings_of_a_model(comfyui, settings):
+    prompt = flow("text")
+    prompt[one(prompt, "OmniGenFastLoadModel")]["inputs"] |= settings
+    prompt[one(prompt, GENERATE)]["inputs"]["steps"] = 3
+    found = pixels(comfyui.pictures(comfyui.finished(comfyui.queue(prompt)), one(prompt, SAVE)))
+    pipe = OmniGenPipeline.from_pretrained("shapes", device="cpu", **settings)
+    assert np.array_equal(found[0], expected(pipe, prompt)[0])
 
 
 def test_progress_and_previews(comfyui):
@@ -180,7 +224,7 @@ def test_models_unload_when_comfyui_asks(comfyui, shapes):
     comfyui.finished(comfyui.queue(prompt))
     assert held(comfyui) == (1, [True])
     comfyui.ask("/free", {"unload_models": True})
-    wait_until(lambda: held(comfyui) == (0, [False]))
+    wait_until_held(comfyui, (0, [False]))
     # the model node is not run again; its pipeline loads what the next picture needs
     inputs["seed"] = 80
     history = comfyui.finished(comfyui.queue(prompt))
@@ -188,7 +232,7 @@ def test_models_unload_when_comfyui_asks(comfyui, shapes):
     assert np.array_equal(found, expected(shapes, prompt)[0])
     assert held(comfyui) == (1, [True])
     comfyui.ask("/free", {"free_memory": True})
-    wait_until(lambda: held(comfyui) == (0, []))  # nobody holds it
+    wait_until_held(comfyui, (0, []))  # nobody holds it
 
 
 def held(comfyui) -> tuple[int, list[bool]]:
@@ -197,10 +241,10 @@ def held(comfyui) -> tuple[int, list[bool]]:
     return found["managed"], found["loaded"]
 
 
-def wait_until(true) -> None:
+def wait_until_held(comfyui, wanted: tuple[int, list[bool]]) -> None:
     end = time.monotonic() + 60
-    while not true():
-        assert time.monotonic() < end
+    while (found := held(comfyui)) != wanted:
+        assert time.monotonic() < end, found
         time.sleep(0.2)
 
 
