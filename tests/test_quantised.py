@@ -99,12 +99,14 @@ class TestErrors:
     @pytest.mark.slow
     def test_of_the_shipped_model(self):
         request = {
+            # that say all: another's picture turns on the last bit of a rounding
             "prompt": [
-                "a red circle above a blue square",
-                "a small yellow triangle and a large green circle",
-                "a purple square on a white background",
-                # in words that it knows: another's picture turns on the last bit of a rounding
-                "a large yellow star and a small blue circle",
+                "A small red circle at the top left on a white background.",
+                "A large yellow star at the bottom right on a black background.",
+                "A large blue triangle at the top left and a small red star at the bottom right "
+                "on a meadow background.",
+                "A large purple square at the top right and a small green circle at the bottom "
+                "left on a gray background.",
             ],
             "height": 64,
             "width": 64,

@@ -55,7 +55,15 @@ class TestErrors:
     @pytest.mark.slow
     def test_of_the_shipped_model(self):
         request = {
-            "prompt": ["a red circle above a blue square", "a small yellow triangle"],
+            # that say all: another's picture turns on the last bit of a rounding
+            "prompt": [
+                "A small red circle at the top left on a white background.",
+                "A large yellow star at the bottom right on a black background.",
+                "A large blue triangle at the top left and a small red star at the bottom right "
+                "on a meadow background.",
+                "A large purple square at the top right and a small green circle at the bottom "
+                "left on a gray background.",
+            ],
             "height": 64,
             "width": 64,
             "num_inference_steps": 10,
