@@ -8,8 +8,8 @@ import secrets
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -28,6 +28,7 @@ from .server import Server, listen
 from .users import VARIABLE, Users
 
 _MAX_QUEUE = 64  # calls that Gradio may hold for a moment; the line is ours
+_REMOVALS = 100  # tries, a hundredth of a second apart
 _IDLE_SECONDS = 60  # after which a session's messages that nobody fetched are dropped
 
 
@@ -68,12 +69,11 @@ def serve(
         actions = Actions(pipe, model, out_dir, offered, loading["memory"], loading)
         # apart from those of other programs, and gone with this one
         folder = tempfile.mkdtemp(prefix="omnigen-fast-", dir=os.environ.get("GRADIO_TEMP_DIR"))
-        remove = partial(shutil.rmtree, folder, ignore_errors=True)
         os.environ["GRADIO_TEMP_DIR"] = folder
 
         def end() -> None:
             actions.finish_writing()
-            remove()
+            _remove(folder)
 
         try:
             used = opened.getsockname()[1]
@@ -96,6 +96,15 @@ def serve(
 
             for tunnel in CURRENT_TUNNELS:
                 tunnel.kill()
+
+
+def _remove(folder: str) -> None:
+    """Also where Gradio is still copying the last picture into it."""
+    for _ in range(_REMOVALS):
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(0.01)
+        if not os.path.exists(folder):
+            return
 
 
 def _server(
