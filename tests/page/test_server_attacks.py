@@ -718,9 +718,17 @@ class TestSessions:
             server.ask("GET", "/gradio_api/heartbeat/mine", **given).refused(403)
             data_path = "/gradio_api/queue/data?session_hash=mine"
             server.ask("GET", data_path, **given).refused(403)
-        assert server.ask("POST", "/gradio_api/run/predict", stop, Cookie=mine).status == 200
-        events = server.ask("GET", data_path, Cookie=mine).body.decode()
-        assert "Stopped" in events
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=WAIT)
+        connection.request("GET", data_path, headers={"Cookie": mine})
+        with connection.getresponse() as events:
+            while (
+                b"Step " not in events.readline()
+            ):  # before it has begun, nothing is to be stopped
+                pass
+            predict = "/gradio_api/run/predict"
+            assert server.ask("POST", predict, stop, Cookie=mine).status == 200
+            assert b"Stopped" in events.read()
+        connection.close()
 
     def test_files_of_others(self, server):
         """Who knows the path of an upload or a picture of another browser gets neither."""
