@@ -15,6 +15,7 @@ from omnigen_fast.profiles import load as load_profile
 from recording import recording_graphs
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from shipped import STATED_REQUEST
 
 from bench.common import full_config
 from bench.tracker import MemoryTracker
@@ -98,27 +99,9 @@ class TestErrors:
 
     @pytest.mark.slow
     def test_of_the_shipped_model(self):
-        request = {
-            # that say all: another's picture turns on the last bit of a rounding
-            "prompt": [
-                "A small red circle at the top left on a white background.",
-                "A large yellow star at the bottom right on a black background.",
-                "A large blue triangle at the top left and a small red star at the bottom right "
-                "on a meadow background.",
-                "A large purple square at the top right and a small green circle at the bottom "
-                "left on a gray background.",
-            ],
-            "height": 64,
-            "width": 64,
-            "num_inference_steps": 10,
-            "seed": 3,
-            "progress": False,
-            "output_type": "latent",
-        }
-
         def latents(dtype: str, form: str | None) -> torch.Tensor:
             pipe = OmniGenPipeline.from_pretrained("shapes", dtype=dtype, weights=form)
-            return pipe(**request)
+            return pipe(**STATED_REQUEST)
 
         exact = latents("float32", None)
         allowed = relative_error(latents("bfloat16", None), exact)

@@ -10,6 +10,7 @@ from golden_cases import golden_request, golden_result, relative_error
 from omnigen_fast.kernels import contract
 from omnigen_fast.profiles import load as load_profile
 from recording import recording_graphs
+from shipped import STATED_REQUEST
 from step_cases import PLAN, assert_packed_is_alone
 
 from omnigen_fast import OmniGenPipeline, RequestError
@@ -54,26 +55,9 @@ class TestErrors:
 
     @pytest.mark.slow
     def test_of_the_shipped_model(self):
-        request = {
-            # that say all: another's picture turns on the last bit of a rounding
-            "prompt": [
-                "A small red circle at the top left on a white background.",
-                "A large yellow star at the bottom right on a black background.",
-                "A large blue triangle at the top left and a small red star at the bottom right "
-                "on a meadow background.",
-                "A large purple square at the top right and a small green circle at the bottom "
-                "left on a gray background.",
-            ],
-            "height": 64,
-            "width": 64,
-            "num_inference_steps": 10,
-            "seed": 3,
-            "progress": False,
-            "output_type": "latent",
-        }
-
         def latents(dtype: str, cache: str | None = None) -> torch.Tensor:
-            return OmniGenPipeline.from_pretrained("shapes", dtype=dtype, cache=cache)(**request)
+            pipe = OmniGenPipeline.from_pretrained("shapes", dtype=dtype, cache=cache)
+            return pipe(**STATED_REQUEST)
 
         exact = latents("float32")
         measure = relative_error(latents("bfloat16"), exact)
