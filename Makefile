@@ -48,7 +48,7 @@ OF_EXTRAS = $(if $(wildcard $(VENV)/.ready-browser),tests/browser) \
 # What failed of either, one after the other: some tests bound a time, which a busy machine exceeds.
 test-failed: lint
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --last-failed --last-failed-no-failures none \
-		tests $(OF_EXTRAS)
+		--cpu-limit $(CPU_LIMIT) tests $(OF_EXTRAS)
 
 # With the newest PyTorch, built for CUDA, Triton, diffusers and transformers: calls on a GPU that is
 # not there, and what depends on those versions. TESTS names other tests, as TESTS=tests for all.

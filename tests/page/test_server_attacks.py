@@ -721,10 +721,8 @@ class TestSessions:
         connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=WAIT)
         connection.request("GET", data_path, headers={"Cookie": mine})
         with connection.getresponse() as events:
-            while (
-                b"Step " not in events.readline()
-            ):  # before it has begun, nothing is to be stopped
-                pass
+            while b"Step " not in events.readline():
+                pass  # what has not begun can't be stopped
             predict = "/gradio_api/run/predict"
             assert server.ask("POST", predict, stop, Cookie=mine).status == 200
             assert b"Stopped" in events.read()
