@@ -1,9 +1,10 @@
-"""The CPU's operations in C++ against PyTorch's: each alone, and in whole pictures.
+"""The CPU's operations against PyTorch's in bfloat16: each alone, and in whole pictures.
 
     python -m bench.cpu_operations [--threads N] [--rounds 9] [--pictures 3] [--inductor]
 
 Both run in turns in one process, and the shortest time of each counts, in seconds of the processor
-rather than of the clock: the ratios hold on a machine that is shared. `--inductor` adds a layer
+rather than of the clock: the ratios hold on a machine that is shared. "reference" is plain PyTorch
+in bfloat16, "cpp" what is in C++ or, for products, in the faster dtype. `--inductor` adds a layer
 whose row operations torch.compile fuses. The last line is JSON.
 """
 
@@ -12,16 +13,18 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from omnigen_fast.kernels import cpu, ops
+from omnigen_fast.kernels import cpu, ops, widened
 from torch import Tensor
 
 from omnigen_fast.compilation import compiler, folder
 from omnigen_fast.config import ModelConfig
+from omnigen_fast.linear import linear
 
 from .cases import COLUMNS, Task
 from .common import full_config, machine, small_config, write_result
@@ -40,12 +43,24 @@ _DTYPE = torch.bfloat16
 Work = Callable[[], Any]
 
 
+@contextmanager
+def _plain() -> Iterator[None]:
+    """PyTorch's operations, all in the dtype of their arguments."""
+    before = widened.faster(_DTYPE)
+    widened._decided[_DTYPE] = False
+    try:
+        with ops.use("reference"):
+            yield
+    finally:
+        widened._decided[_DTYPE] = before
+
+
 def in_turns(work: Work, rounds: int) -> dict[str, float]:
-    """Shortest processor seconds of some work, with PyTorch's operations and with those in C++."""
+    """Shortest processor seconds of some work, with PyTorch's operations and with those here."""
     shortest: dict[str, float] = {}
     for index in range(rounds + 1):
-        for kernels in ("reference", "cpp"):
-            with ops.use(kernels):
+        for kernels, chosen in (("reference", _plain()), ("cpp", ops.use("cpp"))):
+            with chosen:
                 start = time.process_time()
                 work()
                 taken = time.process_time() - start
@@ -55,10 +70,11 @@ def in_turns(work: Work, rounds: int) -> dict[str, float]:
 
 
 def product_rate(rounds: int) -> float:
-    """Operations per processor second of a large matrix product."""
+    """Operations per processor second of a large matrix product, in the faster dtype."""
     rows, inner, columns = 2048, 3072, 4096
-    x, weight = torch.randn(rows, inner).to(_DTYPE), torch.randn(columns, inner).to(_DTYPE)
-    out = torch.empty(rows, columns, dtype=_DTYPE)
+    dtype = torch.float32 if widened.faster(_DTYPE) else _DTYPE
+    x, weight = torch.randn(rows, inner).to(dtype), torch.randn(columns, inner).to(dtype)
+    out = torch.empty(rows, columns, dtype=dtype)
     seconds = in_turns(lambda: torch.mm(x, weight.t(), out=out), rounds)
     return 2 * rows * inner * columns / min(seconds.values())
 
@@ -71,6 +87,14 @@ def attention(queries: int, cached: int, head_dim: int) -> tuple[Work, float]:
     out = torch.empty(q.shape, dtype=_DTYPE)
     flops = 4.0 * queries * (queries + cached) * _HEADS * head_dim
     return lambda: ops.attention_step(q, k, v, *caches, *integers, queries, out=out), flops
+
+
+def products(config: ModelConfig, rounds: int) -> dict[str, float]:
+    """Shortest processor seconds of a layer's widest product, in bfloat16 and in the faster dtype."""
+    width, inner = config.hidden_size, config.intermediate_size
+    x, weight = torch.randn(_ROWS, width).to(_DTYPE), torch.randn(2 * inner, width).to(_DTYPE)
+    out = torch.empty(_ROWS, 2 * inner, dtype=_DTYPE)
+    return in_turns(lambda: linear(x, weight, out=out), rounds)
 
 
 def row_operations(config: ModelConfig) -> dict[str, Work]:
@@ -101,7 +125,7 @@ def layers(config: ModelConfig, rounds: int) -> dict[str, float]:
     half, eps = config.head_dim // 2, config.rms_norm_eps
     shapes = ((config.qkv_width, width), (width, width), (2 * inner, width), (width, inner))
     qkv_proj, o_proj, gate_up_proj, down_proj = (
-        (torch.randn(shape) * shape[1] ** -0.5).to(_DTYPE).t() for shape in shapes
+        (torch.randn(shape) * shape[1] ** -0.5).to(_DTYPE) for shape in shapes
     )
     norm = torch.ones(width, dtype=_DTYPE)
     residual, normed = (torch.randn(_ROWS, width).to(_DTYPE) for _ in range(2))
@@ -112,14 +136,14 @@ def layers(config: ModelConfig, rounds: int) -> dict[str, float]:
 
     def ours() -> None:
         ops.rms_norm(residual, norm, eps, out=normed)
-        torch.mm(normed, qkv_proj, out=qkv)
+        linear(normed, qkv_proj, out=qkv)
         ops.rope_(qkv, cos, sin, heads, config.num_kv_heads)
         normed.copy_(qkv[:, :width])
-        torch.addmm(residual, normed, o_proj, out=residual)
+        linear(normed, o_proj, out=residual, accumulate=True)
         ops.rms_norm(residual, norm, eps, out=normed)
-        torch.mm(normed, gate_up_proj, out=gate_up)
+        linear(normed, gate_up_proj, out=gate_up)
         inside = ops.swiglu(gate_up, out=gate_up[:, :inner])
-        torch.addmm(residual, inside, down_proj, out=residual)
+        linear(inside, down_proj, out=residual, accumulate=True)
 
     def normalised(x: Tensor) -> Tensor:
         wide = x.float()
@@ -127,14 +151,14 @@ def layers(config: ModelConfig, rounds: int) -> dict[str, float]:
         return (wide * scale).to(_DTYPE) * norm
 
     def graph(residual: Tensor) -> None:
-        product = torch.mm(normalised(residual), qkv_proj).unflatten(1, (-1, 2 * half))
+        product = F.linear(normalised(residual), qkv_proj).unflatten(1, (-1, 2 * half))
         rotated = product[:, : heads + config.num_kv_heads]
         a, b = rotated[..., :half].float(), rotated[..., half:].float()
         c, s = cos[:, None], sin[:, None]
         rotated = torch.cat([a * c - b * s, b * c + a * s], -1).to(_DTYPE)
-        total = torch.addmm(residual, rotated[:, :heads].flatten(1), o_proj)
-        gate, up = torch.mm(normalised(total), gate_up_proj).chunk(2, 1)
-        residual.copy_(torch.addmm(total, F.silu(gate) * up, down_proj))
+        total = torch.addmm(residual, rotated[:, :heads].flatten(1), o_proj.t())
+        gate, up = F.linear(normalised(total), gate_up_proj).chunk(2, 1)
+        residual.copy_(torch.addmm(total, F.silu(gate) * up, down_proj.t()))
 
     with torch.no_grad():
         found = in_turns(ours, rounds)
@@ -162,9 +186,10 @@ def pictures(rounds: int) -> list[dict[str, Any]]:
             for active in (False, True):
                 compilation.active = active
                 ours.pipe.clear_cache()
-                begin = time.process_time()
-                latents[active] = ours.picture(start, _STEPS).latents
-                taken = time.process_time() - begin
+                with nullcontext() if active else _plain():
+                    begin = time.process_time()
+                    latents[active] = ours.picture(start, _STEPS).latents
+                    taken = time.process_time() - begin
                 shortest[active] = min(taken, shortest.get(active, taken))
         apart = difference(latents[True], latents[False], start.noise)
         if not apart <= BFLOAT16_BOUND:
@@ -188,7 +213,7 @@ def main() -> int:
         if command is None:
             raise cpu.Unavailable("there is no C++ compiler")
         for config in (small_config(), full_config()):
-            cpu.prepare(cpu.Builder(command, folder()), config.head_dim)
+            cpu.prepare(cpu.Builder.of_this_cpu(command, folder()), config.head_dim)
     except cpu.Unavailable as error:
         print(f"nothing can be compiled here: {error}", file=sys.stderr)
         return 1
@@ -200,6 +225,9 @@ def main() -> int:
         name = f"attention of {queries} queries and {cached} cached keys"
         rows.append({"name": name, "flops": flops, **in_turns(work, arguments.rounds)})
     for config in (small_config(), full_config()):
+        flops = 4.0 * _ROWS * config.hidden_size * config.intermediate_size
+        name = f"a product of {_ROWS} rows, hidden {config.hidden_size}"
+        rows.append({"name": name, "flops": flops, **products(config, arguments.rounds)})
         for name, work in row_operations(config).items():
             name = f"{name}, {_ROWS} rows, hidden {config.hidden_size}"
             rows.append({"name": name, **in_turns(work, arguments.rounds)})

@@ -38,7 +38,7 @@ def build_seconds() -> float | None:
     if command is None or cpu.why_not() is not None:
         return None
     start = time.perf_counter()
-    cpu.Builder(command, None).library(small_config().head_dim)
+    cpu.Builder.of_this_cpu(command, None).library(small_config().head_dim)
     return time.perf_counter() - start
 
 

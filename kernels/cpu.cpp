@@ -1,7 +1,8 @@
-// Operations in bfloat16 for CPUs with AVX512-BF16; `reference.py` is their specification.
+// Operations in bfloat16 for CPUs with AVX512; `reference.py` is their specification.
 //
 // Plain C functions on strided rows, compiled where they run (`cpu.py`). Strides count elements.
-// Sums, exponentials and rotations are in float32, and a result is rounded once.
+// Sums, exponentials and rotations are in float32, and a result is rounded once. With WIDE,
+// products are of float32, too: see `widened.py`.
 
 #include <immintrin.h>
 
@@ -13,6 +14,10 @@
 
 #ifndef HEAD_DIM
 #error "HEAD_DIM: features of a head, a multiple of 16"
+#endif
+
+#ifndef WIDE
+#error "WIDE: 1 for products of float32, 0 for those of bfloat16"
 #endif
 
 namespace {
@@ -29,7 +34,19 @@ inline __m512 load(const bf16* x) {
   return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
 }
 
-inline __m256i narrow(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
+inline __m256i narrow(__m512 x) {
+#ifdef __AVX512BF16__
+  return (__m256i)_mm512_cvtneps_pbh(x);
+#else
+  const __m512i bits = _mm512_castps_si512(x), high = _mm512_srli_epi32(bits, 16);
+  const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));  // ties go to even
+  const __m512i half = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
+  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, half), 16);
+  const __m512i quiet = _mm512_or_si512(high, _mm512_set1_epi32(0x40));  // stays a NaN
+  const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, quiet));
+#endif
+}
 
 inline void store(bf16* out, __m256i x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), x);
@@ -62,44 +79,71 @@ constexpr int CHUNK = 4 * TILE;      // keys between two corrections of the sums
 // Rows of a product at once, so that its sums fill 24 of the 32 registers.
 constexpr int SCORE_ROWS = 24 / (TILE / LANES);
 constexpr int VALUE_ROWS = VECTORS > 24 ? 1 : 24 / VECTORS;
-constexpr int PAIRS = TILE * D / 2;  // of a packed tile of keys, or of values
+constexpr int PIECE = TILE * D;      // values of a packed tile of keys, or of values
 
 static_assert(D % LANES == 0, "HEAD_DIM must be a multiple of 16");
 static_assert(ROWS % SCORE_ROWS == 0 && ROWS % VALUE_ROWS == 0, "no row is computed twice");
 
-inline __m512bh pairs(const uint32_t* x) { return (__m512bh)_mm512_loadu_si512(x); }
+// What products take: TOGETHER neighbours of the dimension that is summed, for each lane.
+#if WIDE
+using Operand = float;
+using Operands = __m512;
+constexpr int TOGETHER = 1;
 
-inline __m512bh broadcast(const bf16* pair) {
+inline Operands operands(const Operand* x) { return _mm512_loadu_ps(x); }
+inline Operands broadcast(const Operand* x) { return _mm512_set1_ps(*x); }
+inline __m512 multiply(__m512 sum, Operands a, Operands b) { return _mm512_fmadd_ps(a, b, sum); }
+#else
+using Operand = bf16;
+using Operands = __m512bh;
+constexpr int TOGETHER = 2;
+
+inline Operands operands(const Operand* x) { return (__m512bh)_mm512_loadu_si512(x); }
+inline Operands broadcast(const Operand* x) {
   int32_t both;
-  std::memcpy(&both, pair, sizeof both);
+  std::memcpy(&both, x, sizeof both);
   return (__m512bh)_mm512_set1_epi32(both);
 }
+inline __m512 multiply(__m512 sum, Operands a, Operands b) { return _mm512_dpbf16_ps(sum, a, b); }
+#endif
 
-// To [D / 2][TILE] pairs of neighbouring features; missing keys are zero.
-void pack_keys(const bf16* k, int64_t stride, int keys, uint32_t* out) {
+inline Operand operand(bf16 x) {
+#if WIDE
+  const uint32_t bits = static_cast<uint32_t>(x) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+#else
+  return x;
+#endif
+}
+
+inline void store_operands(Operand* out, __m512 first, __m512 second) {
+#if WIDE
+  _mm512_storeu_ps(out, first);
+  _mm512_storeu_ps(out + LANES, second);
+#else
+  _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh(second, first));
+#endif
+}
+
+// To [D / TOGETHER][TILE][TOGETHER]; missing keys are zero.
+void pack_keys(const bf16* k, int64_t stride, int keys, Operand* out) {
   for (int key = 0; key < TILE; key++) {
-    for (int i = 0; i < D / 2; i++) {
-      uint32_t pair = 0;
-      if (key < keys) std::memcpy(&pair, k + key * stride + 2 * i, sizeof pair);
-      out[i * TILE + key] = pair;
+    for (int i = 0; i < D; i += TOGETHER) {
+      for (int j = 0; j < TOGETHER; j++)
+        out[i * TILE + key * TOGETHER + j] = key < keys ? operand(k[key * stride + i + j]) : 0;
     }
   }
 }
 
-// To [TILE / 2][D] pairs of neighbouring keys; missing keys are zero.
-void pack_values(const bf16* v, int64_t stride, int keys, uint32_t* out) {
-  const __m256i zero = _mm256_setzero_si256();
-  for (int key = 0; key < TILE; key += 2) {
-    for (int i = 0; i < D; i += LANES) {
-      const bf16* at = v + key * stride + i;
-      const auto row = [](const bf16* x) {
-        return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
-      };
-      const __m256i first = key < keys ? row(at) : zero;
-      const __m256i second = key + 1 < keys ? row(at + stride) : zero;
-      const __m512i both = _mm512_or_si512(
-          _mm512_cvtepu16_epi32(first), _mm512_slli_epi32(_mm512_cvtepu16_epi32(second), 16));
-      _mm512_storeu_si512(out + key / 2 * D + i, both);
+// To [TILE / TOGETHER][D][TOGETHER]; missing keys are zero.
+void pack_values(const bf16* v, int64_t stride, int keys, Operand* out) {
+  for (int key = 0; key < TILE; key += TOGETHER) {
+    for (int i = 0; i < D; i++) {
+      for (int j = 0; j < TOGETHER; j++)
+        out[key * D + i * TOGETHER + j] =
+            key + j < keys ? operand(v[(key + j) * stride + i]) : 0;
     }
   }
 }
@@ -117,25 +161,26 @@ inline void rotate(
 }
 
 struct Task {
-  alignas(64) bf16 q[ROWS * D];         // rows beyond the last query are zero
+  alignas(64) Operand q[ROWS * D];      // rows beyond the last query are zero
   alignas(64) float scores[ROWS * CHUNK];
-  alignas(64) bf16 weights[ROWS * CHUNK];
+  alignas(64) Operand weights[ROWS * CHUNK];
   alignas(64) float out[ROWS * D];      // not yet divided by `total`
   float largest[ROWS], total[ROWS];
 };
 
 // scores = q keys^T of one tile.
-void multiply_keys(const Task& task, int rows, const uint32_t* keys, float* scores) {
+void multiply_keys(const Task& task, int rows, const Operand* keys, float* scores) {
   for (int first = 0; first < rows; first += SCORE_ROWS) {
     __m512 sums[SCORE_ROWS][TILE / LANES];
     for (auto& row : sums)
       for (auto& sum : row) sum = _mm512_setzero_ps();
-    for (int i = 0; i < D / 2; i++) {
-      __m512bh b[TILE / LANES];
-      for (int j = 0; j < TILE / LANES; j++) b[j] = pairs(keys + i * TILE + j * LANES);
+    for (int i = 0; i < D; i += TOGETHER) {
+      Operands b[TILE / LANES];
+      for (int j = 0; j < TILE / LANES; j++)
+        b[j] = operands(keys + i * TILE + j * LANES * TOGETHER);
       for (int r = 0; r < SCORE_ROWS; r++) {
-        const __m512bh a = broadcast(task.q + (first + r) * D + 2 * i);
-        for (int j = 0; j < TILE / LANES; j++) sums[r][j] = _mm512_dpbf16_ps(sums[r][j], a, b[j]);
+        const Operands a = broadcast(task.q + (first + r) * D + i);
+        for (int j = 0; j < TILE / LANES; j++) sums[r][j] = multiply(sums[r][j], a, b[j]);
       }
     }
     for (int r = 0; r < SCORE_ROWS; r++)
@@ -145,18 +190,18 @@ void multiply_keys(const Task& task, int rows, const uint32_t* keys, float* scor
 }
 
 // out += weights values of one tile.
-void multiply_values(Task& task, int rows, const bf16* weights, const uint32_t* values) {
+void multiply_values(Task& task, int rows, const Operand* weights, const Operand* values) {
   for (int first = 0; first < rows; first += VALUE_ROWS) {
     __m512 sums[VALUE_ROWS][VECTORS];
     for (int r = 0; r < VALUE_ROWS; r++)
       for (int j = 0; j < VECTORS; j++)
         sums[r][j] = _mm512_loadu_ps(task.out + (first + r) * D + j * LANES);
-    for (int i = 0; i < TILE / 2; i++) {
-      __m512bh b[VECTORS];
-      for (int j = 0; j < VECTORS; j++) b[j] = pairs(values + i * D + j * LANES);
+    for (int i = 0; i < TILE; i += TOGETHER) {
+      Operands b[VECTORS];
+      for (int j = 0; j < VECTORS; j++) b[j] = operands(values + i * D + j * LANES * TOGETHER);
       for (int r = 0; r < VALUE_ROWS; r++) {
-        const __m512bh a = broadcast(weights + (first + r) * CHUNK + 2 * i);
-        for (int j = 0; j < VECTORS; j++) sums[r][j] = _mm512_dpbf16_ps(sums[r][j], a, b[j]);
+        const Operands a = broadcast(weights + (first + r) * CHUNK + i);
+        for (int j = 0; j < VECTORS; j++) sums[r][j] = multiply(sums[r][j], a, b[j]);
       }
     }
     for (int r = 0; r < VALUE_ROWS; r++)
@@ -181,7 +226,7 @@ void softmax(Task& task, int rows, int keys, float scale) {
       const __m512 a = exp2(_mm512_fmadd_ps(_mm512_loadu_ps(scores + j), scales, shift));
       const __m512 b = exp2(_mm512_fmadd_ps(_mm512_loadu_ps(scores + j + LANES), scales, shift));
       sum = _mm512_add_ps(sum, _mm512_add_ps(a, b));
-      _mm512_storeu_si512(task.weights + r * CHUNK + j, (__m512i)_mm512_cvtne2ps_pbh(b, a));
+      store_operands(task.weights + r * CHUNK + j, a, b);
     }
     if (task.largest[r] != top) {
       const __m512 factor = exp2(_mm512_set1_ps((task.largest[r] - top) * scale));
@@ -200,6 +245,9 @@ void softmax(Task& task, int rows, int keys, float scale) {
 
 extern "C" {
 
+extern const int64_t operand_bytes;  // of a value of `packed`
+const int64_t operand_bytes = sizeof(Operand);
+
 struct Keys {
   const bf16* k;  // [count, kv_heads, D]
   const bf16* v;
@@ -215,11 +263,11 @@ struct Angles {
 // One group: softmax(q [cached, own]^T / sqrt(D)) [cached, own].
 //
 // q and out [rows, heads, D]. With `angles` q is rotated first, and D is a multiple of 32. `packed`
-// has 2 * PAIRS values for each tile of the keys of `heads_at_once` key heads; a run of keys begins
-// a tile of its own.
+// has 2 * PIECE operands for each tile of the keys of `heads_at_once` key heads; a run of keys
+// begins a tile of its own.
 void attention_step(
     const bf16* q, int64_t q_stride, bf16* out, int64_t out_stride, int64_t rows, int64_t heads,
-    int64_t kv_heads, const Keys* cached, const Keys* own, uint32_t* packed,
+    int64_t kv_heads, const Keys* cached, const Keys* own, Operand* packed,
     int64_t heads_at_once, const Angles* angles, int threads) {
   const auto tiles_of = [](const Keys* keys) { return (keys->count + TILE - 1) / TILE; };
   const int64_t cached_tiles = tiles_of(cached), tiles = cached_tiles + tiles_of(own);
@@ -241,26 +289,28 @@ void attention_step(
         int64_t start;
         const int count = keys_of(i % tiles, &keys, &start);
         const int64_t head = (first + i / tiles) * D;
-        uint32_t* at = packed + i * 2 * PAIRS;
+        Operand* at = packed + i * 2 * PIECE;
         pack_keys(keys->k + start * keys->k_stride + head, keys->k_stride, count, at);
-        pack_values(keys->v + start * keys->v_stride + head, keys->v_stride, count, at + PAIRS);
+        pack_values(keys->v + start * keys->v_stride + head, keys->v_stride, count, at + PIECE);
       }
 #pragma omp for schedule(dynamic)
       for (int64_t i = 0; i < some * share * blocks; i++) {
         const int64_t head = first * share + i / blocks, start = i % blocks * ROWS;
         const int here = static_cast<int>(std::min<int64_t>(ROWS, rows - start));
-        const uint32_t* at = packed + (head / share - first) * tiles * 2 * PAIRS;
+        const Operand* at = packed + (head / share - first) * tiles * 2 * PIECE;
         std::memset(task.q, 0, sizeof task.q);
         std::memset(task.out, 0, sizeof task.out);
         for (int r = 0; r < here; r++) {
           const int64_t row = start + r;
           const bf16* from = q + row * q_stride + head * D;
-          if (angles)
+          bf16 turned[D];
+          if (angles) {
             rotate(
                 from, angles->cos + row * angles->cos_stride,
-                angles->sin + row * angles->sin_stride, D / 2, task.q + r * D);
-          else
-            std::memcpy(task.q + r * D, from, D * sizeof(bf16));
+                angles->sin + row * angles->sin_stride, D / 2, turned);
+            from = turned;
+          }
+          for (int j = 0; j < D; j++) task.q[r * D + j] = operand(from[j]);
           task.largest[r] = -std::numeric_limits<float>::infinity();
           task.total[r] = 0;
         }
@@ -268,7 +318,7 @@ void attention_step(
           const int taken = static_cast<int>(std::min<int64_t>(CHUNK / TILE, tiles - tile));
           for (int t = 0; t < taken; t++) {
             float* scores = task.scores + t * TILE;
-            multiply_keys(task, here, at + (tile + t) * 2 * PAIRS, scores);
+            multiply_keys(task, here, at + (tile + t) * 2 * PIECE, scores);
             const Keys* keys;
             int64_t before;
             const int count = keys_of(tile + t, &keys, &before);
@@ -280,7 +330,7 @@ void attention_step(
           softmax(task, here, taken * TILE, scale);
           for (int t = 0; t < taken; t++)
             multiply_values(
-                task, here, task.weights + t * TILE, at + ((tile + t) * 2 + 1) * PAIRS);
+                task, here, task.weights + t * TILE, at + ((tile + t) * 2 + 1) * PIECE);
         }
         for (int r = 0; r < here; r++) {
           const __m512 factor = _mm512_set1_ps(1 / task.total[r]);

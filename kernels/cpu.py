@@ -1,4 +1,4 @@
-"""Operations in C++ for CPUs with AVX512-BF16: built where they run, loaded once in a process.
+"""Operations in C++ for CPUs with AVX512: built where they run, loaded once in a process.
 
 `cpu.cpp` is compiled by the machine's own C++ compiler in two seconds, without headers of PyTorch,
 for each head_dim. What is built is kept in a folder and found there by the digest of source,
@@ -7,7 +7,8 @@ bfloat16; the reference does what they don't take: other dtypes, and widths that
 
 PyTorch's attention on such a CPU multiplies at a third of the rate of its matrix products, since
 its packed products need AMX. Here keys and values are packed once for all queries, cached and own
-ones are one run of keys, and scores stay in the cache. Where there is AMX, PyTorch's stays.
+ones are one run of keys, and scores stay in the cache. Products are of bfloat16 only where that is
+the faster dtype (`widened`). Where there is AMX, PyTorch's attention stays.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import reference
+from . import reference, widened
 
 _SOURCE = Path(__file__).with_name("cpu.cpp")
-# Of any CPU with AVX512-BF16: what is built is not tied to the one that built it.
-_FEATURES = ("avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512bf16")
+# Of any CPU with AVX512: what is built is not tied to the one that built it.
+_FEATURES = ("avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl")
 _OPTIONS = (
     *("-O3", "-std=c++17", "-fopenmp", "-shared", "-fPIC"),
     *(f"-m{one}" for one in _FEATURES),
@@ -90,10 +91,20 @@ class Builder:
         compiler: command of a C++ compiler that takes the options of g++ and clang++.
         folder: where what is built is kept. Without one, or where it can't be written or others
             can write to it, every process builds its own.
+        bfloat16: whether the CPU has instructions for bfloat16.
+        wide: whether products are of float32; they have to be where it has none.
     """
 
     compiler: Sequence[str]
     folder: Path | None
+    bfloat16: bool
+    wide: bool
+
+    @classmethod
+    def of_this_cpu(cls, compiler: Sequence[str], folder: Path | None) -> Builder:
+        """A builder of what is fastest here."""
+        bfloat16 = torch.cpu._is_avx512_bf16_supported()
+        return cls(compiler, folder, bfloat16, not bfloat16 or widened.faster(torch.bfloat16))
 
     def library(self, head_dim: int) -> ctypes.CDLL:
         """The operations for heads of a size, built unless they are kept.
@@ -105,7 +116,9 @@ class Builder:
         found = shutil.which(program)
         if found is None:
             raise Unavailable(f"there is no C++ compiler {program!r}")
-        options = [*more, *_OPTIONS, f"-DHEAD_DIM={head_dim}"]
+        options = [*more, *_OPTIONS, f"-DHEAD_DIM={head_dim}", f"-DWIDE={int(self.wide)}"]
+        if self.bfloat16:
+            options.append("-mavx512bf16")
         try:
             about = os.stat(found)
             parts = [_SOURCE.read_text(encoding="utf-8"), found, *options]
@@ -175,8 +188,8 @@ def _load(path: Path) -> ctypes.CDLL:
 
 def why_not() -> str | None:
     """What keeps this CPU from the operations; None if it can have them."""
-    if os.name != "posix" or not torch.cpu._is_avx512_bf16_supported():
-        return "the CPU has no AVX512-BF16"
+    if os.name != "posix" or not torch.cpu._is_avx512_supported():
+        return "the CPU has no AVX512"
     return None
 
 
@@ -346,7 +359,8 @@ def attention_step(
         (-(-(end - key) // _TILE) + -(-length // _TILE) for _, (key, end), _, length in groups),
         default=0,
     )
-    packed = torch.empty(at_once * tiles * _TILE * head_dim, dtype=torch.int32)
+    operand = ctypes.c_int64.in_dll(library, "operand_bytes").value
+    packed = torch.empty(2 * at_once * tiles * _TILE * head_dim * operand, dtype=torch.uint8)
     for (start, stop), (key, end), first, length in groups:
         if start == stop:
             continue

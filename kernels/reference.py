@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import widened
 from .contract import GROUP, LARGEST, cache_parts
 
 # Rows of queries that share one mask in `attention_prefill`: bounds the mask at this many rows.
@@ -287,10 +288,24 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """
     if q.shape[2] and k.shape[2]:
         if q.device.type == "cpu":
-            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)[:2]
+            wide = _widened(q, k, v)
+            out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*wide)[:2]
+            return out.to(q.dtype), lse
         if q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16):
             return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[:2]
     return _plain_attend(q, k, v)
+
+
+def _widened(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Views as for `_attend`, in float32 where that is faster on this CPU."""
+    if q.device.type != "cpu" or not widened.faster(q.dtype):
+        return q, k, v
+    return q.float(), _copy_once(k), _copy_once(v)
+
+
+def _copy_once(x: Tensor) -> Tensor:
+    """In float32; what several query heads share is copied once."""
+    return x.float() if x.stride(0) else x[:1].float().expand(x.shape)
 
 
 def _plain_attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -474,9 +489,8 @@ def attention_prefill(
             keys = slice(start, start + seen)
             seen_k, seen_v = (_by_head(t[keys], 1).expand(share, -1, -1, -1) for t in (k, v))
             queries = _by_head(q[rows], share)
-            _by_head(out[rows], share).copy_(
-                F.scaled_dot_product_attention(queries, seen_k, seen_v, attn_mask=mask)
-            )
+            wide = _widened(queries, seen_k, seen_v)
+            _by_head(out[rows], share).copy_(F.scaled_dot_product_attention(*wide, attn_mask=mask))
     return out
 
 

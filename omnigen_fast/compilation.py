@@ -86,7 +86,7 @@ class Compilation:
             if not asked and _layer_weights(config) < _WORTH:
                 return
             try:
-                cpu.prepare(cpu.Builder(command, folder()), config.head_dim)
+                cpu.prepare(cpu.Builder.of_this_cpu(command, folder()), config.head_dim)
                 self.active = True
                 return
             except cpu.Unavailable as error:

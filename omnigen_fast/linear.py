@@ -9,7 +9,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from .kernels import ops
+from .kernels import ops, widened
 from .quantised import QuantisedWeight
 
 # [out features, in features]. Products take dense ones, in the dtype of the activations, or ones in
@@ -50,6 +50,9 @@ def linear(
         ops.scaled_mm_(x.values, x.scales, weight.values, weight.scales, out, accumulate)
         return out
     assert isinstance(weight, Tensor)
+    if widened.takes(x):
+        out = x.new_empty(len(x), len(weight)) if out is None else out
+        return widened.linear(x, weight, out if accumulate else bias, out)
     if accumulate:
         assert out is not None and bias is None
         return torch.addmm(out, x, weight.t(), out=out)

@@ -175,7 +175,7 @@ class OmniGenPipeline(LoraMethods, DiffusersMethods):
             vae_dtype: of the VAE, float32 or bfloat16, which takes half the memory and is less
                 exact (see docs/precision.md).
             compile: run a CPU's operations in C++ that is built on this machine and kept in
-                ~/.cache/omnigen_fast: faster in bfloat16 on CPUs with AVX512-BF16, and equal up to
+                ~/.cache/omnigen_fast: faster in bfloat16 on CPUs with AVX512, and equal up to
                 rounding. Where it can't be had, PyTorch's operations run, and a line says why. None
                 or "auto" does so for models from 25 million weights in their layers.
             parallel: several ranks of an initialised `torch.distributed` group make each picture

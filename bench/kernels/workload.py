@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.nn.attention
 import torch.nn.functional as F
-from omnigen_fast.kernels import ops, reference, winners
+from omnigen_fast.kernels import ops, reference, widened, winners
 from omnigen_fast.kernels.contract import cache_width
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -153,7 +153,7 @@ class Limits:
     """Measured on the device, in this process."""
 
     bytes_per_second: float  # copied: read and written both count
-    flops_per_second: float  # of the fastest of some large products of `dtype`
+    flops_per_second: float  # of the fastest of some large products
 
     def floor(self, case: Case) -> float:
         """Seconds under which no version of the case goes."""
@@ -174,16 +174,23 @@ _PRODUCTS = {
 
 
 def measure_limits(device: torch.device, dtype: torch.dtype) -> Limits:
-    """What a copy and products reach now; a product's rate depends on its size, so several run."""
+    """What a copy and products reach now; a product's rate depends on its size, so several run.
+
+    Those of float32, too, on a CPU that multiplies it faster: `linear` then does.
+    """
     on_gpu = device.type == "cuda"
     copy, nbytes = _copy(1 << 30 if on_gpu else 1 << 26, device)
     bandwidth = 2 * nbytes / seconds(copy, device)
     del copy
+    dtypes = [dtype]
+    if device.type == "cpu" and widened.faster(dtype):
+        dtypes.append(torch.float32)
     rates = []
     for m, k, n in _PRODUCTS["cuda" if on_gpu else "cpu"]:
-        x, weight = (torch.randn(rows, k, device=device).to(dtype) for rows in (m, n))
-        rates.append(2 * m * k * n / seconds(partial(F.linear, x, weight), device))
-        del x, weight
+        for one in dtypes:
+            x, weight = (torch.randn(rows, k, device=device).to(one) for rows in (m, n))
+            rates.append(2 * m * k * n / seconds(partial(F.linear, x, weight), device))
+            del x, weight
     return Limits(bandwidth, max(rates))
 
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from omnigen_fast.kernels import cpu, ops
+from omnigen_fast.kernels import cpu, ops, widened
 
 from bench import common, cpu_operations, cpu_peer
 from omnigen_fast.compilation import compiler
@@ -33,7 +33,7 @@ def test_operations(monkeypatch, capsys, tmp_path):
         torch.set_num_threads(threads)
     *lines, last = capsys.readouterr().out.splitlines()
     result = json.loads(last)
-    assert len(result["operations"]) == len(lines) == 7
+    assert len(result["operations"]) == len(lines) == 9
     for row in result["operations"]:
         assert row["reference"] > 0 and row["cpp"] > 0
     assert result["operations"][0]["flops"] == 4 * 64 * 74 * 8 * 96
@@ -44,6 +44,14 @@ def test_operations_run_in_turns():
     seen = []
     found = cpu_operations.in_turns(lambda: seen.append(ops.choice().kernels), 2)
     assert seen == ["reference", "cpp"] * 3 and set(found) == {"reference", "cpp"}
+
+
+@pytest.mark.parametrize("faster", (True, False))
+def test_plain_is_in_the_dtype_that_is_given(monkeypatch, faster):
+    seen, dtype = [], torch.bfloat16
+    monkeypatch.setattr(widened, "_decided", {dtype: faster})
+    cpu_operations.in_turns(lambda: seen.append(widened.faster(dtype)), 1)
+    assert seen == [False, faster] * 2 and widened.faster(dtype) is faster
 
 
 def test_without_a_compiler(monkeypatch, capsys):

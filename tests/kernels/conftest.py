@@ -7,10 +7,19 @@ process; what compiles kernels does so in processes of its own (`bench/kernels/a
 from __future__ import annotations
 
 import interpreter
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     interpreter.start()
+
+
+@pytest.fixture(autouse=True)
+def _in_its_own_dtype(monkeypatch) -> None:
+    """Plain PyTorch multiplies in the dtype given, so kernels meet the same bounds everywhere."""
+    from omnigen_fast.kernels import widened  # not before the interpreter is asked for
+
+    monkeypatch.setattr(widened, "faster", lambda dtype: False)
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import stat
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -11,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import assert_earned, double, inside, poisoned, random
-from omnigen_fast.kernels import cpu, ops, reference
+from omnigen_fast.kernels import cpu, ops, reference, widened
 from test_attention import PARTS, STEPS, some_rows, step_arguments, turned, turning
 
 from omnigen_fast.compilation import compiler
@@ -27,10 +28,20 @@ BF16 = torch.bfloat16
 ROWS = (0, 1, 63, 64, 65, 257)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def built(tmp_path_factory):
+# What CPUs with AVX512 have: instructions for bfloat16 or not, and which products are faster.
+VARIANTS = {"bfloat16": (True, False), "float32": (True, True), "without bfloat16": (False, True)}
+
+
+def builder_of(variant: str, folder: Path | None, command=None) -> cpu.Builder:
+    return cpu.Builder(compiler() if command is None else command, folder, *VARIANTS[variant])
+
+
+@pytest.fixture(scope="module", autouse=True, params=VARIANTS)
+def built(request, tmp_path_factory):
     """Operations for some sizes of heads; their attention also where PyTorch's would run."""
-    builder = cpu.Builder(compiler(), tmp_path_factory.mktemp("built"))
+    if VARIANTS[request.param][0] and not torch.cpu._is_avx512_bf16_supported():
+        pytest.skip("the CPU has no instructions for bfloat16")
+    builder = builder_of(request.param, tmp_path_factory.mktemp("built"))
     with (
         mock.patch.object(cpu, "_libraries", {}),
         mock.patch.object(cpu, "_has_amx", lambda: False),
@@ -219,6 +230,25 @@ def test_the_door_checks_and_chooses():
     assert ops._implementation(x) is ops._REFERENCE
 
 
+def test_roundings_are_those_of_the_instructions(tmp_path):
+    """Ties, infinities and what is no number, with and without instructions for bfloat16."""
+    if not torch.cpu._is_avx512_bf16_supported():
+        pytest.skip("the CPU has no instructions for bfloat16")
+    halves = torch.arange(-256, 256).float() + 0.5  # a product with 1.0 has more bits than bfloat16
+    special = torch.tensor([torch.inf, -torch.inf, torch.nan, 3e38, 1e-30, 0.0, -0.0, 1.0] * 2)
+    x = torch.cat([random(4096) * 100, special, halves])[None].to(BF16)
+    found = []
+    for variant in ("float32", "without bfloat16"):
+        with mock.patch.object(cpu, "_libraries", {}):
+            cpu.prepare(builder_of(variant, tmp_path), 32)
+            angle = torch.linspace(0, 6, x.shape[1] // 2)[None]
+            turned = x.clone()
+            cpu.rope_(turned, angle.cos(), angle.sin(), 1, 0)
+            found.append((turned, cpu.swiglu(x)))
+    for one, other in zip(*found):
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
 # ---- how they are built ----
 
 
@@ -231,7 +261,7 @@ def test_what_is_built_is_kept_and_loaded(built):
 
 
 def test_a_damaged_file_is_built_again(built, tmp_path):
-    builder = cpu.Builder(built.compiler, tmp_path / "deep" / "folder")
+    builder = replace(built, folder=tmp_path / "deep" / "folder")
     builder.library(32)
     (kept,) = builder.folder.iterdir()
     kept.unlink()  # not written over: the process has it mapped
@@ -250,7 +280,7 @@ def test_a_folder_that_is_not_to_be_used(built, tmp_path, kind):
     else:
         folder.mkdir()
         folder.chmod(0o777)
-    cpu.Builder(built.compiler, folder).library(32)
+    replace(built, folder=folder).library(32)
     assert folder is None or folder.is_file() or not list(folder.iterdir())
 
 
@@ -272,7 +302,7 @@ def script(folder: Path, text: str) -> tuple[str]:
     ),
 )
 def test_a_compiler_that_fails(tmp_path, text, said):
-    builder = cpu.Builder(script(tmp_path, text), tmp_path / "kept")
+    builder = builder_of("float32", tmp_path / "kept", script(tmp_path, text))
     with (
         mock.patch.object(cpu, "_SECONDS", 0.5),
         pytest.raises(cpu.Unavailable, match=said) as error,
@@ -284,7 +314,7 @@ def test_a_compiler_that_fails(tmp_path, text, said):
 
 def test_no_compiler(tmp_path):
     with pytest.raises(cpu.Unavailable, match="there is no C\\+\\+ compiler 'no-such-g'"):
-        cpu.Builder(("no-such-g", "-x"), tmp_path).library(32)
+        builder_of("float32", tmp_path, ("no-such-g", "-x")).library(32)
 
 
 @pytest.mark.parametrize("head_dim", (0, 20, 272))
@@ -295,7 +325,22 @@ def test_heads_of_no_whole_registers(built, head_dim):
 
 def test_other_cpus(built):
     with (
-        mock.patch.object(torch.cpu, "_is_avx512_bf16_supported", return_value=False),
-        pytest.raises(cpu.Unavailable, match="the CPU has no AVX512-BF16"),
+        mock.patch.object(torch.cpu, "_is_avx512_supported", return_value=False),
+        pytest.raises(cpu.Unavailable, match="the CPU has no AVX512"),
     ):
         cpu.prepare(built, 64)
+
+
+@pytest.mark.parametrize(
+    ("instructions", "faster", "variant"),
+    (
+        (True, False, "bfloat16"),
+        (True, True, "float32"),
+        (False, True, "without bfloat16"),
+        (False, False, "without bfloat16"),
+    ),
+)
+def test_what_is_built_here(monkeypatch, instructions, faster, variant):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: instructions)
+    monkeypatch.setattr(widened, "faster", lambda dtype: faster and dtype == BF16)
+    assert cpu.Builder.of_this_cpu(("g++",), None) == builder_of(variant, None, ("g++",))

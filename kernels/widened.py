@@ -1,0 +1,99 @@
+"""Products of 16-bit matrices in float32, on CPUs that multiply those faster.
+
+Without matrix units, bfloat16 gains a CPU little or nothing. Some have an instruction that
+multiplies twice as many values at a quarter of the rate of float32's; those with AVX2 alone have
+none, and PyTorch is 10 times slower there. The operands are copied to float32 in blocks that stay
+in the cache: products of 16-bit values are exact in float32, so a result is at least as near.
+"""
+
+from __future__ import annotations
+
+import time
+from math import inf
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Elements of a block of weights, of rows, and of their product. More weights leave the cache; fewer
+# rows copy them too often.
+_WEIGHTS, _ROWS, _SUMS = 1 << 21, 1 << 23, 1 << 22
+# MKL sums fewer rows in another order: a row of a small block would depend on its neighbours.
+_LEAST_ROWS = 16
+# The product that is timed, how often, and how much faster float32 has to be. CPUs that were
+# measured are at 1.9 or more, or at 1.2 or less, so every process decides alike.
+_TIMED, _TURNS, _LEAD = (256, 256, 512), 12, 1.4
+
+
+_decided: dict[torch.dtype, bool] = {}
+
+
+def faster(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies float32 faster than a 16-bit dtype: timed once in a process.
+
+    A graph of torch.compile can't time anything: without an earlier call, the answer is no.
+    """
+    if dtype not in _decided and not torch.compiler.is_compiling():
+        _decided[dtype] = dtype in (torch.bfloat16, torch.float16) and _timed(dtype)
+    return _decided.get(dtype, False)
+
+
+def _timed(dtype: torch.dtype) -> bool:
+    rows, inner, columns = _TIMED
+    narrow, wide = (
+        (
+            torch.ones(rows, inner, dtype=one),
+            torch.ones(inner, columns, dtype=one),
+            torch.empty(rows, columns, dtype=one),
+        )
+        for one in (dtype, torch.float32)
+    )
+    shortest = [inf, inf]
+    for _ in range(_TURNS):  # in turns, and the shortest: the machine may be busy
+        for place, (x, weight, out) in enumerate((narrow, wide)):
+            start = time.perf_counter()
+            torch.mm(x, weight, out=out)
+            shortest[place] = min(shortest[place], time.perf_counter() - start)
+    return shortest[0] > _LEAD * shortest[1]
+
+
+def takes(x: Tensor) -> bool:
+    """Whether a product of `x` [rows, in features] is to be done here."""
+    return x.device.type == "cpu" and x.dtype != torch.float32 and faster(x.dtype)
+
+
+def linear(
+    x: Tensor,  # [rows, in features]
+    weight: Tensor,  # [out features, in features]
+    added: Tensor | None,  # [out features], or [rows, out features], which may be `out`
+    out: Tensor,  # [rows, out features]
+) -> Tensor:  # [rows, out features]
+    """`x @ weight.T + added`, rounded once, in at most 56 MB of scratch memory."""
+    (rows, inner), columns = x.shape, len(weight)
+    if rows < _LEAST_ROWS:
+        beside = (0, 0, 0, _LEAST_ROWS - rows)
+        if added is not None and added.dim() == 2:
+            added = F.pad(added, beside)
+        padded = linear(F.pad(x, beside), weight, added, out.new_empty(_LEAST_ROWS, columns))
+        return out.copy_(padded[:rows])
+    width = min(columns, max(1, _WEIGHTS // inner))
+    height = max(_LEAST_ROWS, min(_ROWS // inner, _SUMS // width))
+    height = -(-rows // -(-rows // height))  # blocks of about the same height
+    wide_x, wide_weight, space = (
+        torch.empty(shape, dtype=torch.float32)
+        for shape in ((height, inner), (width, inner), (height * width,))
+    )
+    for top in range(0, rows, height):
+        some_rows = slice(top, min(top + height, rows))
+        some_x = wide_x[: some_rows.stop - top].copy_(x[some_rows])
+        for left in range(0, columns, width):
+            some = slice(left, min(left + width, columns))
+            some_weight = wide_weight[: some.stop - left].copy_(weight[some])
+            sums = space[: len(some_x) * len(some_weight)].view(len(some_x), len(some_weight))
+            if added is None:
+                torch.mm(some_x, some_weight.t(), out=sums)
+            else:
+                sums.copy_(added[some] if added.dim() == 1 else added[some_rows, some])
+                sums.addmm_(some_x, some_weight.t())
+            out[some_rows, some].copy_(sums)
+    return out
