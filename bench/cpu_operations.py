@@ -90,7 +90,7 @@ def attention(queries: int, cached: int, head_dim: int) -> tuple[Work, float]:
 
 
 def products(config: ModelConfig, rounds: int) -> dict[str, float]:
-    """Shortest processor seconds of a layer's widest product, in bfloat16 and in the faster dtype."""
+    """Shortest processor seconds of a layer's widest product: in bfloat16, and as layers do it."""
     width, inner = config.hidden_size, config.intermediate_size
     x, weight = torch.randn(_ROWS, width).to(_DTYPE), torch.randn(2 * inner, width).to(_DTYPE)
     out = torch.empty(_ROWS, 2 * inner, dtype=_DTYPE)

@@ -52,18 +52,18 @@ inline void store(bf16* out, __m256i x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), x);
 }
 
-// 2^x to a relative error of 2e-7, as a polynomial of the fraction. Written so that NaN stays NaN.
+// 2^x of x up to 200, to a relative error of 2e-7: the minimax polynomial of the fraction. Written so
+// that NaN stays NaN.
 inline __m512 exp2(__m512 x) {
-  x = _mm512_max_ps(_mm512_set1_ps(-200.f), _mm512_min_ps(_mm512_set1_ps(200.f), x));
+  x = _mm512_max_ps(_mm512_set1_ps(-200.f), x);
   const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const __m512 rest = _mm512_sub_ps(x, whole);
-  __m512 sum = _mm512_set1_ps(1.5403530e-4f);
-  sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(1.3333558e-3f));
-  sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(9.6181291e-3f));
-  sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(5.5504109e-2f));
-  sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(2.4022651e-1f));
-  sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(6.9314718e-1f));
-  sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(1.f));
+  __m512 sum = _mm512_set1_ps(1.3276472e-3f);
+  sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(9.6755410e-3f));
+  sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(5.5507131e-2f));
+  sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(2.4022120e-1f));
+  sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(6.9314694e-1f));
+  sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(1.0000001f));
   return _mm512_scalef_ps(sum, whole);
 }
 
@@ -73,7 +73,7 @@ constexpr float LOG2_E = 1.4426950408889634f;
 
 constexpr int D = HEAD_DIM;
 constexpr int VECTORS = D / LANES;   // of a row of values, in float32
-constexpr int ROWS = 48;             // queries of a task
+constexpr int ROWS = 72;             // queries of a task
 constexpr int TILE = 64;             // keys that are packed together
 constexpr int CHUNK = 4 * TILE;      // keys between two corrections of the sums by a new maximum
 // Rows of a product at once, so that its sums fill 24 of the 32 registers.
@@ -129,10 +129,22 @@ inline void store_operands(Operand* out, __m512 first, __m512 second) {
 
 // To [D / TOGETHER][TILE][TOGETHER]; missing keys are zero.
 void pack_keys(const bf16* k, int64_t stride, int keys, Operand* out) {
-  for (int key = 0; key < TILE; key++) {
-    for (int i = 0; i < D; i += TOGETHER) {
-      for (int j = 0; j < TOGETHER; j++)
-        out[i * TILE + key * TOGETHER + j] = key < keys ? operand(k[key * stride + i + j]) : 0;
+  alignas(64) int32_t bytes[LANES];  // from the first of some keys to each
+  for (int lane = 0; lane < LANES; lane++) bytes[lane] = lane * stride * sizeof(bf16);
+  const __m512i places = _mm512_load_si512(bytes), zero = _mm512_setzero_si512();
+  for (int key = 0; key < TILE; key += LANES) {
+    const int here = std::clamp(keys - key, 0, LANES);
+    const __mmask16 present = static_cast<__mmask16>((1u << here) - 1);
+    for (int i = 0; i < D; i += 2) {
+      const bf16* from = here ? k + key * stride + i : k;
+      const __m512i both = _mm512_mask_i32gather_epi32(zero, present, places, from, 1);
+#if WIDE
+      const __m512i second = _mm512_and_si512(both, _mm512_set1_epi32(0xffff0000));
+      _mm512_storeu_si512(out + i * TILE + key, _mm512_slli_epi32(both, 16));
+      _mm512_storeu_si512(out + (i + 1) * TILE + key, second);
+#else
+      _mm512_storeu_si512(out + i * TILE + key * 2, both);
+#endif
     }
   }
 }
@@ -385,12 +397,14 @@ void swiglu(
     const bf16* gate_up, int64_t stride, bf16* out, int64_t out_stride, int64_t rows,
     int64_t width, int threads) {
   const __m512 one = _mm512_set1_ps(1.f), negative = _mm512_set1_ps(-LOG2_E);
+  const __m512 largest = _mm512_set1_ps(200.f);
 #pragma omp parallel for num_threads(threads)
   for (int64_t row = 0; row < rows; row++) {
     for (int64_t i = 0; i < width; i += LANES) {
       const __m512 gate = load(gate_up + row * stride + i);
       const __m512 up = load(gate_up + row * stride + width + i);
-      const __m512 divisor = _mm512_add_ps(one, exp2(_mm512_mul_ps(gate, negative)));
+      const __m512 power = _mm512_min_ps(largest, _mm512_mul_ps(gate, negative));
+      const __m512 divisor = _mm512_add_ps(one, exp2(power));
       store(
           out + row * out_stride + i,
           narrow(_mm512_mul_ps(_mm512_div_ps(gate, divisor), up)));

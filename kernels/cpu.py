@@ -40,7 +40,7 @@ _OPTIONS = (
     *(f"-m{one}" for one in _FEATURES),
 )
 _SECONDS = 120  # a compiler that takes longer hangs
-_LANES, _TILE, _ROWS = 16, 64, 48  # as in the source
+_LANES, _TILE, _ROWS = 16, 64, 72  # as in the source
 _LARGEST_HEAD = 256
 # Fewer values than this are not worth waking another thread for.
 _VALUES_PER_THREAD = 1 << 14
