@@ -175,9 +175,20 @@ inline void rotate(
 struct Task {
   alignas(64) Operand q[ROWS * D];      // rows beyond the last query are zero
   alignas(64) float scores[ROWS * CHUNK];
-  alignas(64) Operand weights[ROWS * CHUNK];
+#if !WIDE
+  alignas(64) bf16 narrow_weights[ROWS * CHUNK];
+#endif
   alignas(64) float out[ROWS * D];      // not yet divided by `total`
   float largest[ROWS], total[ROWS];
+
+  // Of a chunk. In float32 in the place of its scores: half of the traffic between the caches.
+  Operand* weights() {
+#if WIDE
+    return scores;
+#else
+    return narrow_weights;
+#endif
+  }
 };
 
 // scores = q keys^T of one tile.
@@ -228,17 +239,20 @@ void softmax(Task& task, int rows, int keys, float scale) {
   const __m512 scales = _mm512_set1_ps(scale);
   for (int r = 0; r < rows; r++) {
     const float* scores = task.scores + r * CHUNK;
-    __m512 largest = _mm512_set1_ps(task.largest[r]);
-    for (int j = 0; j < keys; j += LANES)
-      largest = _mm512_max_ps(largest, _mm512_loadu_ps(scores + j));
-    const float top = _mm512_reduce_max_ps(largest);
+    __m512 largest[TILE / LANES];  // several chains of maxima, so that none waits for another
+    for (auto& one : largest) one = _mm512_set1_ps(task.largest[r]);
+    for (int j = 0; j < keys; j += TILE)
+      for (int i = 0; i < TILE / LANES; i++)
+        largest[i] = _mm512_max_ps(largest[i], _mm512_loadu_ps(scores + j + i * LANES));
+    for (int i = 1; i < TILE / LANES; i++) largest[0] = _mm512_max_ps(largest[0], largest[i]);
+    const float top = _mm512_reduce_max_ps(largest[0]);
     const __m512 shift = _mm512_set1_ps(-top * scale);
     __m512 sum = _mm512_setzero_ps();
     for (int j = 0; j < keys; j += 2 * LANES) {
       const __m512 a = exp2(_mm512_fmadd_ps(_mm512_loadu_ps(scores + j), scales, shift));
       const __m512 b = exp2(_mm512_fmadd_ps(_mm512_loadu_ps(scores + j + LANES), scales, shift));
       sum = _mm512_add_ps(sum, _mm512_add_ps(a, b));
-      store_operands(task.weights + r * CHUNK + j, a, b);
+      store_operands(task.weights() + r * CHUNK + j, a, b);
     }
     if (task.largest[r] != top) {
       const __m512 factor = exp2(_mm512_set1_ps((task.largest[r] - top) * scale));
@@ -342,7 +356,7 @@ void attention_step(
           softmax(task, here, taken * TILE, scale);
           for (int t = 0; t < taken; t++)
             multiply_values(
-                task, here, task.weights + t * TILE, at + ((tile + t) * 2 + 1) * PIECE);
+                task, here, task.weights() + t * TILE, at + ((tile + t) * 2 + 1) * PIECE);
         }
         for (int r = 0; r < here; r++) {
           const __m512 factor = _mm512_set1_ps(1 / task.total[r]);

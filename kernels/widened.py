@@ -77,23 +77,30 @@ def linear(
         padded = linear(F.pad(x, beside), weight, added, out.new_empty(_LEAST_ROWS, columns))
         return out.copy_(padded[:rows])
     width = min(columns, max(1, _WEIGHTS // inner))
-    height = max(_LEAST_ROWS, min(_ROWS // inner, _SUMS // width))
-    height = -(-rows // -(-rows // height))  # blocks of about the same height
+    height = _even(rows, _ROWS // inner)
+    part = _even(height, _SUMS // width)
     wide_x, wide_weight, space = (
         torch.empty(shape, dtype=torch.float32)
-        for shape in ((height, inner), (width, inner), (height * width,))
+        for shape in ((height, inner), (width, inner), (part * width,))
     )
     for top in range(0, rows, height):
-        some_rows = slice(top, min(top + height, rows))
-        some_x = wide_x[: some_rows.stop - top].copy_(x[some_rows])
+        some_x = wide_x[: min(height, rows - top)].copy_(x[top : top + height])
         for left in range(0, columns, width):
             some = slice(left, min(left + width, columns))
-            some_weight = wide_weight[: some.stop - left].copy_(weight[some])
-            sums = space[: len(some_x) * len(some_weight)].view(len(some_x), len(some_weight))
-            if added is None:
-                torch.mm(some_x, some_weight.t(), out=sums)
-            else:
-                sums.copy_(added[some] if added.dim() == 1 else added[some_rows, some])
-                sums.addmm_(some_x, some_weight.t())
-            out[some_rows, some].copy_(sums)
+            some_weight = wide_weight[: some.stop - left].copy_(weight[some]).t()
+            for first in range(0, len(some_x), part):
+                factor = some_x[first : first + part]
+                here = slice(top + first, top + first + len(factor))
+                sums = space[: len(factor) * (some.stop - left)].view(len(factor), -1)
+                if added is None:
+                    torch.mm(factor, some_weight, out=sums)
+                else:
+                    sums.copy_(added[some] if added.dim() == 1 else added[here, some])
+                    sums.addmm_(factor, some_weight)
+                out[here, some].copy_(sums)
     return out
+
+
+def _even(rows: int, most: int) -> int:
+    """Rows of blocks of about the same height, which is at most that."""
+    return -(-rows // -(-rows // max(_LEAST_ROWS, most)))
