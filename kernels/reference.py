@@ -24,6 +24,8 @@ _PREFILL_BLOCK = 256
 _PLAIN_SCORES = 1 << 26
 
 
+# Of queries, keys and values that are copied to float32 at once, in elements, if of several heads.
+_WIDENED_VALUES = 1 << 23
 # Of a product's int32 sums at once on a CPU, in elements: PyTorch's allocator reuses that much.
 _CPU_SUMS = 1 << 22
 
@@ -288,19 +290,35 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """
     if q.shape[2] and k.shape[2]:
         if q.device.type == "cpu":
-            wide = _widened(q, k, v)
-            out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*wide)[:2]
-            return out.to(q.dtype), lse
+            return _attend_on_cpu(q, k, v)
         if q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16):
             return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[:2]
     return _plain_attend(q, k, v)
 
 
-def _widened(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Views as for `_attend`, in float32 where that is faster on this CPU."""
+def _attend_on_cpu(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    if not widened.faster(q.dtype):
+        return attend(q, k, v)[:2]
+    out, lse = torch.empty_like(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    for heads, wide in _widened(q, k, v):
+        out[:, heads], lse[:, heads] = attend(*wide)[:2]
+    return out, lse
+
+
+def _widened(
+    q: Tensor, k: Tensor, v: Tensor
+) -> Iterator[tuple[slice, tuple[Tensor, Tensor, Tensor]]]:
+    """Views as for `_attend`: some heads after others in float32 where a CPU multiplies it faster,
+    so that the copies are bounded; else all at once, as they are."""
     if q.device.type != "cpu" or not widened.faster(q.dtype):
-        return q, k, v
-    return q.float(), _copy_once(k), _copy_once(v)
+        yield slice(None), (q, k, v)
+        return
+    values = (len(q) * q.shape[2] + 2 * k.shape[2]) * q.shape[3]
+    some = max(1, _WIDENED_VALUES // max(1, values))
+    for first in range(0, q.shape[1], some):
+        heads = slice(first, first + some)
+        yield heads, (q[:, heads].float(), _copy_once(k[:, heads]), _copy_once(v[:, heads]))
 
 
 def _copy_once(x: Tensor) -> Tensor:
@@ -489,8 +507,9 @@ def attention_prefill(
             keys = slice(start, start + seen)
             seen_k, seen_v = (_by_head(t[keys], 1).expand(share, -1, -1, -1) for t in (k, v))
             queries = _by_head(q[rows], share)
-            wide = _widened(queries, seen_k, seen_v)
-            _by_head(out[rows], share).copy_(F.scaled_dot_product_attention(*wide, attn_mask=mask))
+            result = _by_head(out[rows], share)
+            for heads, wide in _widened(queries, seen_k, seen_v):
+                result[:, heads] = F.scaled_dot_product_attention(*wide, attn_mask=mask)
     return out
 
 

@@ -24,7 +24,6 @@ _LEAST_ROWS = 16
 # measured are at 1.9 or more, or at 1.2 or less, so every process decides alike.
 _TIMED, _TURNS, _LEAD = (256, 256, 512), 12, 1.4
 
-
 _decided: dict[torch.dtype, bool] = {}
 
 
@@ -42,9 +41,9 @@ def _timed(dtype: torch.dtype) -> bool:
     rows, inner, columns = _TIMED
     narrow, wide = (
         (
-            torch.ones(rows, inner, dtype=one),
-            torch.ones(inner, columns, dtype=one),
-            torch.empty(rows, columns, dtype=one),
+            torch.ones(rows, inner, dtype=one, device="cpu"),
+            torch.ones(inner, columns, dtype=one, device="cpu"),
+            torch.empty(rows, columns, dtype=one, device="cpu"),
         )
         for one in (dtype, torch.float32)
     )
@@ -80,7 +79,7 @@ def linear(
     height = _even(rows, _ROWS // inner)
     part = _even(height, _SUMS // width)
     wide_x, wide_weight, space = (
-        torch.empty(shape, dtype=torch.float32)
+        torch.empty(shape, dtype=torch.float32, device="cpu")
         for shape in ((height, inner), (width, inner), (part * width,))
     )
     for top in range(0, rows, height):

@@ -29,14 +29,16 @@ ROWS = (0, 1, 63, 64, 65, 257)
 
 
 # What CPUs with AVX512 have: instructions for bfloat16 or not, and which products are faster.
-VARIANTS = {"bfloat16": (True, False), "float32": (True, True), "without bfloat16": (False, True)}
+VARIANTS = {"bfloat16": (True, False), "float32": (True, True), "without": (False, True)}
+# The last differs in its roundings only, which `test_roundings` compares.
+PARAMETERS = ("bfloat16", "float32", pytest.param("without", marks=pytest.mark.slow))
 
 
 def builder_of(variant: str, folder: Path | None, command=None) -> cpu.Builder:
     return cpu.Builder(compiler() if command is None else command, folder, *VARIANTS[variant])
 
 
-@pytest.fixture(scope="module", autouse=True, params=VARIANTS)
+@pytest.fixture(scope="module", autouse=True, params=PARAMETERS)
 def built(request, tmp_path_factory):
     """Operations for some sizes of heads; their attention also where PyTorch's would run."""
     if VARIANTS[request.param][0] and not torch.cpu._is_avx512_bf16_supported():
@@ -230,15 +232,15 @@ def test_the_door_checks_and_chooses():
     assert ops._implementation(x) is ops._REFERENCE
 
 
-def test_roundings_are_those_of_the_instructions(tmp_path):
-    """Ties, infinities and what is no number, with and without instructions for bfloat16."""
+def test_roundings(tmp_path):
+    """As the instructions for bfloat16 do it: ties, infinities and what is no number."""
     if not torch.cpu._is_avx512_bf16_supported():
         pytest.skip("the CPU has no instructions for bfloat16")
     halves = torch.arange(-256, 256).float() + 0.5  # a product with 1.0 has more bits than bfloat16
     special = torch.tensor([torch.inf, -torch.inf, torch.nan, 3e38, 1e-30, 0.0, -0.0, 1.0] * 2)
     x = torch.cat([random(4096) * 100, special, halves])[None].to(BF16)
     found = []
-    for variant in ("float32", "without bfloat16"):
+    for variant in ("float32", "without"):
         with mock.patch.object(cpu, "_libraries", {}):
             cpu.prepare(builder_of(variant, tmp_path), 32)
             angle = torch.linspace(0, 6, x.shape[1] // 2)[None]
@@ -336,8 +338,8 @@ def test_other_cpus(built):
     (
         (True, False, "bfloat16"),
         (True, True, "float32"),
-        (False, True, "without bfloat16"),
-        (False, False, "without bfloat16"),
+        (False, True, "without"),
+        (False, False, "without"),
     ),
 )
 def test_what_is_built_here(monkeypatch, instructions, faster, variant):
