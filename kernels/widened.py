@@ -56,9 +56,13 @@ def _timed(dtype: torch.dtype) -> bool:
     return shortest[0] > _LEAD * shortest[1]
 
 
-def takes(x: Tensor) -> bool:
-    """Whether a product of `x` [rows, in features] is to be done here."""
-    return x.device.type == "cpu" and x.dtype != torch.float32 and faster(x.dtype)
+def takes(x: Tensor, weight: Tensor) -> bool:
+    """Whether a product is to be done here: not if its operands differ, which PyTorch refuses."""
+    return (
+        x.device.type == weight.device.type == "cpu"
+        and x.dtype == weight.dtype != torch.float32
+        and faster(x.dtype)
+    )
 
 
 def linear(

@@ -50,7 +50,7 @@ def linear(
         ops.scaled_mm_(x.values, x.scales, weight.values, weight.scales, out, accumulate)
         return out
     assert isinstance(weight, Tensor)
-    if widened.takes(x):
+    if widened.takes(x, weight):
         out = x.new_empty(len(x), len(weight)) if out is None else out
         return widened.linear(x, weight, out if accumulate else bias, out)
     if accumulate:

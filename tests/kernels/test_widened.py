@@ -98,9 +98,18 @@ def test_layers_use_it():
 @pytest.mark.usefixtures("used")
 def test_what_it_takes():
     x = random(64, 64, dtype=BF16)
-    assert widened.takes(x)
-    assert not widened.takes(x.float()) and not widened.takes(x.double())
-    assert not widened.takes(x.to("meta"))
+    assert widened.takes(x, x)
+    for other in (x.float(), x.double(), x.to("meta")):
+        assert not widened.takes(other, other)
+        assert not widened.takes(x, other) and not widened.takes(other, x)
+
+
+@pytest.mark.usefixtures("used")
+def test_operands_of_two_kinds_are_refused():
+    x = random(64, 64, dtype=BF16)
+    for other in (x.float(), x.to("meta")):
+        with pytest.raises(RuntimeError):
+            linear(x, other)
 
 
 # ---- attention of the reference ----
