@@ -29,7 +29,7 @@ from unittest import mock
 
 import torch
 from fake_torch import DATA, File, Generator, Watch, move_module
-from omnigen_fast.kernels import contract, launch, ops
+from omnigen_fast.kernels import contract, launch, ops, widened
 from timeline import Actor, Fault, Memory, Part, Work, memories
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -324,6 +324,8 @@ class FakeGpu:
             stack.enter_context(patch(ops, "_implementation", lambda x: self._operations))
             for one in (files, lora_sources):
                 stack.enter_context(patch(one, "open_file", partial(File, one.open_file)))
+            # a product on the host would not pass for one of a CPU
+            stack.enter_context(patch(widened, "faster", lambda dtype: dtype == torch.bfloat16))
             stack.enter_context(patch(vae, "_move", move_module))
             stack.enter_context(patch(Tensor, "data", DATA))
             stack.enter_context(patch(Loop, "step", self._judged(Loop.step)))
