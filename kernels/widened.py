@@ -99,7 +99,7 @@ def linear(
                     torch.mm(factor, some_weight, out=sums)
                 else:
                     sums.copy_(added[some] if added.dim() == 1 else added[here, some])
-                    sums.addmm_(factor, some_weight)
+                    torch.addmm(sums, factor, some_weight, out=sums)
                 out[here, some].copy_(sums)
     return out
 

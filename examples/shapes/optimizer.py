@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from omnigen_fast.kernels import widened
 from torch import Tensor
 
 from .network import Network
@@ -24,7 +25,7 @@ def orthogonalized(matrices: Tensor) -> Tensor:  # [count, rows, columns]
     """The nearest orthogonal matrices, nearly: five Newton-Schulz steps (Jordan et al., 2024)."""
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
-    if torch.cpu._is_avx512_bf16_supported():  # elsewhere bfloat16 is slower than float32
+    if not widened.faster(torch.bfloat16):
         x = x.to(torch.bfloat16)
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
