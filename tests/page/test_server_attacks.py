@@ -914,7 +914,9 @@ class TestEnd:
     def test_while_a_picture_is_made_and_others_wait(self, tmp_path, number):
         with started(tmp_path) as one:
             for i in range(4):
-                assert one.join(f"s{i}", steps=1000).status == 200
+                # of 32 pixels, the first would end within seconds, on a busy machine too soon
+                changes = {"steps": 1000, "height": 256, "width": 256}
+                assert one.join(f"s{i}", **changes).status == 200
             with one.raw() as connection:
                 connection.sendall(watch("s0"))
                 while b"Step " not in connection.recv(1 << 16):
