@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -46,13 +47,8 @@ Work = Callable[[], Any]
 @contextmanager
 def _plain() -> Iterator[None]:
     """PyTorch's operations, all in the dtype of their arguments."""
-    before = widened.faster(_DTYPE)
-    widened._decided[_DTYPE] = False
-    try:
-        with ops.use("reference"):
-            yield
-    finally:
-        widened._decided[_DTYPE] = before
+    with ops.use("reference"), mock.patch.object(widened, "faster", lambda dtype: False):
+        yield
 
 
 def in_turns(work: Work, rounds: int) -> dict[str, float]:
@@ -72,7 +68,7 @@ def in_turns(work: Work, rounds: int) -> dict[str, float]:
 def product_rate(rounds: int) -> float:
     """Operations per processor second of a large matrix product, in the faster dtype."""
     rows, inner, columns = 2048, 3072, 4096
-    dtype = torch.float32 if widened.faster(_DTYPE) else _DTYPE
+    dtype = widened.fastest(_DTYPE)
     x, weight = torch.randn(rows, inner).to(dtype), torch.randn(columns, inner).to(dtype)
     out = torch.empty(rows, columns, dtype=dtype)
     seconds = in_turns(lambda: torch.mm(x, weight.t(), out=out), rounds)

@@ -37,6 +37,11 @@ def faster(dtype: torch.dtype) -> bool:
     return _decided.get(dtype, False)
 
 
+def fastest(dtype: torch.dtype) -> torch.dtype:
+    """What this CPU computes products of a dtype in."""
+    return torch.float32 if faster(dtype) else dtype
+
+
 def _timed(dtype: torch.dtype) -> bool:
     rows, inner, columns = _TIMED
     narrow, wide = (

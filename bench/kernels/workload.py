@@ -176,21 +176,19 @@ _PRODUCTS = {
 def measure_limits(device: torch.device, dtype: torch.dtype) -> Limits:
     """What a copy and products reach now; a product's rate depends on its size, so several run.
 
-    Those of float32, too, on a CPU that multiplies it faster: `linear` then does.
+    On a CPU, they are in the dtype that `linear` computes them in.
     """
     on_gpu = device.type == "cuda"
     copy, nbytes = _copy(1 << 30 if on_gpu else 1 << 26, device)
     bandwidth = 2 * nbytes / seconds(copy, device)
     del copy
-    dtypes = [dtype]
-    if device.type == "cpu" and widened.faster(dtype):
-        dtypes.append(torch.float32)
+    if device.type == "cpu":
+        dtype = widened.fastest(dtype)
     rates = []
     for m, k, n in _PRODUCTS["cuda" if on_gpu else "cpu"]:
-        for one in dtypes:
-            x, weight = (torch.randn(rows, k, device=device).to(one) for rows in (m, n))
-            rates.append(2 * m * k * n / seconds(partial(F.linear, x, weight), device))
-            del x, weight
+        x, weight = (torch.randn(rows, k, device=device).to(dtype) for rows in (m, n))
+        rates.append(2 * m * k * n / seconds(partial(F.linear, x, weight), device))
+        del x, weight
     return Limits(bandwidth, max(rates))
 
 

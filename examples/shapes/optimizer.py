@@ -25,8 +25,7 @@ def orthogonalized(matrices: Tensor) -> Tensor:  # [count, rows, columns]
     """The nearest orthogonal matrices, nearly: five Newton-Schulz steps (Jordan et al., 2024)."""
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
-    if not widened.faster(torch.bfloat16):
-        x = x.to(torch.bfloat16)
+    x = x.to(widened.fastest(torch.bfloat16))
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
         gram = x @ x.mT

@@ -307,7 +307,7 @@ def make_network(config_values: dict, seed: int) -> Network:
 
 def arithmetic() -> torch.dtype:
     """What this processor trains fastest in; the optimizer keeps float32 either way."""
-    return torch.float32 if widened.faster(torch.bfloat16) else torch.bfloat16
+    return widened.fastest(torch.bfloat16)
 
 
 def start_from(network: Network, folder: Path, tokenizer: Path) -> None:
